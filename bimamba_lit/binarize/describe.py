@@ -1,0 +1,80 @@
+"""What is binary in a model, as plain values that a file can hold, and back.
+
+A description names schemes by their class names. Only schemes that are already imported are found: reading a file never
+imports what the file names.
+"""
+
+from functools import partial
+from typing import Any
+
+from torch import nn
+
+from bimamba_lit.binarize.apply import binarize_, binary_layers
+from bimamba_lit.binarize.linear import BinaryLinear
+from bimamba_lit.binarize.packed import PackedLinear
+from bimamba_lit.errors import UserError, nearest
+
+
+def describe_binarization(model: nn.Module) -> list[dict[str, Any]]:
+    """Return one entry a scheme: ``scheme`` (class name), ``options``, ``packed`` and ``targets`` (dotted names)."""
+    entries: list[dict[str, Any]] = []
+    for name, layer in binary_layers(model):
+        packed = isinstance(layer, PackedLinear)
+        kind = {
+            "scheme": layer.scheme if isinstance(layer, PackedLinear) else type(layer).__name__,
+            "options": layer.options(),
+            "packed": packed,
+        }
+        for entry in entries:
+            if all(entry[key] == value for key, value in kind.items()):
+                entry["targets"].append(name)
+                break
+        else:
+            entries.append({**kind, "targets": [name]})
+    return entries
+
+
+def apply_binarization_(model: nn.Module, description: list[dict[str, Any]]) -> None:
+    """Make the layers of a freshly built ``model`` binary or packed as ``description`` says, in place.
+
+    The values are those of the model's own weights; load the saved ones afterwards.
+
+    Raises:
+        UserError: If a scheme is not known, its options do not fit, or a target is not in the model.
+    """
+    for entry in description:
+        try:
+            name, options, targets, packed = (entry[key] for key in ("scheme", "options", "targets", "packed"))
+        except (KeyError, TypeError) as error:
+            raise UserError(
+                "the description of the binary layers must hold scheme, options, targets and packed"
+            ) from error
+        scheme = _scheme(name)
+        try:
+            binarize_(model, partial(scheme, **options), targets)
+        except (TypeError, KeyError) as error:
+            raise UserError(f"scheme '{name}' does not take the options {options}") from error
+        if packed:
+            for target in targets:
+                layer = model.get_submodule(target)
+                assert isinstance(layer, BinaryLinear)
+                model.set_submodule(target, PackedLinear(layer))
+
+
+def known_schemes() -> dict[str, type[BinaryLinear]]:
+    """Return every scheme imported so far by its class name."""
+    found: dict[str, type[BinaryLinear]] = {}
+    queue = list(BinaryLinear.__subclasses__())
+    while queue:
+        scheme = queue.pop()
+        found[scheme.__name__] = scheme
+        queue += scheme.__subclasses__()
+    return found
+
+
+def _scheme(name: object) -> type[BinaryLinear]:
+    schemes = known_schemes()
+    if not isinstance(name, str) or name not in schemes:
+        hint = nearest(str(name), schemes) or f"; known are {', '.join(sorted(schemes))}"
+        raise UserError(f"no binarization scheme '{name}' is known{hint}; a scheme of your own must be imported first")
+    return schemes[name]

@@ -1,0 +1,117 @@
+"""A linear layer whose weight is binary.
+
+The fp32 parameter is ``latent`` and ``weight`` is what the layer multiplies by. Other libraries' blocks read
+``out_proj.weight`` directly instead of calling the layer; with the names this way round they get the binary weight and
+cannot silently train in full precision.
+
+Every scheme is one formula with some of its terms, so that training, packing and every kernel share one definition:
+``weight[o,i] = out_scale[o] * group_scale[o,g(i)] * sign[o,i] * in_scale[i] + out_shift[o] + in_shift[i]``.
+"""
+
+import inspect
+from abc import ABC, abstractmethod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bimamba_lit import ops
+from bimamba_lit.binarize.straight_through import StraightThrough, straight_through_sign
+
+TERMS = ("in_scale", "out_scale", "group_scale", "in_shift", "out_shift")
+DEPLOYED_BITS = 16
+"""Bits of a scale, a shift or a bias once deployed (fp16 or bf16): what storage counts, as the paper's table does."""
+
+
+class BinaryLinear(nn.Linear, ABC):
+    """A linear layer with latent weights in fp32 and a binary weight computed from them; the base of every scheme.
+
+    A scheme subclasses this, adds its learnable scales in ``__init__`` (each marked with :func:`no_decay`), and
+    returns them from :meth:`terms`. Constructor arguments after ``linear`` must be plain values kept under their own
+    names: they are read back when a model is saved.
+
+    Args:
+        linear: The layer whose weights ``(O, I)`` and bias ``(O,)`` are taken over.
+        straight_through: The gradient that stands in for that of the sign.
+
+    Attributes:
+        latent: ``(O, I)`` fp32 parameter that the optimizer sees.
+        weight: ``(O, I)`` fp32 binary weight, differentiable to ``latent`` and to the scales.
+    """
+
+    def __init__(self, linear: nn.Linear, straight_through: StraightThrough = "identity") -> None:
+        nn.Module.__init__(self)  # nn.Linear's would register a parameter named ``weight``
+        self.in_features = linear.in_features
+        self.out_features = linear.out_features
+        self.straight_through = straight_through
+        self.latent = nn.Parameter(linear.weight.detach().to(torch.float32))
+        bias = linear.bias
+        self.bias = None if bias is None else nn.Parameter(bias.detach().to(torch.float32))
+
+    @abstractmethod
+    def terms(self) -> dict[str, Tensor]:
+        """Return the terms of the formula that this scheme uses, differentiable.
+
+        Keys are among ``in_scale`` ``(I,)``, ``out_scale`` ``(O,)``, ``group_scale`` ``(O, G)``, ``in_shift`` ``(I,)``
+        and ``out_shift`` ``(O,)``; a vector may also have one element that serves all.
+        """
+
+    def centred(self) -> Tensor:
+        """Return what the sign is taken of, ``(O, I)``: the latent weights, unless a scheme shifts them first."""
+        return self.latent
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        """The binary weight ``(O, I)``."""
+        return compose(straight_through_sign(self.centred(), self.straight_through), self.terms())
+
+    def packed_signs(self) -> Tensor:
+        """Return the signs as bits, ``(O, ceil(I / 8))`` uint8, as :func:`bimamba_lit.ops.pack_signs` lays them."""
+        return ops.pack_signs(self.centred().detach())
+
+    def storage(self) -> dict[str, int]:
+        """Return the bits this layer needs once deployed, by part: signs in whole bytes a row, the rest in 16 bits."""
+        return storage(self)
+
+    def options(self) -> dict[str, Any]:
+        """Return the constructor's arguments but ``linear``, as plain values."""
+        names = list(inspect.signature(type(self).__init__).parameters)[2:]
+        return {name: getattr(self, name) for name in names}
+
+    def extra_repr(self) -> str:
+        """Name the sizes and the options when the layer is printed."""
+        options = "".join(f", {name}={value!r}" for name, value in self.options().items())
+        return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}{options}"
+
+
+def no_decay(values: Tensor) -> nn.Parameter:
+    """Return ``values`` as a fp32 parameter that weight decay leaves alone (Mamba's ``_no_weight_decay`` mark)."""
+    parameter = nn.Parameter(values.detach().to(torch.float32).clone())
+    parameter._no_weight_decay = True  # type: ignore[attr-defined]
+    return parameter
+
+
+def compose(signs: Tensor, terms: dict[str, Tensor]) -> Tensor:
+    """Return the dense weight ``(O, I)`` that signs ``(O, I)`` and the terms of the formula stand for."""
+    weight = signs
+    if "group_scale" in terms:
+        groups = terms["group_scale"].shape[1]
+        weight = (weight.unflatten(1, (groups, -1)) * terms["group_scale"].unsqueeze(2)).flatten(1)
+    if "in_scale" in terms:
+        weight = weight * terms["in_scale"]
+    if "out_scale" in terms:
+        weight = weight * terms["out_scale"].unsqueeze(1)
+    if "in_shift" in terms:
+        weight = weight + terms["in_shift"]
+    if "out_shift" in terms:
+        weight = weight + terms["out_shift"].unsqueeze(1)
+    return weight
+
+
+def storage(layer: Any) -> dict[str, int]:
+    """Return the deployed bits of a latent or packed binary layer by part; see :meth:`BinaryLinear.storage`."""
+    bits = {"signs": 8 * layer.out_features * -(-layer.in_features // 8)}
+    bits |= {name: DEPLOYED_BITS * term.numel() for name, term in layer.terms().items()}
+    if layer.bias is not None:
+        bits["bias"] = DEPLOYED_BITS * layer.bias.numel()
+    return bits

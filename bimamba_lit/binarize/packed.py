@@ -1,0 +1,58 @@
+"""The packed form of a binary layer: signs as bits and the scales, no latent weights."""
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from bimamba_lit import ops
+from bimamba_lit.binarize.linear import TERMS, BinaryLinear, compose, storage
+
+
+class PackedLinear(nn.Module):
+    """A binary layer for inference: same outputs as the layer it was packed from, a thirty-second of its weights.
+
+    Args:
+        layer: The trained layer. Its scheme and options are kept for the record.
+
+    Attributes:
+        signs: ``(O, ceil(I / 8))`` uint8 buffer, laid as by :func:`bimamba_lit.ops.pack_signs`.
+        weight: ``(O, I)`` fp32, unpacked on every access, for blocks that read it directly.
+    """
+
+    signs: Tensor
+
+    def __init__(self, layer: BinaryLinear) -> None:
+        super().__init__()
+        self.in_features = layer.in_features
+        self.out_features = layer.out_features
+        self.scheme = type(layer).__name__
+        self._options = layer.options()
+        self.register_buffer("signs", layer.packed_signs())
+        for name, term in layer.terms().items():
+            self.register_buffer(name, term.detach().clone())
+        self.register_buffer("bias", None if layer.bias is None else layer.bias.detach().clone())
+
+    def terms(self) -> dict[str, Tensor]:
+        """Return the terms of the formula that this layer holds; see :meth:`BinaryLinear.terms`."""
+        return {name: self._buffers[name] for name in TERMS if self._buffers.get(name) is not None}  # type: ignore[misc]
+
+    @property
+    def weight(self) -> Tensor:
+        """The binary weight ``(O, I)``, dense."""
+        return compose(ops.unpack_signs(self.signs, self.in_features), self.terms())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Multiply ``x`` ``(..., I)`` by the binary weight: ``(..., O)``."""
+        return ops.binary_linear(x, self.signs, self.in_features, bias=self.bias, **self.terms())
+
+    def storage(self) -> dict[str, int]:
+        """Return the bits this layer needs once deployed, by part; equal to those of the layer it came from."""
+        return storage(self)
+
+    def options(self) -> dict[str, Any]:
+        """Return the options of the scheme that made this layer."""
+        return dict(self._options)
+
+    def extra_repr(self) -> str:
+        """Name the sizes and the scheme when the layer is printed."""
+        return f"{self.in_features}, {self.out_features}, scheme={self.scheme}"

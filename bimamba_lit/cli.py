@@ -1,0 +1,161 @@
+"""The commands. Nothing heavy is imported before a command needs it, so that ``bimamba --help`` answers at once."""
+
+import argparse
+import sys
+import traceback
+from collections.abc import Sequence
+from importlib.metadata import entry_points
+from pathlib import Path
+
+import bimamba_lit
+from bimamba_lit.errors import UserError, nearest
+
+TRAINING = {
+    "fit": "train a teacher or distill a student, as a recipe says",
+    "validate": "measure a model on a recipe's validation text; write its summary",
+    "test": "measure a model on a recipe's test text",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run one command and exit: 0, or 1 after one sentence on what went wrong, 2 for a wrong command line.
+
+    Args:
+        argv: The command line, without the program's name; ``sys.argv`` by default.
+    """
+    args = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in args
+    args = [arg for arg in args if arg != "--debug"]
+    try:
+        _dispatch(args)
+    except KeyboardInterrupt:
+        sys.exit("bimamba: interrupted")
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+        sys.exit(f"bimamba: {_sentence(error)}")
+
+
+def _sentence(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    if isinstance(error, UserError):
+        return text
+    if isinstance(error, argparse.ArgumentError):
+        return f"{text}; see --help"
+    return f"{type(error).__name__}: {text} (run again with --debug for where it came from)"
+
+
+def _dispatch(args: list[str]) -> None:
+    parser = _parser()
+    if args and args[0] in TRAINING:
+        from bimamba_lit.training.command_line import run
+
+        run(args[0], args[1:])
+        return
+    known = [*TRAINING, *_COMMANDS]
+    if args and not args[0].startswith("-") and args[0] not in known:
+        raise UserError(f"there is no command '{args[0]}'{nearest(args[0], known) or '; see bimamba --help'}")
+    chosen = parser.parse_args(args)
+    if chosen.command is None:
+        parser.print_help()
+        return
+    chosen.run(chosen)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="bimamba",
+        description="Train, compare and ship Mamba language models with 1-bit projections.",
+        epilog="Begin with: bimamba recipes. `bimamba COMMAND --help` tells more; --debug shows where errors arose.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"bimamba-lit {bimamba_lit.__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    for name, text in TRAINING.items():
+        commands.add_parser(name, help=text)
+    for name, (text, add_arguments, run) in _COMMANDS.items():
+        command = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".", allow_abbrev=False)
+        add_arguments(command)
+        command.set_defaults(run=run)
+    return parser
+
+
+def _generate_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--ckpt", required=True, help="a run folder, a checkpoint, or a saved model's folder")
+    parser.add_argument("--prompt", required=True, help="text to continue")
+    parser.add_argument("--max_new_tokens", type=int, default=200, help="tokens to add (default: %(default)s)")
+    parser.add_argument(
+        "--temperature", type=float, default=0.8, help="0 takes the likeliest token (default: %(default)s)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the random draws (default: %(default)s)")
+
+
+def _generate(chosen: argparse.Namespace) -> None:
+    from bimamba_lit.eval.continue_text import continue_text
+
+    text = continue_text(chosen.ckpt, chosen.prompt, chosen.max_new_tokens, chosen.temperature, chosen.seed)
+    print(text)
+
+
+def _compare_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("runs", nargs="+", metavar="RUN_DIR", help="folders of finished runs")
+    parser.add_argument(
+        "--out", default="runs/comparison", help="folder for report.md, .csv and .png (default: %(default)s)"
+    )
+
+
+def _compare(chosen: argparse.Namespace) -> None:
+    from bimamba_lit.report import compare, print_comparison
+
+    comparison = compare([Path(run) for run in chosen.runs], Path(chosen.out))
+    print_comparison(comparison)
+    print(f"\nWritten: {chosen.out}/report.md, report.csv and report.png")
+
+
+def _recipes_arguments(parser: argparse.ArgumentParser) -> None:
+    actions = parser.add_subparsers(dest="action", metavar="ls | cp NAME DIR")
+    actions.add_parser("ls", help="list the recipes that come with the package (the default)")
+    copy = actions.add_parser("cp", help="copy one to a folder, to change it there")
+    copy.add_argument("name", help="a recipe's name, with or without .yaml")
+    copy.add_argument("dir", help="the folder to copy it to")
+
+
+def _recipes(chosen: argparse.Namespace) -> None:
+    from bimamba_lit.recipe_folder import copy_recipe, list_recipes
+
+    if chosen.action == "cp":
+        print(f"Copied to {copy_recipe(chosen.name, Path(chosen.dir))}")
+        return
+    for name, first_line in list_recipes().items():
+        print(f"{name:28} {first_line}")
+    _warn_of_another_lightning()
+
+
+def _warn_of_another_lightning() -> None:
+    owners = {entry.dist.name for entry in entry_points(group="console_scripts", name="lightning") if entry.dist}
+    others = owners - {"bimamba-lit"}
+    if others:
+        print(
+            f"\nThe command `lightning` may be another program here: {', '.join(sorted(others))} installs one too. "
+            "`bimamba` and `python -m bimamba_lit` are always this one.",
+            file=sys.stderr,
+        )
+
+
+def _bench_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("what", nargs="?", choices=["all", "accuracy", "cpu"], default="all", help="(default: all)")
+    parser.add_argument("--threads", type=int, default=2, help="threads of torch (default: %(default)s)")
+
+
+def _bench(chosen: argparse.Namespace) -> None:
+    from bimamba_lit.bench import bench
+
+    bench(chosen.what, chosen.threads)
+
+
+_COMMANDS = {
+    "generate": ("continue a text with a trained model", _generate_arguments, _generate),
+    "compare": ("lay finished runs side by side: a table and a plot", _compare_arguments, _compare),
+    "recipes": ("list the recipes, or copy one", _recipes_arguments, _recipes),
+    "bench": ("measure accuracy and speed beside the peers", _bench_arguments, _bench),
+}

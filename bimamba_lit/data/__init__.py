@@ -1,0 +1,7 @@
+"""Text for language models: a Lightning data module, its tokenizers and the offline corpus."""
+
+from bimamba_lit.data.module import TextDataModule
+from bimamba_lit.data.offline import offline_corpus
+from bimamba_lit.data.tokenizer import ByteTokenizer, tokenizer_from_json
+
+__all__ = ["ByteTokenizer", "TextDataModule", "offline_corpus", "tokenizer_from_json"]

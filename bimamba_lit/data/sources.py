@@ -1,0 +1,244 @@
+r"""Text files as documents, read in pieces.
+
+`datasets` has a text reader; it turns ``\r\n`` into ``\n`` and holds a whole document in memory. Bits per byte
+needs the bytes as they are, and a file of gigabytes may be one document, so files are read here: in pieces of about
+sixty thousand characters, cut where the tokenizer cuts as well (between a letter and a space or line end), and handed
+to `datasets` one by one.
+"""
+
+import bz2
+import glob
+import gzip
+import hashlib
+import lzma
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, TypedDict, cast
+
+from bimamba_lit.errors import UserError, nearest
+
+_OPENERS: dict[str, Callable[..., Any]] = {".xz": lzma.open, ".gz": gzip.open, ".bz2": bz2.open}
+_FOLDER_NAMES = tuple(f".txt{suffix}" for suffix in ("", *_OPENERS))
+_PIECE = 1 << 16
+_WORD_END = re.compile(r"(?<=[^\W\d_])[ \n]")
+HELD_OUT = 0.05
+
+
+@dataclass(frozen=True)
+class Span:
+    """The bytes of a file's (uncompressed) text from ``start`` to ``stop``, or to its end."""
+
+    path: Path
+    start: int = 0
+    stop: int | None = None
+
+
+class Piece(TypedDict):
+    """Some text of a document: documents are numbered in order, and the pieces of one follow one another."""
+
+    document: int
+    text: str
+
+
+def find_files(setting: str | Sequence[str], key: str) -> list[Path]:
+    """Return the text files that a setting names, each once.
+
+    Args:
+        setting: Paths of files (plain, or compressed as .xz, .gz or .bz2), of folders (their .txt files, compressed or
+            not, at any depth, in order of name) or glob patterns. Empty files found in folders or by a pattern are
+            left out.
+        key: The setting's name, for messages.
+
+    Raises:
+        UserError: If a path does not exist, a folder or pattern holds no text, or a named file is empty.
+    """
+    names = [setting] if isinstance(setting, str) else list(setting)
+    if not names:
+        raise UserError(f"{key}: the list of text files is empty")
+    found: dict[Path, None] = {}
+    for name in names:
+        path = Path(name).expanduser()
+        if path.is_file():
+            if _is_empty(path):
+                raise UserError(f"{key}: the file {path} is empty")
+            found[path] = None
+            continue
+        if path.is_dir():
+            candidates = sorted(p for p in path.rglob("*") if p.is_file() and p.name.endswith(_FOLDER_NAMES))
+            kind = f"the folder {path} holds no file named {', '.join('*' + n for n in _FOLDER_NAMES)}"
+        elif glob.has_magic(name):
+            candidates = sorted(p for p in map(Path, glob.glob(str(path), recursive=True)) if p.is_file())
+            kind = f"no file matches the pattern '{name}'"
+        else:
+            siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+            raise UserError(
+                f"{key}: '{name}' is not a file or folder (accepted: 'offline', or the paths of local text files, "
+                f"folders or glob patterns){nearest(path.name, [*siblings, 'offline'])}"
+            )
+        if not candidates:
+            raise UserError(f"{key}: {kind}")
+        full = [p for p in candidates if not _is_empty(p)]
+        if not full:
+            raise UserError(f"{key}: all files of '{name}' are empty")
+        found.update(dict.fromkeys(full))
+    return list(found)
+
+
+def hold_out(files: Sequence[Path]) -> tuple[list[Span], list[Span]]:
+    """Split files into text to train on and a held-out rest: the last `HELD_OUT` of all bytes, from the next line on.
+
+    Files are taken in order, so many small documents lose the last ones and a single document loses its tail. Where no
+    line ends in what is left of a file, the cut is at the next character.
+    """
+    sizes = [_text_size(path) for path in files]
+    cut = int(sum(sizes) * (1 - HELD_OUT))
+    kept: list[Span] = []
+    held: list[Span] = []
+    for path, size in zip(files, sizes, strict=True):
+        if cut >= size:
+            kept.append(Span(path))
+        elif cut <= 0:
+            held.append(Span(path))
+        else:
+            at = _next_line(path, cut, size)
+            kept.append(Span(path, 0, at))
+            held.append(Span(path, at))
+        cut -= size
+    return kept, held
+
+
+def digest(spans: Sequence[Span]) -> str:
+    """Return a SHA-256 of the content of spans, wherever their files lie."""
+    whole = hashlib.sha256()
+    for span in spans:
+        with closing(_open(span.path, decompress=False)) as file:
+            content = hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
+        packed = span.path.suffix if span.path.suffix in _OPENERS else ""
+        whole.update(f"{content} {packed} {span.start} {span.stop}\n".encode())
+    return whole.hexdigest()
+
+
+def size_of(spans: Sequence[Span]) -> int | None:
+    """Return the bytes of text in spans, or None where that takes decompressing a file."""
+    total = 0
+    for span in spans:
+        if span.stop is None and span.path.suffix in _OPENERS:
+            return None
+        total += (span.path.stat().st_size if span.stop is None else span.stop) - span.start
+    return total
+
+
+def pieces(spans: Sequence[Span], document_end: str | None, whole_documents: bool) -> Iterator[Piece]:
+    """Yield the text of spans in order, in pieces that can be tokenized one by one.
+
+    Args:
+        spans: What to read; each begins a new document.
+        document_end: A line that ends a document within a file and is not part of it, or None.
+        whole_documents: Never cut a document, for tokenizers whose tokens depend on more than the word they are in.
+
+    Raises:
+        UserError: If a file cannot be read or is not UTF-8.
+    """
+    document = 0
+    for span in spans:
+        carry = ""
+        for text, ends in _texts(span, document_end):
+            searched, start, carry = len(carry), 0, carry + text
+            while not whole_documents and (word := _WORD_END.search(carry, max(start + _PIECE, searched))):
+                yield {"document": document, "text": carry[start : word.start()]}
+                start = word.start()
+            carry = carry[start:]
+            if ends:
+                if carry:
+                    yield {"document": document, "text": carry}
+                document, carry = document + 1, ""
+
+
+def _texts(span: Span, document_end: str | None) -> Iterator[tuple[str, bool]]:
+    """Yield runs of whole lines, and whether the document ends with them."""
+    marker = None if document_end is None else document_end.encode()
+    offset = span.start
+    with closing(_open(span.path)) as file:
+        while True:
+            try:
+                if offset == span.start:
+                    file.seek(span.start)
+                lines = file.readlines(_PIECE if span.stop is None else min(_PIECE, span.stop - offset))
+            except (OSError, EOFError, lzma.LZMAError) as error:
+                raise UserError(f"cannot read {span.path}: {error}") from error
+            if span.stop is not None:
+                lines = _first_bytes(lines, span.stop - offset)
+            run: list[bytes] = []
+            for line in lines:
+                if marker is not None and line.rstrip(b"\r\n") == marker:
+                    yield _decode(b"".join(run), span.path, offset), True
+                    offset += sum(map(len, run)) + len(line)
+                    run = []
+                else:
+                    run.append(line)
+            data = b"".join(run)
+            last = not lines or offset + len(data) == span.stop
+            yield _decode(data, span.path, offset), last
+            offset += len(data)
+            if last:
+                return
+
+
+def _decode(data: bytes, path: Path, offset: int) -> str:
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{path} is not UTF-8 text: byte {offset + error.start} cannot be decoded ({error.reason}); "
+            "convert the file to UTF-8"
+        ) from error
+
+
+def _first_bytes(lines: list[bytes], count: int) -> list[bytes]:
+    kept: list[bytes] = []
+    for line in lines:
+        if count <= 0:
+            break
+        kept.append(line[:count])
+        count -= len(line)
+    return kept
+
+
+def _open(path: Path, decompress: bool = True) -> IO[bytes]:
+    try:
+        opener = _OPENERS.get(path.suffix, open) if decompress else open
+        return cast(IO[bytes], opener(path, "rb"))
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+
+
+def _is_empty(path: Path) -> bool:
+    if path.suffix not in _OPENERS:
+        return path.stat().st_size == 0
+    return _text_size(path, limit=1) == 0
+
+
+def _text_size(path: Path, limit: int | None = None) -> int:
+    if path.suffix not in _OPENERS:
+        return path.stat().st_size
+    size = 0
+    with closing(_open(path)) as file:
+        try:
+            while (limit is None or size < limit) and (block := file.read(1 << 20)):
+                size += len(block)
+        except (OSError, EOFError, lzma.LZMAError) as error:
+            raise UserError(f"cannot read {path}: {error}") from error
+    return size
+
+
+def _next_line(path: Path, cut: int, size: int) -> int:
+    with closing(_open(path)) as file:
+        file.seek(cut)
+        line = file.readline()
+    if cut + len(line) < size:
+        return cut + len(line)
+    begun = next((i for i, byte in enumerate(line) if byte & 0xC0 != 0x80), 0)
+    return cut + begun

@@ -1,0 +1,17 @@
+"""The one exception that speaks to the user."""
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class UserError(ValueError):
+    """Bad input, told in one sentence that names what was wrong and what would be right.
+
+    The commands print it without a traceback and exit with a non-zero code.
+    """
+
+
+def nearest(word: str, choices: Iterable[str]) -> str:
+    """Return ``"; did you mean 'x'?"`` for the choice closest to ``word``, or an empty string when none is close."""
+    match = get_close_matches(word, list(choices), n=1, cutoff=0.5)
+    return f"; did you mean '{match[0]}'?" if match else ""

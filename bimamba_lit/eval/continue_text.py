@@ -1,0 +1,38 @@
+"""Continuing a text with a saved model and the tokenizer saved beside it."""
+
+from pathlib import Path
+
+import torch
+
+from bimamba_lit.data.tokenizer import tokenizer_from_json
+from bimamba_lit.distill import find_checkpoint
+from bimamba_lit.errors import UserError
+from bimamba_lit.models.checkpoint import load_lm, load_tokenizer_json
+from bimamba_lit.models.generate import generate
+
+
+def continue_text(path: str | Path, prompt: str, max_new_tokens: int, temperature: float, seed: int) -> str:
+    """Return ``prompt`` and what the model makes of it.
+
+    Args:
+        path: A run folder, a checkpoint or a saved model's folder, with its tokenizer.
+        prompt: The text to continue, not empty.
+        max_new_tokens: Tokens to add.
+        temperature: Divides the logits; 0 takes the likeliest token.
+        seed: Of the random draws.
+
+    Raises:
+        UserError: If the model or its tokenizer is missing, or an argument is out of range.
+    """
+    checkpoint = find_checkpoint(path)
+    text = load_tokenizer_json(checkpoint)
+    if text is None:
+        raise UserError(f"{path} has no tokenizer beside its weights, so there is no way to read the prompt")
+    tokenizer = tokenizer_from_json(text)
+    ids = tokenizer.encode(prompt)
+    if not ids:
+        raise UserError("the prompt is empty: give at least one character to continue")
+    lm = load_lm(checkpoint)
+    generator = torch.Generator().manual_seed(seed)
+    out = generate(lm, torch.tensor([ids]), max_new_tokens, temperature, generator)
+    return tokenizer.decode(out[0].tolist())

@@ -1,0 +1,130 @@
+"""The shape of a Mamba language model, in mamba_ssm's field names."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from bimamba_lit.errors import UserError, nearest
+
+_DEFAULT_D_STATE = 128
+
+
+@dataclass
+class MambaConfig:
+    """Sizes and options of a Mamba language model.
+
+    Args:
+        d_model: Width D of the residual stream.
+        n_layer: Number of blocks, one mixer each.
+        vocab_size: Number of tokens V the model knows; logits have this many columns.
+        d_state: State size N of each head; 128 when not given.
+        d_conv: Width of the causal convolution before the scan, in tokens.
+        expand: Inner width of a mixer as a multiple of d_model.
+        headdim: Width P of a head; divides expand * d_model.
+        ngroups: Number G of groups of heads that share B and C; divides the number of heads.
+        chunk_size: Tokens a chunk of the scan; changes speed and memory, not results.
+        norm_eps: Added to the mean square in every RMS norm.
+        residual_in_fp32: Keep the residual stream in fp32 when the weights are in half precision.
+        tie_embeddings: Share one table between the embedding and the output head.
+        pad_vocab_size_multiple: The embedding table gets rows up to the next multiple of this; logits do not.
+        mixer: The mixer of every block, or a list of one a block; this version has "mamba2".
+
+    Raises:
+        UserError: If a value is of the wrong type or out of range, or two values do not fit together.
+    """
+
+    d_model: int
+    n_layer: int
+    vocab_size: int
+    d_state: int | None = None
+    d_conv: int = 4
+    expand: int = 2
+    headdim: int = 64
+    ngroups: int = 1
+    chunk_size: int = 256
+    norm_eps: float = 1e-5
+    residual_in_fp32: bool = True
+    tie_embeddings: bool = True
+    pad_vocab_size_multiple: int = 8
+    mixer: str | list[str] = "mamba2"
+
+    def __post_init__(self) -> None:
+        if self.d_state is None:
+            self.d_state = _DEFAULT_D_STATE
+        for name in _POSITIVE:
+            value = getattr(self, name)
+            if type(value) is not int or value < 1:
+                raise UserError(f"{name} must be a positive integer, not {value!r}")
+        for name in ("residual_in_fp32", "tie_embeddings"):
+            if not isinstance(value := getattr(self, name), bool):
+                raise UserError(f"{name} must be true or false, not {value!r}")
+        if isinstance(self.norm_eps, bool) or not isinstance(self.norm_eps, (int, float)) or not 0 < self.norm_eps < 1:
+            raise UserError(f"norm_eps must be a number between 0 and 1, not {self.norm_eps!r}")
+        self._check_mixer()
+        if self.d_inner % self.headdim:
+            raise UserError(
+                f"headdim must divide expand * d_model, and {self.headdim} does not divide "
+                f"{self.expand} * {self.d_model} = {self.d_inner}"
+            )
+        if self.nheads % self.ngroups:
+            raise UserError(
+                f"ngroups must divide the number of heads, expand * d_model / headdim = {self.nheads}, "
+                f"and {self.ngroups} does not"
+            )
+
+    def _check_mixer(self) -> None:
+        mixers = self.mixer if isinstance(self.mixer, list) else [self.mixer]
+        if isinstance(self.mixer, list) and len(mixers) != self.n_layer:
+            raise UserError(f"mixer lists {len(mixers)} mixers for n_layer = {self.n_layer} blocks; give one a block")
+        for mixer in mixers:
+            if mixer != "mamba2":
+                raise UserError(f'mixer must be "mamba2", the only one available in this version, not {mixer!r}')
+
+    @property
+    def d_inner(self) -> int:
+        """Inner width of a mixer, ``expand * d_model``."""
+        return self.expand * self.d_model
+
+    @property
+    def nheads(self) -> int:
+        """Number H of heads of a Mamba-2 mixer."""
+        return self.d_inner // self.headdim
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """Rows of the embedding table: ``vocab_size`` up to the next multiple of ``pad_vocab_size_multiple``."""
+        return -(-self.vocab_size // self.pad_vocab_size_multiple) * self.pad_vocab_size_multiple
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as plain JSON types; :meth:`from_dict` reads them back."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "MambaConfig":
+        """Build a configuration from plain types.
+
+        Raises:
+            UserError: If a key is unknown (the nearest right one is named) or missing, or a value is wrong.
+        """
+        names = [field.name for field in fields(cls)]
+        for key in values:
+            if key not in names:
+                raise UserError(f"the model configuration has no key {key!r}{nearest(str(key), names)}")
+        for key in ("d_model", "n_layer", "vocab_size"):
+            if key not in values:
+                raise UserError(f"the model configuration lacks the key '{key}'")
+        return cls(**values)
+
+
+_POSITIVE = (
+    "d_model",
+    "n_layer",
+    "vocab_size",
+    "d_state",
+    "d_conv",
+    "expand",
+    "headdim",
+    "ngroups",
+    "chunk_size",
+    "pad_vocab_size_multiple",
+)

@@ -1,0 +1,74 @@
+"""Continuing text token by token, in memory that does not grow with its length."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from bimamba_lit.errors import UserError
+from bimamba_lit.models.lm import MambaLM
+
+_PREFILL_TOKENS = 2048
+
+
+@torch.no_grad()
+def generate(
+    lm: MambaLM,
+    ids: Tensor,
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Continue every sequence by ``max_new_tokens`` tokens drawn from the model.
+
+    Args:
+        lm: The model; left in the mode (training or evaluation) it was in.
+        ids: Prompts (B, L), int64, of one length and without padding.
+        max_new_tokens: How many tokens to add to each.
+        temperature: Logits are divided by it; 0 takes the most likely token.
+        generator: Source of randomness, on the model's device; the global one when not given.
+
+    Returns:
+        Prompts and continuations (B, L + max_new_tokens), int64.
+
+    Raises:
+        UserError: If an argument is out of range, or the model's logits are not finite.
+    """
+    if max_new_tokens < 0:
+        raise UserError(f"max_new_tokens must be 0 or more, not {max_new_tokens}")
+    if not (temperature >= 0 and math.isfinite(temperature)):
+        raise UserError(f"temperature must be 0 (the most likely token) or a positive number, not {temperature}")
+    ids = ids.to(lm.device)
+    modes = [(module, module.training) for module in lm.modules()]
+    lm.eval()
+    try:
+        return _continue(lm, ids, max_new_tokens, temperature, generator)
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def _continue(
+    lm: MambaLM, ids: Tensor, max_new_tokens: int, temperature: float, generator: torch.Generator | None
+) -> Tensor:
+    state, hidden = lm.init_state(ids.shape[0]), None
+    # In pieces, so that a long prompt needs no more memory than a short one.
+    for piece in ids.split(_PREFILL_TOKENS, dim=1):
+        hidden, state = lm.backbone.prefill(piece, state)
+    assert hidden is not None
+    logits = lm.logits(hidden[:, -1])
+    if not torch.isfinite(logits).all():
+        raise UserError("the model's logits are not finite, so there is nothing to draw from; its training diverged")
+    out = torch.cat([ids, ids.new_empty(ids.shape[0], max_new_tokens)], dim=1)
+    for position in range(ids.shape[1], out.shape[1]):
+        out[:, position] = token = _draw(logits, temperature, generator)
+        if position + 1 < out.shape[1]:
+            logits, state = lm.step(token, state)
+    return out
+
+
+def _draw(logits: Tensor, temperature: float, generator: torch.Generator | None) -> Tensor:
+    if temperature == 0:
+        return logits.argmax(-1)
+    probabilities = torch.softmax(logits.float() / temperature, dim=-1)
+    return torch.multinomial(probabilities, 1, generator=generator).squeeze(-1)

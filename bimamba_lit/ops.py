@@ -1,0 +1,477 @@
+"""The public ops, and the one place where a backend is chosen.
+
+Every op has a definition, ``kernels/OP/naive.py``; most have a fast form in plain PyTorch, ``kernels/OP/chunked.py``;
+some have a Triton form, ``kernels/OP/triton.py``, which is imported only when it is used. ``backend="auto"`` takes
+Triton for CUDA tensors where the op has it, else the chunked form, else the naive one; where an op has no chunked form,
+``"chunked"`` is ``"naive"``. Inputs are checked here, so the kernels can trust them.
+
+Legend: B batch, L length, H heads, P head width, G groups, N state size, D channels, W taps, O/I out/in features,
+V vocabulary.
+"""
+
+import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from bimamba_lit.kernels.binary_linear import chunked as chunked_linear
+from bimamba_lit.kernels.binary_linear import naive as naive_linear
+from bimamba_lit.kernels.causal_conv1d import chunked as chunked_conv
+from bimamba_lit.kernels.causal_conv1d import naive as naive_conv
+from bimamba_lit.kernels.distillation_loss import chunked as chunked_distillation
+from bimamba_lit.kernels.distillation_loss import naive as naive_distillation
+from bimamba_lit.kernels.signs import chunked as chunked_signs
+from bimamba_lit.kernels.signs import naive as naive_signs
+from bimamba_lit.kernels.ssd import chunked as chunked_ssd
+from bimamba_lit.kernels.ssd import naive as naive_ssd
+
+Op = TypeVar("Op", bound=Callable[..., Any])
+
+BACKENDS = ("auto", "naive", "chunked", "triton")
+DIVERGENCES = ("soft_ce", "forward_kl", "reverse_kl")
+
+
+def ssd(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    chunk_size: int = 256,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    dt_softplus: bool = False,
+    dt_limit: tuple[float, float] = (0.0, math.inf),
+    initial_states: Tensor | None = None,
+    seq_idx: Tensor | None = None,
+    return_final_states: bool = False,
+    *,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Run Mamba-2's scan (SSD): state = exp(dt A) state + dt x B^T and y = state C + D x, times silu(z).
+
+    States and decays are held in float32 (float64 for float64 inputs), whatever the dtype of the inputs and whether
+    autocast is on.
+
+    Args:
+        x: Inputs (B, L, H, P), any float dtype.
+        dt: Step sizes (B, L, H), before `dt_bias`, softplus and `dt_limit`.
+        A: Rate of each head (H,), negative in a trained model.
+        B: Input maps (B, L, G, N); G divides H.
+        C: Output maps (B, L, G, N).
+        chunk_size: An upper bound on the chunk of the chunked forms, which may take a smaller one where that is
+            faster; the result is the same to rounding.
+        D: Skip weights (H,) or (H, P).
+        z: Gates (B, L, H, P).
+        dt_bias: Added to `dt` (H,).
+        dt_softplus: Whether softplus is applied to `dt` after the bias.
+        dt_limit: Bounds to which the step sizes are clamped last.
+        initial_states: State before the first token (B, H, P, N); it belongs to the first document.
+        seq_idx: Document of each token (B, L), integer; the state is zeroed where it changes.
+        return_final_states: Whether the state after the last token is returned too.
+        backend: ``"auto"``, ``"naive"``, ``"chunked"`` or ``"triton"``.
+
+    Returns:
+        y (B, L, H, P) in x's dtype, or (y, states (B, H, P, N) in float32 or float64). All inputs receive gradients.
+
+    Raises:
+        ValueError: If a shape or the backend is wrong.
+
+    Source: arXiv 2405.21060, section 6; the arguments are those of mamba_ssm's ``mamba_chunk_scan_combined``.
+    """
+    _dimensions("x", x, "B L H P")
+    batch, length, heads, width = x.shape
+    _dimensions("B", B, "B L G N")
+    groups, size = B.shape[2:]
+    if length < 1 or chunk_size < 1:
+        raise ValueError(f"length and chunk_size must be at least 1, and are {length} and {chunk_size}.")
+    _check_scan(heads, width, groups, A, D, dt_bias)
+    _shape("dt", dt, "B L H", (batch, length, heads))
+    _shape("B", B, "B L G N", (batch, length, groups, size))
+    _shape("C", C, "B L G N", (batch, length, groups, size))
+    _shape("z", z, "B L H P", (batch, length, heads, width))
+    _shape("initial_states", initial_states, "B H P N", (batch, heads, width, size))
+    _shape("seq_idx", seq_idx, "B L", (batch, length))
+    run = _pick(backend, x, naive_ssd.ssd, chunked_ssd.ssd)
+    with _without_autocast(x):
+        return run(
+            x, dt, A, B, C, chunk_size, D, z, dt_bias, dt_softplus, dt_limit, initial_states, seq_idx,
+            return_final_states,
+        )  # fmt: skip
+
+
+def ssd_step(
+    state: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    dt_softplus: bool = False,
+    dt_limit: tuple[float, float] = (0.0, math.inf),
+    *,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Advance `ssd` by one token; may overwrite the state given when no gradient is recorded.
+
+    Args:
+        state: State before the token (B, H, P, N).
+        x: Inputs (B, H, P).
+        dt: Step sizes (B, H).
+        A: Rate of each head (H,).
+        B: Input maps (B, G, N); G divides H.
+        C: Output maps (B, G, N).
+        D: Skip weights (H,) or (H, P).
+        z: Gates (B, H, P).
+        dt_bias: Added to `dt` (H,).
+        dt_softplus: Whether softplus is applied to `dt` after the bias.
+        dt_limit: Bounds to which the step sizes are clamped last.
+        backend: ``"auto"``, ``"naive"``, ``"chunked"`` or ``"triton"``.
+
+    Returns:
+        y (B, H, P) in x's dtype and the new state (B, H, P, N) in float32 (float64 for float64 inputs).
+
+    Raises:
+        ValueError: If a shape or the backend is wrong.
+    """
+    _dimensions("x", x, "B H P")
+    batch, heads, width = x.shape
+    _dimensions("B", B, "B G N")
+    groups, size = B.shape[1:]
+    _check_scan(heads, width, groups, A, D, dt_bias)
+    _shape("state", state, "B H P N", (batch, heads, width, size))
+    _shape("dt", dt, "B H", (batch, heads))
+    _shape("B", B, "B G N", (batch, groups, size))
+    _shape("C", C, "B G N", (batch, groups, size))
+    _shape("z", z, "B H P", (batch, heads, width))
+    run = _pick(backend, x, naive_ssd.ssd_step, chunked_ssd.ssd_step)
+    with _without_autocast(x):
+        return run(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, dt_limit)
+
+
+def causal_conv1d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+    initial_states: Tensor | None = None,
+    seq_idx: Tensor | None = None,
+    return_final_states: bool = False,
+    *,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Convolve every channel with its own taps over the past: y[t] = act(bias + sum_w weight[w] x[t - (W - 1) + w]).
+
+    Args:
+        x: Inputs (B, D, L), any float dtype and strides; a transposed (B, L, D) tensor is not copied.
+        weight: Taps (D, W), the last one for the current input.
+        bias: Per channel (D,).
+        activation: ``None``, or ``"silu"`` (``"swish"`` is the same).
+        initial_states: The W - 1 inputs before the first (B, D, W - 1); they belong to the first document.
+        seq_idx: Document of each token (B, L), integer; inputs of another document count as zero.
+        return_final_states: Whether the last W - 1 inputs of the last document are returned too.
+        backend: ``"auto"``, ``"naive"``, ``"chunked"`` or ``"triton"``.
+
+    Returns:
+        y (B, D, L) in x's dtype, or (y, states (B, D, W - 1)). All float inputs receive gradients.
+
+    Raises:
+        ValueError: If a shape, the activation or the backend is wrong.
+    """
+    _dimensions("x", x, "B D L")
+    batch, channels, length = x.shape
+    _dimensions("weight", weight, "D W")
+    taps = weight.shape[1]
+    if length < 1 or taps < 1:
+        raise ValueError(f"length and taps must be at least 1, and are {length} and {taps}.")
+    _shape("weight", weight, "D W", (channels, taps))
+    _shape("bias", bias, "D", (channels,))
+    _shape("initial_states", initial_states, "B D W-1", (batch, channels, taps - 1))
+    _shape("seq_idx", seq_idx, "B L", (batch, length))
+    _check_activation(activation)
+    run = _pick(backend, x, naive_conv.causal_conv1d, chunked_conv.causal_conv1d)
+    return run(x, weight, bias, activation, initial_states, seq_idx, return_final_states)
+
+
+def causal_conv1d_step(
+    x: Tensor,
+    conv_state: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+    *,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Advance `causal_conv1d` by one token; may overwrite the state given when no gradient is recorded.
+
+    Args:
+        x: Inputs (B, D).
+        conv_state: The W - 1 inputs before (B, D, W - 1), oldest first.
+        weight: Taps (D, W).
+        bias: Per channel (D,).
+        activation: ``None``, or ``"silu"`` (``"swish"`` is the same).
+        backend: ``"auto"``, ``"naive"``, ``"chunked"`` or ``"triton"``.
+
+    Returns:
+        y (B, D) in x's dtype and the new state (B, D, W - 1).
+
+    Raises:
+        ValueError: If a shape, the activation or the backend is wrong.
+    """
+    _dimensions("x", x, "B D")
+    batch, channels = x.shape
+    _dimensions("weight", weight, "D W")
+    taps = weight.shape[1]
+    _shape("weight", weight, "D W", (channels, taps))
+    _shape("conv_state", conv_state, "B D W-1", (batch, channels, taps - 1))
+    _shape("bias", bias, "D", (channels,))
+    _check_activation(activation)
+    return _pick(backend, x, naive_conv.causal_conv1d_step)(x, conv_state, weight, bias, activation)
+
+
+def pack_signs(w: Tensor, *, backend: str = "auto") -> Tensor:
+    """Pack the signs of a matrix to bits: bit i % 8 of byte i // 8 is 1 where w > 0, and padding bits are 0.
+
+    Zero counts as -1, as in arXiv 2411.11843. Non-finite values are the caller's matter: NaN packs as -1.
+
+    Args:
+        w: Weights (O, I), any float dtype.
+        backend: ``"auto"``, ``"naive"``, ``"chunked"`` or ``"triton"``.
+
+    Returns:
+        Signs (O, ceil(I / 8)), uint8.
+
+    Raises:
+        ValueError: If the shape or the backend is wrong.
+    """
+    _dimensions("w", w, "O I")
+    return _pick(backend, w, naive_signs.pack_signs)(w)
+
+
+def unpack_signs(
+    signs: Tensor, in_features: int, dtype: torch.dtype = torch.float32, *, backend: str = "auto"
+) -> Tensor:
+    """Unpack what `pack_signs` packed.
+
+    Args:
+        signs: Packed signs (O, ceil(I / 8)), uint8.
+        in_features: I, which the packed width alone does not tell.
+        dtype: Of the result.
+        backend: ``"auto"``, ``"naive"``, ``"chunked"`` or ``"triton"``.
+
+    Returns:
+        Signs (O, I) of +1 and -1 in `dtype`.
+
+    Raises:
+        ValueError: If the shape, `in_features` or the backend is wrong.
+        TypeError: If `signs` is not uint8.
+    """
+    _check_signs(signs, in_features)
+    return _pick(backend, signs, naive_signs.unpack_signs, chunked_signs.unpack_signs)(signs, in_features, dtype)
+
+
+def binary_linear(
+    x: Tensor,
+    signs: Tensor,
+    in_features: int,
+    in_scale: Tensor | None = None,
+    out_scale: Tensor | None = None,
+    group_scale: Tensor | None = None,
+    in_shift: Tensor | None = None,
+    out_shift: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    backend: str = "auto",
+) -> Tensor:
+    """Multiply by packed signs with scales and shifts, each term optional.
+
+    ``y[o] = out_scale[o] * sum_g group_scale[o, g] * sum_{i in g} s[o, i] * in_scale[i] * x[i]
+    + out_shift[o] * sum_i x[i] + sum_i in_shift[i] * x[i] + bias[o]``.
+
+    Args:
+        x: Inputs (..., I), any float dtype.
+        signs: Packed signs (O, ceil(I / 8)), uint8, of `pack_signs`.
+        in_features: I.
+        in_scale: (I,) or (1,).
+        out_scale: (O,) or (1,).
+        group_scale: (O, G), for G contiguous groups of I / G inputs.
+        in_shift: (I,) or (1,).
+        out_shift: (O,) or (1,).
+        bias: (O,) or (1,).
+        backend: ``"auto"``, ``"naive"``, ``"chunked"`` or ``"triton"``.
+
+    Returns:
+        y (..., O) in x's dtype; `x` and every term receive gradients.
+
+    Raises:
+        ValueError: If a shape, `in_features` or the backend is wrong.
+        TypeError: If `signs` is not uint8.
+    """
+    _check_signs(signs, in_features)
+    out_features = signs.shape[0]
+    if x.ndim < 1 or x.shape[-1] != in_features:
+        raise ValueError(f"x has shape {tuple(x.shape)}, but must be (..., I) = (..., {in_features}).")
+    for name, term, letter, count in (
+        ("in_scale", in_scale, "I", in_features),
+        ("out_scale", out_scale, "O", out_features),
+        ("in_shift", in_shift, "I", in_features),
+        ("out_shift", out_shift, "O", out_features),
+        ("bias", bias, "O", out_features),
+    ):
+        if term is not None and tuple(term.shape) not in ((count,), (1,)):
+            raise ValueError(f"{name} has shape {tuple(term.shape)}, but must be ({letter},) = ({count},) or (1,).")
+    if group_scale is not None:
+        _dimensions("group_scale", group_scale, "O G")
+        groups = group_scale.shape[1]
+        _shape("group_scale", group_scale, "O G", (out_features, groups))
+        if groups < 1 or in_features % groups:
+            raise ValueError(f"group_scale has {groups} groups, which must divide in_features = {in_features}.")
+    run = _pick(backend, x, naive_linear.binary_linear, chunked_linear.binary_linear)
+    return run(x, signs, in_features, in_scale, out_scale, group_scale, in_shift, out_shift, bias)
+
+
+def distillation_loss(
+    hidden_s: Tensor,
+    head_s: Tensor,
+    hidden_t: Tensor | None = None,
+    head_t: Tensor | None = None,
+    labels: Tensor | None = None,
+    *,
+    divergence: str = "soft_ce",
+    temperature: float = 1.0,
+    hard_share: float = 0.0,
+    mask: Tensor | None = None,
+    chunk_tokens: int = 1024,
+    backend: str = "auto",
+) -> Tensor:
+    """Compute (1 - hard_share) * temperature^2 * divergence(teacher, student) + hard_share * cross-entropy.
+
+    The mean is over counted positions: those with `mask` True, if given, and a label other than -100, if given. With
+    none counted the loss and its gradients are 0. Products run in autocast's dtype where autocast is on; softmax and
+    sums in float32 (float64 for float64 inputs). The chunked form never holds logits of more than `chunk_tokens`
+    tokens, neither forward nor backward.
+
+    Args:
+        hidden_s: The student's final hidden states (..., D_s).
+        head_s: The student's output embedding (V, D_s).
+        hidden_t: The teacher's final hidden states (..., D_t); None only with ``hard_share=1.0``.
+        head_t: The teacher's output embedding (V, D_t); likewise.
+        labels: The token to predict at each position (...), int64, -100 where not counted; needed where
+            ``hard_share > 0``.
+        divergence: ``"soft_ce"`` (-sum p_t log p_s, the paper's), ``"forward_kl"`` (sum p_t log(p_t / p_s)) or
+            ``"reverse_kl"`` (sum p_s log(p_s / p_t)), of the softmax of logits / temperature.
+        temperature: Positive; the soft term is multiplied by its square.
+        hard_share: Weight of the cross-entropy with the labels, 0 to 1.
+        mask: Positions that count (...), bool.
+        chunk_tokens: Tokens whose logits exist at a time in the chunked form.
+        backend: ``"auto"``, ``"naive"``, ``"chunked"`` or ``"triton"``.
+
+    Returns:
+        A scalar, float32 (float64 for float64 inputs). Gradients flow to `hidden_s` and `head_s` only.
+
+    Raises:
+        ValueError: If a shape, an option, a label or the backend is wrong, or an input that is needed is missing.
+        TypeError: If `mask` is not bool.
+
+    Source: arXiv 2411.11843, section 3 (soft_ce at temperature 1).
+    """
+    tokens = tuple(hidden_s.shape[:-1])
+    if divergence not in DIVERGENCES:
+        raise ValueError(f"divergence is {divergence!r}, but must be one of {', '.join(DIVERGENCES)}.")
+    if not 0.0 < temperature < math.inf:
+        raise ValueError(f"temperature is {temperature}, but must be positive and finite.")
+    if not 0.0 <= hard_share <= 1.0:
+        raise ValueError(f"hard_share is {hard_share}, but must be between 0 and 1.")
+    if chunk_tokens < 1:
+        raise ValueError(f"chunk_tokens is {chunk_tokens}, but must be at least 1.")
+    if hidden_s.ndim < 2:
+        raise ValueError(f"hidden_s has shape {tuple(hidden_s.shape)}, but must be (..., D).")
+    _dimensions("head_s", head_s, "V D")
+    vocabulary = head_s.shape[0]
+    _shape("head_s", head_s, "V D", (vocabulary, hidden_s.shape[-1]))
+    if hard_share < 1.0:
+        if hidden_t is None or head_t is None:
+            raise ValueError(f"hidden_t and head_t are needed at hard_share = {hard_share}, or set hard_share = 1.0.")
+        _shape("hidden_t", hidden_t, "... D", (*tokens, hidden_t.shape[-1]))
+        _shape("head_t", head_t, "V D", (vocabulary, hidden_t.shape[-1]))
+    if hard_share > 0.0 and labels is None:
+        raise ValueError(f"labels are needed at hard_share = {hard_share}, or set hard_share = 0.0.")
+    _shape("labels", labels, "...", tokens)
+    _shape("mask", mask, "...", tokens)
+    if mask is not None and mask.dtype != torch.bool:
+        raise TypeError(f"mask has dtype {mask.dtype}, but must be torch.bool.")
+    if labels is not None and bool(((labels != -100) & ((labels < 0) | (labels >= vocabulary))).any()):
+        raise ValueError(f"labels hold a value outside 0 to {vocabulary - 1} that is not -100.")
+    run = _pick(backend, hidden_s, naive_distillation.distillation_loss, chunked_distillation.distillation_loss)
+    return run(
+        hidden_s, head_s, hidden_t, head_t, labels, divergence=divergence, temperature=temperature,
+        hard_share=hard_share, mask=mask, chunk_tokens=chunk_tokens,
+    )  # fmt: skip
+
+
+def _pick(backend: str, tensor: Tensor, naive: Op, chunked: Op | None = None) -> Op:
+    if backend not in BACKENDS:
+        raise ValueError(f"backend is {backend!r}, but must be one of {', '.join(BACKENDS)}.")
+    if backend == "naive":
+        return naive
+    if backend == "triton" or (backend == "auto" and tensor.is_cuda):
+        module = naive.__module__.removesuffix("naive") + "triton"
+        kernel: Op | None = getattr(import_module(module), naive.__name__, None) if _importable(module) else None
+        if kernel is not None:
+            return kernel
+        if backend == "triton":
+            raise ValueError(f"{naive.__name__} has no Triton form here; take backend='auto'.")
+    return naive if chunked is None else chunked
+
+
+@cache
+def _importable(module: str) -> bool:
+    return find_spec("triton") is not None and find_spec(module) is not None
+
+
+def _without_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
+    device = tensor.device.type
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+
+
+def _dimensions(name: str, tensor: Tensor, letters: str) -> None:
+    if tensor.ndim != len(letters.split()):
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}, but must be ({letters.replace(' ', ', ')}).")
+
+
+def _shape(name: str, tensor: Tensor | None, letters: str, shape: tuple[int, ...]) -> None:
+    if tensor is not None and tuple(tensor.shape) != shape:
+        raise ValueError(
+            f"{name} has shape {tuple(tensor.shape)}, but must be ({letters.replace(' ', ', ')}) = {shape}."
+        )
+
+
+def _check_scan(heads: int, width: int, groups: int, A: Tensor, D: Tensor | None, dt_bias: Tensor | None) -> None:
+    if groups < 1 or heads % groups:
+        raise ValueError(f"B has {groups} groups, which must divide x's {heads} heads.")
+    _shape("A", A, "H", (heads,))
+    _shape("dt_bias", dt_bias, "H", (heads,))
+    if D is not None and tuple(D.shape) not in ((heads,), (heads, width)):
+        raise ValueError(f"D has shape {tuple(D.shape)}, but must be (H,) = {(heads,)} or (H, P) = {(heads, width)}.")
+
+
+def _check_activation(activation: str | None) -> None:
+    if activation not in (None, "silu", "swish"):
+        raise ValueError(f"activation is {activation!r}, but must be None, 'silu' or 'swish'.")
+
+
+def _check_signs(signs: Tensor, in_features: int) -> None:
+    if signs.dtype != torch.uint8:
+        raise TypeError(f"signs has dtype {signs.dtype}, but must be torch.uint8.")
+    _dimensions("signs", signs, "O ceil(I/8)")
+    _shape("signs", signs, "O ceil(I/8)", (signs.shape[0], math.ceil(in_features / 8)))

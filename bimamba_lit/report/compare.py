@@ -1,0 +1,23 @@
+"""The report on several runs."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from bimamba_lit.report.plot import write_plot
+from bimamba_lit.report.side_by_side import Comparison, lay_side_by_side
+from bimamba_lit.report.table import write_csv, write_markdown
+
+
+def compare(run_dirs: Sequence[str | Path], out: str | Path) -> Comparison:
+    """Compare runs and write ``report.md``, ``report.csv`` and ``report.png`` into ``out``.
+
+    Raises:
+        UserError: If a run is missing or unfinished, the runs were evaluated on different texts, contexts or strides,
+            or a file cannot be written.
+    """
+    comparison = lay_side_by_side(run_dirs)
+    folder = Path(out)
+    write_plot(comparison, folder / "report.png")
+    write_csv(comparison, folder / "report.csv")
+    write_markdown(comparison, folder / "report.md", plot="report.png")
+    return comparison

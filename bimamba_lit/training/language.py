@@ -1,0 +1,124 @@
+"""What training a teacher and distilling a student have in common."""
+
+from typing import Any
+
+import lightning
+from torch import Tensor
+
+from bimamba_lit.binarize import binary_layers
+from bimamba_lit.errors import UserError
+from bimamba_lit.eval import LanguageMetrics
+from bimamba_lit.models import MambaLM
+from bimamba_lit.models.checkpoint import describe
+from bimamba_lit.training.optimizer import AdamW
+
+Batch = dict[str, Tensor]
+
+
+class LanguageModule(lightning.LightningModule):
+    """A language model in training: optimizer, evaluation and checkpoints; subclasses build it and give the loss.
+
+    Args:
+        optimizer: The optimizer and its schedule.
+        with_teacher: Whether evaluation compares with a teacher.
+
+    Attributes:
+        lm: The model being trained, there once ``configure_model`` has run.
+        evaluated: The figures of the newest evaluation by name, and under ``step`` when it was.
+    """
+
+    lm: MambaLM
+
+    def __init__(self, optimizer: AdamW | None = None, with_teacher: bool = False) -> None:
+        super().__init__()
+        self.optimizer_settings = optimizer or AdamW()
+        self.metrics = LanguageMetrics(with_teacher)
+        self.evaluated: dict[str, float] = {}
+
+    def data_vocabulary(self) -> tuple[int | None, str | None]:
+        """Return the vocabulary size and the tokenizer (as JSON) of the data module; ``None`` where there is none."""
+        data = getattr(self._trainer, "datamodule", None)
+        if data is None or not hasattr(data, "tokenizer"):
+            return None, None
+        return data.vocab_size, data.tokenizer.to_json()
+
+    def configure_optimizers(self) -> Any:
+        """Build AdamW and its schedule for the trained model."""
+        return self.optimizer_settings.build(self.lm, self.trainer.max_steps)
+
+    def log_loss(self, loss: Tensor) -> Tensor:
+        """Log the training loss, in nats a token, and the learning rate."""
+        rate = self.trainer.optimizers[0].param_groups[0]["lr"]
+        self.log("train/loss", loss, prog_bar=True)
+        self.log("train/lr", rate)
+        return loss
+
+    def teacher_output(self, batch: Batch) -> tuple[Tensor, Tensor] | None:
+        """Return the teacher's hidden states ``(B, L, D_t)`` and head ``(V, D_t)``, or ``None`` without a teacher."""
+        return None
+
+    def validation_step(self, batch: Batch) -> None:
+        """Add a batch of evaluation windows to the figures."""
+        self.metrics.update(
+            self.lm.backbone(batch["input_ids"]),
+            self.lm.head_weight,
+            batch["labels"],
+            batch["label_bytes"],
+            self.teacher_output(batch),
+        )
+
+    def test_step(self, batch: Batch) -> None:
+        """Add a batch of test windows to the figures."""
+        self.validation_step(batch)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the figures of the validation text."""
+        self._log_figures("val")
+
+    def on_test_epoch_end(self) -> None:
+        """Log the figures of the test text."""
+        self._log_figures("test")
+
+    def _log_figures(self, prefix: str) -> None:
+        figures = self.metrics.compute()
+        self.log_dict({f"{prefix}/{name}": value.float() for name, value in figures.items()}, sync_dist=False)
+        self.evaluated = {name: float(value) for name, value in figures.items()} | {"step": self.global_step}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add what rebuilds the model and reads its text, so that a checkpoint stands by itself."""
+        checkpoint["lm"] = describe(self.lm)
+        _, checkpoint["tokenizer"] = self.data_vocabulary()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse a checkpoint of another model before its tensors are tried one by one.
+
+        Raises:
+            UserError: If the checkpoint holds another architecture or scheme than the recipe builds.
+        """
+        if "lm" not in checkpoint:
+            raise UserError("the checkpoint is not one of this project: it does not describe its model (key 'lm')")
+        saved, built = checkpoint["lm"], describe(self.lm)
+        differing = sorted(key for key in saved.keys() | built.keys() if saved.get(key) != built.get(key))
+        if differing:
+            raise UserError(
+                "the checkpoint holds another model than the recipe builds: use the recipe it was trained with "
+                f"(they differ in {_differences(saved, built)})"
+            )
+
+
+def _differences(saved: Any, built: Any, path: str = "") -> str:
+    if isinstance(saved, dict) and isinstance(built, dict):
+        keys = [key for key in saved.keys() | built.keys() if saved.get(key) != built.get(key)]
+        pairs = [(f"{path}.{key}".lstrip("."), saved.get(key), built.get(key)) for key in sorted(keys)]
+        return ", ".join(_differences(there, here, name) for name, there, here in pairs)
+    if isinstance(saved, list):
+        return path
+    return f"{path}: {saved!r} there, {built!r} here"
+
+
+def scheme_name(lm: MambaLM, trained: bool) -> str:
+    """Return a run's scheme: ``fp``, the class name, or ``ptb.`` and it where nothing was trained after."""
+    names = sorted({getattr(layer, "scheme", type(layer).__name__) for _, layer in binary_layers(lm)})
+    if not names:
+        return "fp"
+    return "+".join(names if trained else [f"ptb.{name}" for name in names])

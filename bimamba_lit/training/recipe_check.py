@@ -1,0 +1,291 @@
+"""Checking a recipe and the command line against the classes they name, before they are parsed.
+
+jsonargparse tries every alternative of a setting's type and reports all that failed: a misspelt key three levels deep
+comes out as a page of alternatives. Here the settings are walked beside the signatures of the classes they configure,
+so that the one wrong key or value can be named with its full path and what would be right.
+"""
+
+import dataclasses
+import importlib
+import inspect
+import types
+import typing
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin
+
+import yaml
+from jsonargparse import ArgumentError, ArgumentParser
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from bimamba_lit.errors import UserError, nearest
+
+Settings = dict[str, Any]
+CLASS_KEYS = ("class_path", "init_args", "dict_kwargs")
+
+
+def read_settings(args: Sequence[str]) -> Settings:
+    """Return the nested settings of a command line: those of its recipes, in order, under those it sets itself.
+
+    Args:
+        args: The arguments after the command: ``-c FILE``, ``--key value``, ``--key=value``, ``--key+=value``.
+
+    Raises:
+        UserError: If a recipe is missing or cannot be read.
+    """
+    settings: Settings = {}
+    for name, value in _options(args):
+        if name in ("-c", "--config"):
+            _merge(settings, read_recipe(Path(value)))
+        elif name.startswith("--") and not name.endswith("+"):
+            _set(settings, name.removeprefix("--").split("."), _scalar(value))
+    return settings
+
+
+def read_recipe(path: Path) -> Settings:
+    """Return the settings of one recipe, its ``${…}`` resolved.
+
+    Raises:
+        UserError: If it is missing, not UTF-8, not YAML, or an interpolation has nothing to stand for.
+    """
+    if not path.is_file():
+        siblings = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
+        hint = nearest(path.name, siblings) or "; `bimamba recipes` lists those that come with the package"
+        raise UserError(f"there is no recipe {path}{hint}")
+    try:
+        recipe = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        where = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        raise UserError(f"{path} is broken YAML{where}: {error.problem}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not a YAML text file: {' '.join(str(error).split())}") from error
+    except OmegaConfBaseException as error:
+        raise UserError(f"{path}: {str(error).splitlines()[0]}") from error
+    if not isinstance(recipe, dict):
+        raise UserError(f"{path} is not a recipe: it must map keys such as trainer, model and data to their settings")
+    return typing.cast(Settings, recipe)
+
+
+def check_settings(settings: Mapping[str, Any], groups: Mapping[str, Any]) -> None:
+    """Check every key and value of ``settings``, at any depth.
+
+    Args:
+        settings: What :func:`read_settings` returned.
+        groups: The type of each top-level key: a class with plain arguments (``trainer``), or a base class of which a
+            subclass is named (``type[Base]``: ``model``, ``data``), or the type of a value.
+
+    Raises:
+        UserError: If a key is unknown (the nearest right one is named), a value is of the wrong type, or a class cannot
+            be found or is not of the kind that is wanted.
+    """
+    _check_keys("", settings, groups)
+    for key, value in settings.items():
+        kind = groups[key]
+        if get_origin(kind) is type:
+            _check_class(key, value, get_args(kind))
+        elif inspect.isclass(kind) and isinstance(value, Mapping):
+            _check_arguments(key, value, kind)
+        else:
+            _check_value(key, value, kind)
+
+
+def _check_value(path: str, value: Any, kind: Any) -> None:
+    """Check a value against the type of its parameter, descending into lists and classes."""
+    kinds = list(_alternatives(kind))
+    if isinstance(value, list):
+        elements = [get_args(one)[0] for one in kinds if _is_sequence(one)]
+        if elements:
+            for index, item in enumerate(value):
+                _check_value(f"{path}[{index}]", item, Union[tuple(elements)])  # noqa: UP007
+            return
+    bases = tuple(base for base in map(_class_wanted, kinds) if base is not None)
+    if isinstance(value, Mapping) and "class_path" not in value:
+        dataclass = next((base for base in bases if dataclasses.is_dataclass(base)), None)
+        if dataclass is not None:
+            _check_arguments(path, value, dataclass)
+            return
+    simple = [one for one in kinds if _class_wanted(one) is None]
+    if bases and (isinstance(value, Mapping) or (isinstance(value, str) and not _fits(value, simple))):
+        _check_class(path, value, bases)
+    elif not bases and not _fits(value, kinds):
+        raise UserError(f"{path}: {value!r} is not right, it must be {_told(kinds)}")
+    elif bases and not isinstance(value, str | Mapping) and not _fits(value, simple):
+        raise UserError(f"{path}: {value!r} is not right, it must be {_told(kinds)}")
+
+
+def _check_class(path: str, value: Any, bases: tuple[type, ...]) -> None:
+    """Check ``class_path`` and ``init_args``, or the short forms of them: a name alone, arguments beside the name."""
+    if isinstance(value, str):
+        value = {"class_path": value}
+    wanted = " or ".join(base.__name__ for base in bases)
+    if not isinstance(value, Mapping):
+        raise UserError(f"{path}: {value!r} is not right, it must name a {wanted} by its class_path")
+    name = value.get("class_path")
+    if name is None:
+        raise UserError(f"{path} has no class_path: it must name a {wanted}")
+    cls = _find_class(f"{path}.class_path", str(name), bases)
+    arguments = {key: item for key, item in value.items() if key not in CLASS_KEYS}
+    if isinstance(value.get("init_args"), Mapping):
+        arguments |= value["init_args"]
+        path = f"{path}.init_args"
+    _check_arguments(path, arguments, cls)
+
+
+def _check_arguments(path: str, arguments: Mapping[str, Any], cls: type) -> None:
+    parameters = _parameters(cls)
+    if parameters is None:
+        return
+    _check_keys(path, arguments, parameters)
+    for key, value in arguments.items():
+        _check_value(f"{path}.{key}", value, parameters[key])
+
+
+def _check_keys(path: str, settings: Mapping[str, Any], known: Mapping[str, Any]) -> None:
+    for key in settings:
+        if key not in known:
+            place = f"{path} has no key '{key}'" if path else f"there is no key '{key}'"
+            raise UserError(f"{place}{nearest(str(key), known) or '; it has ' + ', '.join(known)}")
+
+
+def _find_class(path: str, name: str, bases: tuple[type, ...]) -> type:
+    wanted = " or ".join(base.__name__ for base in bases)
+    known = {cls.__name__: cls for base in bases for cls in _subclasses(base)}
+    if "." not in name:
+        if name not in known:
+            ours = sorted(key for key, cls in known.items() if cls.__module__.startswith("bimamba_lit"))
+            hint = nearest(name, ours) or f"; known are {', '.join(ours)}, others by full path (my_module.MyClass)"
+            raise UserError(f"{path}: there is no {wanted} '{name}'{hint}")
+        return known[name]
+    module, _, attribute = name.rpartition(".")
+    try:
+        found = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        places = [f"{module}.{key}" for key, cls in known.items() if cls.__module__.startswith(module.split(".")[0])]
+        raise UserError(f"{path}: there is no class '{name}'{nearest(name, places)}") from error
+    if not (inspect.isclass(found) and issubclass(found, bases)):
+        raise UserError(f"{path}: '{name}' is no {wanted}: name a subclass of it")
+    return found
+
+
+def _parameters(cls: type) -> dict[str, Any] | None:
+    """Return the arguments of a class by name with their types, through ``**kwargs``; ``None`` if it takes any."""
+    found: dict[str, Any] = {}
+    for owner in cls.__mro__:
+        init = owner.__dict__.get("__init__")
+        if init is None or owner is object:
+            continue
+        try:
+            hints = typing.get_type_hints(inspect.unwrap(init))
+        except NameError:  # a name that is only imported for type checkers
+            hints = {}
+        signature = inspect.signature(init)
+        for parameter in list(signature.parameters.values())[1:]:
+            if parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+                found.setdefault(parameter.name, hints.get(parameter.name, Any))
+        if all(parameter.kind is not parameter.VAR_KEYWORD for parameter in signature.parameters.values()):
+            return found
+    return None
+
+
+def _alternatives(kind: Any) -> Iterator[Any]:
+    if get_origin(kind) in (Union, types.UnionType):
+        for one in get_args(kind):
+            yield from _alternatives(one)
+    else:
+        yield kind
+
+
+def _class_wanted(kind: Any) -> type | None:
+    """Return the class that a setting names by ``class_path``, or a dataclass; ``None`` for plain values."""
+    if get_origin(kind) is not None and issubclass(get_origin(kind), Callable) and get_args(kind):  # type: ignore[arg-type]
+        kind = get_args(kind)[1]
+    if inspect.isclass(kind) and get_origin(kind) is None and kind.__module__ not in _PLAIN_MODULES:
+        return kind
+    return None
+
+
+_PLAIN_MODULES = ("builtins", "pathlib", "datetime", "types")
+
+
+def _is_sequence(kind: Any) -> bool:
+    origin = get_origin(kind)
+    if not inspect.isclass(origin) or origin is dict:
+        return False
+    return issubclass(origin, Iterable) and bool(get_args(kind))
+
+
+def _fits(value: Any, kinds: list[Any]) -> bool:
+    if not kinds:
+        return False
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--value", type=Union[tuple(kinds)] if Any not in kinds else Any)  # noqa: UP007
+    try:
+        parser.parse_object({"value": value})
+    except ArgumentError:
+        return False
+    return True
+
+
+def _told(kinds: list[Any]) -> str:
+    words: list[str] = []
+    for kind in kinds:
+        if get_origin(kind) is Literal:
+            words += [repr(value) for value in get_args(kind)]
+        elif kind is type(None):
+            words.append("null")
+        elif inspect.isclass(kind) and get_origin(kind) is None:
+            words.append(_WORDS.get(kind, f"a {kind.__name__}"))
+        else:
+            words.append(f"a {str(kind).replace('typing.', '')}")
+    return " or ".join(dict.fromkeys(words))
+
+
+_WORDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
+
+
+def _subclasses(base: type) -> Iterator[type]:
+    yield base
+    for child in base.__subclasses__():
+        yield from _subclasses(child)
+
+
+def _options(args: Sequence[str]) -> Iterator[tuple[str, str]]:
+    rest = list(args)
+    while rest:
+        name, equals, value = rest.pop(0).partition("=")
+        if name.startswith("-"):
+            yield name, value if equals else (rest.pop(0) if rest else "")
+
+
+def _scalar(text: str) -> Any:
+    try:
+        return OmegaConf.to_container(OmegaConf.create(f"value: {text}"), resolve=True)["value"]  # type: ignore[call-overload, index]
+    except (yaml.YAMLError, OmegaConfBaseException):
+        return text
+
+
+def _merge(settings: Settings, more: Mapping[str, Any]) -> None:
+    for key, value in more.items():
+        if isinstance(value, Mapping) and isinstance(settings.get(key), dict):
+            _merge(settings[key], value)
+        else:
+            settings[key] = value
+
+
+def _set(settings: Settings, path: list[str], value: Any) -> None:
+    for key in path[:-1]:
+        if key == "init_args":  # arguments stand beside the class's name as well as below init_args
+            continue
+        inner = settings.get(key)
+        if isinstance(inner, str):
+            inner = {"class_path": inner}
+        if isinstance(inner, dict) and isinstance(inner.get("init_args"), dict):
+            nested = inner["init_args"]
+            inner.update(nested)
+            del inner["init_args"]
+        settings[key] = settings = inner if isinstance(inner, dict) else {}
+    if isinstance(value, str) and isinstance(settings.get(path[-1]), dict):
+        value = {"class_path": value}
+    settings[path[-1]] = value

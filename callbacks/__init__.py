@@ -1,0 +1,11 @@
+"""Lightning callbacks that watch the training of 1-bit models."""
+
+from bimamba_lit.callbacks.bit_flips import BitFlips
+from bimamba_lit.callbacks.nonfinite import NonFiniteGuard
+from bimamba_lit.callbacks.progress_lines import ProgressLines
+from bimamba_lit.callbacks.random_state import RandomState
+from bimamba_lit.callbacks.samples import Samples
+from bimamba_lit.callbacks.throughput import Throughput
+from bimamba_lit.callbacks.weight_scales import WeightScales
+
+__all__ = ["BitFlips", "NonFiniteGuard", "ProgressLines", "RandomState", "Samples", "Throughput", "WeightScales"]

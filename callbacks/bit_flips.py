@@ -1,0 +1,90 @@
+"""How many signs change."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
+
+from bimamba_lit.binarize import BinaryLinear
+from bimamba_lit.callbacks.steps import EverySteps, report
+
+
+class BitFlips(pl.Callback):
+    """Logs the share of signs that changed: FBI-LLM's flip-flop ratio (arXiv 2407.07093).
+
+    ``flips/rate`` is taken over all binary layers of ``pl_module.lm`` between this log and the one before, and
+    ``flips/rate/LAYER`` by layer, LAYER being its dotted name within ``pl_module.lm``. ``flips/since_start`` and
+    ``flips/since_start/LAYER`` compare with the signs training started from. All are shares of 1. The rate depends on
+    ``every_n_steps``: compare runs that have the same.
+
+    The snapshots are packed, an eighth of a byte a sign, lie on the layer's device and are part of the checkpoint, so
+    that a resumed run logs what an uninterrupted one would. Under DDP every rank holds the same signs, and no rank
+    communicates. A model without binary layers, such as a teacher, logs nothing.
+
+    Args:
+        every_n_steps: Optimizer steps between two logs.
+
+    Raises:
+        UserError: If ``every_n_steps`` is less than 1.
+    """
+
+    def __init__(self, every_n_steps: int = 50) -> None:
+        self.every_n_steps = every_n_steps
+        self._steps = EverySteps(self, every_n_steps)
+        self._start: dict[str, Tensor] = {}
+        self._last: dict[str, Tensor] = {}
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Take the first snapshot, unless a checkpoint brought it."""
+        self._steps.start(trainer)
+        layers = _latent_layers(pl_module)
+        if not layers:
+            rank_zero_info("BitFlips: the model has no binary layer, so there are no signs to watch.")
+        for snapshots in (self._start, self._last):
+            for name, layer in layers.items():
+                kept = snapshots.get(name)
+                snapshots[name] = layer.packed_signs() if kept is None else kept.to(layer.latent.device)
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        """Compare with the snapshots and log, at the steps that are multiples of ``every_n_steps``."""
+        if not self._start or not self._steps.due(trainer):
+            return
+        layers = _latent_layers(pl_module)
+        now = {name: layer.packed_signs() for name, layer in layers.items()}
+        flips = {
+            "flips/rate": [count_flips(now[name], self._last[name]) for name in layers],
+            "flips/since_start": [count_flips(now[name], self._start[name]) for name in layers],
+        }
+        counts = torch.stack([torch.stack(column) for column in flips.values()]).tolist()
+        signs = [layer.in_features * layer.out_features for layer in layers.values()]
+        metrics = {}
+        for metric, column in zip(flips, counts, strict=True):
+            metrics[metric] = sum(column) / sum(signs)
+            metrics |= {f"{metric}/{name}": n / of for name, n, of in zip(layers, column, signs, strict=True)}
+        self._last = now
+        report(trainer, pl_module, metrics, prog_bar="flips/rate")
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return both snapshots, by layer, uint8 ``(O, ceil(I / 8))``."""
+        return {"start": dict(self._start), "last": dict(self._last)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over the snapshots of a checkpoint."""
+        self._start, self._last = dict(state_dict["start"]), dict(state_dict["last"])
+
+
+def count_flips(before: Tensor, after: Tensor) -> Tensor:
+    """Return the number of bits that differ between two packed snapshots of one shape, as a scalar int64 tensor."""
+    return _ones_in_a_byte(before.device)[(before ^ after).int()].sum()
+
+
+def _ones_in_a_byte(device: torch.device) -> Tensor:
+    return torch.tensor([byte.bit_count() for byte in range(256)], device=device)
+
+
+def _latent_layers(pl_module: pl.LightningModule) -> Mapping[str, BinaryLinear]:
+    assert isinstance(pl_module.lm, torch.nn.Module)
+    return {name: layer for name, layer in pl_module.lm.named_modules() if isinstance(layer, BinaryLinear)}

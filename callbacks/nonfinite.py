@@ -1,0 +1,137 @@
+"""Stopping before a non-finite value reaches the weights.
+
+Losses are kept on the device and looked at together with the gradients' norm, just before the optimizer steps: one wait
+for the device a step instead of one a batch. The backward pass of a non-finite loss is wasted, the weights are not
+touched, and under DDP every rank sees the non-finite gradients and stops, where a rank that stopped before its backward
+pass would leave the others waiting.
+"""
+
+from collections.abc import Iterator
+from contextlib import suppress
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
+from torch import Tensor
+from torch.nn.utils import get_total_norm
+from torch.optim import Optimizer
+
+from bimamba_lit.errors import UserError
+
+_NAMED = 3
+
+
+class NonFiniteGuard(pl.Callback):
+    """Stops training before the optimizer step when the loss or the norm of the gradients is not finite.
+
+    The error names the step and the module: the parameters that are not finite already; else, for a loss, the first
+    module that puts out a non-finite value when the batch is run again; else, for gradients, the parameters they belong
+    to, those nearest the loss first. Under ``16-mixed`` precision the gradients are left to the gradient scaler, which
+    skips a step whose gradients overflow; the loss is still watched.
+
+    Raises:
+        UserError: When it stops.
+    """
+
+    def __init__(self) -> None:
+        self._batch: tuple[Any, int] = (None, 0)
+        self._losses: list[tuple[Any, int, Tensor]] = []
+
+    def on_train_start(self, *_: Any) -> None:
+        """Forget what an interrupted run left."""
+        self._losses = []
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Keep the batch, to run it again if it has to be."""
+        self._batch = (batch, batch_idx)
+
+    def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
+        """Keep the loss, without waiting for its value."""
+        self._losses.append((*self._batch, loss.detach()))
+
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
+    ) -> None:
+        """Stop if a loss of this step or the gradients' norm is not finite."""
+        losses, self._losses = self._losses, []
+        watched = [loss.float() for *_, loss in losses]
+        if getattr(trainer.precision_plugin, "scaler", None) is None:
+            watched += _gradient_norm(optimizer)
+        if not watched:
+            return
+        values = torch.stack([value.to(watched[0].device) for value in watched]).tolist()
+        if all(-float("inf") < value < float("inf") for value in values):
+            return
+        bad = [kept for kept, value in zip(losses, values, strict=False) if not -float("inf") < value < float("inf")]
+        where = _bad_parameters(pl_module)
+        if bad:
+            batch, batch_idx, loss = bad[0]
+            what = f"the loss of batch {batch_idx} of epoch {trainer.current_epoch} is {loss.item()}"
+            where = where or _first_bad_output(trainer, pl_module, batch, batch_idx)
+        else:
+            what = f"the norm of the gradients is {values[-1]}"
+            where = where or _bad_gradients(pl_module)
+        raise UserError(
+            f"training stopped before optimizer step {trainer.global_step + 1}, the weights unchanged: {what}; {where}"
+        )
+
+
+def _gradient_norm(optimizer: Optimizer) -> list[Tensor]:
+    gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    if not gradients:
+        return []
+    norm = get_total_norm(gradients)
+    # Of sharded gradients (FSDP2) this is a DTensor, whose value is spread over the ranks.
+    return [(norm.full_tensor() if hasattr(norm, "full_tensor") else norm).float()]
+
+
+def _bad_parameters(pl_module: pl.LightningModule) -> str:
+    names = [name for name, parameter in pl_module.named_parameters() if not parameter.isfinite().all()]
+    return f"not finite before this step: {_listed(names)}" if names else ""
+
+
+def _bad_gradients(pl_module: pl.LightningModule) -> str:
+    gradients = {name: p.grad for name, p in pl_module.named_parameters() if p.grad is not None}
+    names = [name for name, gradient in reversed(gradients.items()) if not gradient.isfinite().all()]
+    if names:
+        return f"the gradient is not finite, named from the loss on, in {_listed(names)}"
+    largest = max(gradients, key=lambda name: float(gradients[name].abs().max()))
+    return f"every gradient is finite, but their norm overflows; the largest is that of {largest}"
+
+
+def _first_bad_output(trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> str:
+    first: list[str] = []
+
+    def watch(name: str) -> Any:
+        def hook(module: torch.nn.Module, inputs: Any, output: Any) -> None:
+            if not first and not all(tensor.isfinite().all() for tensor in _tensors(output)):
+                first.append(name)
+
+        return hook
+
+    handles = [module.register_forward_hook(watch(name)) for name, module in pl_module.named_modules() if name]
+    # The stop has to be told even where a second run of the batch fails.
+    with suppress(Exception), torch.no_grad(), trainer.precision_plugin.train_step_context():
+        takes_index = is_param_in_hook_signature(pl_module.training_step, "batch_idx", min_args=2)
+        pl_module.training_step(*((batch, batch_idx) if takes_index else (batch,)))
+    for handle in handles:
+        handle.remove()
+    if first:
+        return f"run again, the first module whose output is not finite is {first[0]}"
+    return "run again, the output of every module is finite: look at the loss, the batch's labels and a teacher, if any"
+
+
+def _tensors(output: Any) -> Iterator[Tensor]:
+    if isinstance(output, Tensor):
+        yield output
+    elif isinstance(output, (tuple, list)):
+        for part in output:
+            yield from _tensors(part)
+
+
+def _listed(names: list[str]) -> str:
+    more = len(names) - _NAMED
+    return ", ".join(names[:_NAMED]) + (f" and {more} more" if more > 0 else "")

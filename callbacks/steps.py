@@ -1,0 +1,61 @@
+"""When a callback acts, and where its figures go.
+
+Figures of callbacks are handed to the loggers here, at the step they belong to, and to ``pl_module.log_dict`` only for
+the progress bar and ``trainer.callback_metrics``. Logged the usual way they would be dropped at steps that are no
+multiple of ``trainer.log_every_n_steps``, and repeated in every later row of the epoch: Lightning keeps the last value
+of a metric and writes it again with the next ones, and a resumed run would write other rows than an uninterrupted one.
+"""
+
+from collections.abc import Mapping
+
+import lightning.pytorch as pl
+
+from bimamba_lit.errors import UserError
+
+
+class EverySteps:
+    """Tells when the optimizer has just taken a step that is a multiple of ``every_n_steps``.
+
+    Args:
+        owner: The callback, named in the error.
+        every_n_steps: Optimizer steps from one time to the next.
+
+    Raises:
+        UserError: If ``every_n_steps`` is less than 1.
+    """
+
+    def __init__(self, owner: object, every_n_steps: int) -> None:
+        if every_n_steps < 1:
+            raise UserError(f"{type(owner).__name__}: every_n_steps is {every_n_steps}, where 1 or more is needed")
+        self.every_n_steps = every_n_steps
+        self._seen = 0
+
+    def start(self, trainer: pl.Trainer) -> None:
+        """Note the step that training starts or resumes at."""
+        self._seen = trainer.global_step
+
+    def due(self, trainer: pl.Trainer) -> bool:
+        """Say, at the end of a batch, whether to act: once a step, however many batches it accumulates."""
+        step = trainer.global_step
+        if step == self._seen:
+            return False
+        self._seen = step
+        return step % self.every_n_steps == 0
+
+
+def report(
+    trainer: pl.Trainer, pl_module: pl.LightningModule, metrics: Mapping[str, float], prog_bar: str | None = None
+) -> None:
+    """Hand figures to every logger, in the row of the step just taken, and to ``trainer.callback_metrics``.
+
+    Args:
+        trainer: The trainer.
+        pl_module: The module being trained.
+        metrics: Figures by name, the same on every rank.
+        prog_bar: The name of the one to show in the progress bar.
+    """
+    for logger in trainer.loggers:
+        # Lightning numbers the rows of training from 0: the first step is row 0.
+        logger.log_metrics(dict(metrics), step=trainer.global_step - 1)
+    for name, value in metrics.items():
+        pl_module.log(name, value, logger=False, prog_bar=name == prog_bar, on_step=True, on_epoch=False)

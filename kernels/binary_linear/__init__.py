@@ -1,0 +1,1 @@
+"""A linear layer read from packed signs and scales."""

@@ -1,0 +1,1 @@
+"""Causal depthwise convolution over time, as Mamba's mixers use it."""

@@ -1,0 +1,1 @@
+"""Distillation from hidden states, without logits of the whole batch."""

@@ -1,0 +1,170 @@
+"""The distillation loss over a few tokens at a time, its gradients formed in the forward pass.
+
+Logits of a whole batch are the largest tensors of a training step: at V = 50288 one token costs 201 kB a copy, and
+autograd keeps several copies for the student and makes the teacher's beside them. The loss is a sum over tokens, so
+the gradient of its logits is known as soon as the logits are; it is multiplied out to the hidden states and the head at
+once and dropped. The backward pass only scales what was found.
+
+Legend: D_s and D_t widths of student and teacher, V vocabulary, n tokens of a chunk.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from bimamba_lit.kernels.distillation_loss.naive import counted_positions
+
+
+def distillation_loss(
+    hidden_s: Tensor,
+    head_s: Tensor,
+    hidden_t: Tensor | None = None,
+    head_t: Tensor | None = None,
+    labels: Tensor | None = None,
+    *,
+    divergence: str = "soft_ce",
+    temperature: float = 1.0,
+    hard_share: float = 0.0,
+    mask: Tensor | None = None,
+    chunk_tokens: int = 1024,
+) -> Tensor:
+    """Compute what `naive.distillation_loss` computes, holding logits of `chunk_tokens` tokens at most.
+
+    With n = min(chunk_tokens, tokens) and T tokens in all, the forward pass needs at most, in bytes and beside its
+    inputs, ``16 * n * V + 4 * D_s * (V + T)`` in float32; ``4 * n * V`` more where hard and soft terms are both asked
+    for, and ``2 * V * (2 * D_s + D_t)`` more for copies of the heads under bfloat16 autocast. The second term, of
+    gradients, is absent where none are wanted, and is held twice for a moment in the backward pass.
+    """
+    positions = counted_positions(hidden_s, labels, mask).nonzero().squeeze(1)
+    student = hidden_s.flatten(0, -2)
+    teacher = None if hidden_t is None or hard_share == 1.0 else hidden_t.detach().flatten(0, -2)
+    flat_labels = None if labels is None else labels.flatten()
+    arguments = (student, head_s, teacher, head_t, flat_labels, positions, divergence, temperature, hard_share)
+    if torch.is_grad_enabled() and (student.requires_grad or head_s.requires_grad):
+        return _Loss.apply(*arguments, chunk_tokens)
+    return _walk(*arguments, chunk_tokens, False, False)[0]
+
+
+class _Loss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden_s: Tensor, head_s: Tensor, *options: Any) -> Tensor:
+        loss, g_hidden, g_head = _walk(hidden_s, head_s, *options, *ctx.needs_input_grad[:2])
+        ctx.save_for_backward(g_hidden, g_head)
+        ctx.dtypes = hidden_s.dtype, head_s.dtype
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        pairs = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        found = [None if g is None else (g * grad).to(dtype) for g, dtype in pairs]
+        return *found, *(None,) * 8
+
+
+def _walk(
+    hidden_s: Tensor, head_s: Tensor, hidden_t: Tensor | None, head_t: Tensor | None, labels: Tensor | None,
+    positions: Tensor, divergence: str, temperature: float, hard_share: float, chunk_tokens: int, want_hidden: bool,
+    want_head: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+    """Return the loss and, where wanted, its gradients with respect to hidden_s and head_s."""
+    narrow = _product_dtype(hidden_s, head_s)
+    wide = torch.float64 if narrow == torch.float64 else torch.float32
+    weight_s = head_s.to(narrow)
+    weight_t = None if hidden_t is None or head_t is None else head_t.detach().to(_product_dtype(hidden_t, head_t))
+    loss = torch.zeros((), dtype=wide, device=hidden_s.device)
+    g_hidden = torch.zeros_like(hidden_s, dtype=wide) if want_hidden else None
+    g_head = torch.zeros_like(head_s, dtype=wide) if want_head else None
+    with torch.autocast(hidden_s.device.type, enabled=False):
+        for chosen in positions.split(chunk_tokens):
+            h = hidden_s[chosen].to(narrow)
+            z = (h @ weight_s.t()).to(wide)
+            z_t = None
+            if hidden_t is not None and weight_t is not None:
+                z_t = (hidden_t[chosen].to(weight_t.dtype) @ weight_t.t()).to(wide)
+            chosen_labels = None if labels is None else labels[chosen]
+            part, g = _chunk(z, z_t, chosen_labels, divergence, temperature, hard_share, want_hidden or want_head)
+            del z, z_t
+            loss += part
+            if g is None:
+                continue
+            g = g.to(narrow)
+            if g_hidden is not None:
+                g_hidden[chosen] = (g @ weight_s).to(wide)
+            if g_head is not None:
+                _accumulate(g_head, g, h)
+            del g
+    count = max(len(positions), 1)
+    for found in (loss, g_hidden, g_head):
+        if found is not None:
+            found /= count
+    return loss, g_hidden, g_head
+
+
+def _chunk(
+    z: Tensor, z_t: Tensor | None, labels: Tensor | None, divergence: str, temperature: float, hard_share: float,
+    grads: bool,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """Return the summed loss of logits (n, V) and, if wanted, its gradient to z; overwrites both logits."""
+    loss, g = z.new_zeros(()), None
+    if hard_share > 0.0 and labels is not None:
+        part, g = _hard(z, labels, grads)
+        loss += hard_share * part
+        g = None if g is None else g.mul_(hard_share)
+    if z_t is None:
+        return loss, g
+    if temperature != 1.0:
+        z.div_(temperature)
+        z_t.div_(temperature)
+    part, g_soft = _soft(z, z_t, divergence, grads)
+    loss += (1.0 - hard_share) * temperature**2 * part
+    if g_soft is None:
+        return loss, None
+    g_soft.mul_((1.0 - hard_share) * temperature)
+    return loss, g_soft if g is None else g_soft.add_(g)
+
+
+def _hard(z: Tensor, labels: Tensor, grads: bool) -> tuple[Tensor, Tensor | None]:
+    """Return the summed cross-entropy of logits (n, V) and, if wanted, its gradient."""
+    p, log_sum = _softmax(z)
+    loss = (log_sum - z.gather(1, labels[:, None]).squeeze(1)).sum()
+    if not grads:
+        return loss, None
+    p.scatter_add_(1, labels[:, None], p.new_full((len(p), 1), -1.0))
+    return loss, p
+
+
+def _soft(z: Tensor, z_t: Tensor, divergence: str, grads: bool) -> tuple[Tensor, Tensor | None]:
+    """Return the summed divergence of logits (n, V) and, if wanted, its gradient to z; overwrites both logits."""
+    p, log_sum = _softmax(z)
+    p_t, log_sum_t = _softmax(z_t)
+    if divergence == "reverse_kl":
+        weighted = z.sub_(z_t).sub_((log_sum - log_sum_t)[:, None]).mul_(p)
+        loss = weighted.sum(-1)
+        return loss.sum(), weighted.addcmul_(p, loss[:, None], value=-1.0) if grads else None
+    if divergence == "forward_kl":
+        loss = z_t.sub_(z).sub_((log_sum_t - log_sum)[:, None]).mul_(p_t).sum()
+    else:
+        loss = log_sum.sum() - z.mul_(p_t).sum()
+    return loss, p.sub_(p_t) if grads else None
+
+
+def _softmax(z: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the softmax (n, V) and the log of its denominator (n,), read off each row's largest entry."""
+    p = torch.softmax(z, dim=-1)
+    return p, z.amax(-1) - p.amax(-1).log()
+
+
+def _accumulate(g_head: Tensor, g: Tensor, h: Tensor) -> None:
+    if g.dtype == g_head.dtype:
+        g_head.addmm_(g.t(), h)
+    else:
+        g_head += g.t() @ h
+
+
+def _product_dtype(hidden: Tensor, head: Tensor) -> torch.dtype:
+    device = hidden.device.type
+    if torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return torch.promote_types(hidden.dtype, head.dtype)

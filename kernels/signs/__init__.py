@@ -1,0 +1,1 @@
+"""The one definition of a sign and of a packed bit."""

@@ -1,0 +1,185 @@
+"""Making models binary: targets, ties, other libraries' blocks, packing, descriptions."""
+
+import pytest
+import torch
+from torch import nn
+
+from bimamba_lit import MambaConfig, MambaLM
+from bimamba_lit.binarize import (
+    FBI,
+    BinaryLinear,
+    PackedLinear,
+    ScaledSign,
+    Sign,
+    apply_binarization_,
+    binarize_,
+    describe_binarization,
+    pack_,
+)
+from bimamba_lit.errors import UserError
+
+
+def small_lm():
+    torch.manual_seed(0)
+    return MambaLM(MambaConfig(d_model=32, n_layer=2, vocab_size=20, headdim=8, d_state=8))
+
+
+def binary_names(model):
+    return [name for name, layer in model.named_modules() if isinstance(layer, BinaryLinear)]
+
+
+def test_default_targets_are_both_projections_of_every_mixer():
+    lm = binarize_(small_lm(), FBI)
+    layers = [f"backbone.layers.{n}.mixer.{part}" for n in (0, 1) for part in ("in_proj", "out_proj")]
+    assert sorted(binary_names(lm)) == sorted(layers)
+
+
+@pytest.mark.parametrize(
+    ("targets", "expected"),
+    [
+        (["out_proj"], 2),
+        (["*.layers.1.*"], 2),
+        (["backbone.layers.0.mixer.in_proj"], 1),
+        ("in_proj", 2),
+        (["*"], 4),  # lm_head only when named
+        (["lm_head"], 1),
+        (["*", "lm_head"], 5),
+    ],
+)
+def test_targets_are_patterns_on_the_name_or_its_last_part(targets, expected):
+    assert len(binary_names(binarize_(small_lm(), FBI, targets))) == expected
+
+
+def test_a_target_that_matches_nothing_names_the_nearest_and_changes_nothing():
+    lm = small_lm()
+    with pytest.raises(UserError, match="'in_porj' matches no Linear layer.*did you mean 'in_proj'"):
+        binarize_(lm, FBI, ["out_proj", "in_porj"])
+    assert not binary_names(lm)
+
+
+def test_twice_is_an_error():
+    lm = binarize_(small_lm(), FBI)
+    with pytest.raises(UserError, match="matches no Linear layer"):
+        binarize_(lm, Sign)
+
+
+@pytest.mark.parametrize("scheme", [nn.Identity, lambda layer: layer], ids=["another module", "the layer itself"])
+def test_what_is_no_scheme_is_refused(scheme):
+    lm = small_lm()
+    with pytest.raises(UserError, match="no binarization scheme"):
+        binarize_(lm, scheme)
+    assert not binary_names(lm)
+
+
+def test_binarizing_a_tied_head_leaves_the_embedding_alone():
+    lm = small_lm()
+    embedding = lm.backbone.embedding.weight.detach().clone()
+    binarize_(lm, Sign, ["lm_head"])
+    with torch.no_grad():
+        lm.lm_head.latent.zero_()
+    assert torch.equal(lm.backbone.embedding.weight, embedding)
+    assert lm.head_weight.unique().tolist() == [-1.0]
+
+
+def test_pack_needs_something_to_pack():
+    with pytest.raises(UserError, match="nothing to pack"):
+        pack_(small_lm())
+
+
+def test_packed_model_equals_the_trained_one():
+    lm, ids = binarize_(small_lm(), FBI), torch.randint(0, 20, (2, 11))
+    expected = lm(ids).logits.detach()
+    got = pack_(lm)(ids).logits
+    assert (got - expected).norm() / expected.norm() <= 1e-5
+    assert sum(isinstance(layer, PackedLinear) for layer in lm.modules()) == 4
+
+
+class ReadsWeight(nn.Module):
+    """A block as transformers and mamba_ssm have them: their fused paths read ``out_proj.weight`` and never call it."""
+
+    def __init__(self):
+        super().__init__()
+        self.out_proj = nn.Linear(8, 4)
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.out_proj.weight, self.out_proj.bias)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_block_that_reads_weight_directly_gets_the_binary_weight(packed):
+    block, x = binarize_(ReadsWeight(), Sign, ["out_proj"]), torch.randn(3, 8)
+    if packed:
+        pack_(block)
+    signs = torch.where(block.out_proj.weight > 0, 1.0, -1.0)
+    torch.testing.assert_close(block(x), x @ signs.T + block.out_proj.bias)
+    assert set(block.out_proj.weight.unique().tolist()) <= {-1.0, 1.0}
+
+
+def test_transformers_mamba2_runs_on_the_binary_weight():
+    transformers = pytest.importorskip("transformers")
+    config = transformers.Mamba2Config(
+        vocab_size=20,
+        hidden_size=16,
+        num_hidden_layers=2,
+        state_size=8,
+        head_dim=8,
+        num_heads=4,
+        n_groups=1,
+        chunk_size=8,
+    )
+    torch.manual_seed(0)
+    theirs = transformers.Mamba2ForCausalLM(config)
+    ids = torch.randint(0, 20, (1, 9))
+    dense = theirs(ids, use_cache=False).logits.detach()
+    binarize_(theirs, ScaledSign)
+    binary = theirs(ids, use_cache=False).logits
+    binary.sum().backward()
+    layers = [layer for layer in theirs.modules() if isinstance(layer, BinaryLinear)]
+    assert len(layers) == 4 and all(layer.latent.grad.abs().sum() > 0 for layer in layers)
+    # The same model with the binary weights written into plain Linear layers.
+    for name in [name for name, layer in theirs.named_modules() if isinstance(layer, BinaryLinear)]:
+        layer = theirs.get_submodule(name)
+        plain = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None)
+        plain.weight = nn.Parameter(layer.weight.detach())
+        theirs.set_submodule(name, plain)
+    torch.testing.assert_close(theirs(ids, use_cache=False).logits, binary)
+    assert (binary - dense).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_description_rebuilds_what_is_binary(packed):
+    lm = small_lm()
+    binarize_(lm, lambda layer: FBI(layer, pattern="row"), ["in_proj"])
+    binarize_(lm, ScaledSign, ["out_proj"])
+    if packed:
+        pack_(lm)
+    description = describe_binarization(lm)
+    assert [entry["scheme"] for entry in description] == ["FBI", "ScaledSign"]
+    fresh = small_lm()
+    apply_binarization_(fresh, description)
+    assert describe_binarization(fresh) == description
+    assert fresh.state_dict().keys() == lm.state_dict().keys()
+    fresh.load_state_dict(lm.state_dict())
+    ids = torch.randint(0, 20, (1, 7))
+    assert torch.equal(fresh(ids).logits, lm(ids).logits)
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ({"scheme": "FBJ"}, "did you mean 'FBI'"),
+        ({"scheme": "os.system"}, "must be imported first"),
+        ({"options": {"patern": "row"}}, "does not take the options"),
+        ({"options": {"pattern": "diagonal"}}, "does not take the options"),
+        ({"targets": ["no_such_layer"]}, "matches no Linear layer"),
+    ],
+)
+def test_a_wrong_description_is_refused(entry, message):
+    good = {"scheme": "FBI", "options": {"pattern": "row"}, "packed": False, "targets": ["in_proj"]}
+    with pytest.raises(UserError, match=message):
+        apply_binarization_(small_lm(), [good | entry])
+
+
+def test_a_description_that_lacks_a_key_is_refused():
+    with pytest.raises(UserError, match="must hold scheme, options, targets and packed"):
+        apply_binarization_(small_lm(), [{"scheme": "FBI"}])

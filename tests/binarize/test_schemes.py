@@ -1,0 +1,171 @@
+"""Every scheme: one row in SCHEMES, held to its formula, its gradients, its packed form and its true size."""
+
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+
+from bimamba_lit import ops
+from bimamba_lit.binarize import FBI, BinaryLinear, PackedLinear, ScaledSign, Sign, pack_
+
+
+def plus_minus(values):
+    return torch.where(values > 0, 1.0, -1.0)
+
+
+def fbi(axes):
+    def weight(w):
+        beta = w.mean(axes, keepdim=True)
+        return (w - beta).abs().mean(axes, keepdim=True) * plus_minus(w) + beta
+
+    return weight
+
+
+def centred_rows(w):
+    mean = w.mean(1, keepdim=True)
+    return (w - mean).abs().mean(1, keepdim=True) * plus_minus(w - mean) + mean
+
+
+# scheme, its weight right after construction written out from the papers, its numbers beside the signs for (O, I)
+SCHEMES = {
+    "Sign": (Sign, plus_minus, lambda o, i: 0),
+    "ScaledSign": (ScaledSign, lambda w: w.abs().mean(1, keepdim=True) * plus_minus(w), lambda o, i: o),
+    "ScaledSign-centred": (partial(ScaledSign, centred_rows=True), centred_rows, lambda o, i: 2 * o),
+    "FBI-column": (FBI, fbi((0,)), lambda o, i: 2 * i),
+    "FBI-row": (partial(FBI, pattern="row"), fbi((1,)), lambda o, i: 2 * o),
+    "FBI-single": (partial(FBI, pattern="single"), fbi((0, 1)), lambda o, i: 2),
+}
+ROWS = pytest.mark.parametrize(("scheme", "weight", "numbers"), SCHEMES.values(), ids=SCHEMES)
+
+
+def linear(inputs=13, outputs=7, bias=True):
+    torch.manual_seed(0)
+    layer = nn.Linear(inputs, outputs, bias=bias)
+    with torch.no_grad():
+        layer.weight += 0.05  # so that centring makes a difference
+        layer.weight[0, 0] = 0.0  # zero counts as -1 everywhere
+    return layer
+
+
+@ROWS
+def test_weight_is_the_papers_formula(scheme, weight, numbers):
+    dense = linear()
+    layer = scheme(dense)
+    torch.testing.assert_close(layer.weight, weight(dense.weight.detach()))
+    assert layer.latent.dtype == torch.float32 and layer.weight.shape == (7, 13)
+
+
+@ROWS
+def test_forward_multiplies_by_the_binary_weight(scheme, weight, numbers):
+    layer, x = scheme(linear()), torch.randn(2, 3, 13)
+    torch.testing.assert_close(layer(x), x @ layer.weight.T + layer.bias)
+
+
+@ROWS
+def test_packed_layer_equals_the_trained_one(scheme, weight, numbers):
+    model = nn.Sequential(scheme(linear()))
+    with torch.no_grad():  # away from the start, where some terms are zero or equal
+        for parameter in model.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+    trained, x = model[0], torch.randn(2, 5, 13)
+    expected, dense, signs = model(x).detach(), trained.weight.detach(), trained.packed_signs()
+    pack_(model)
+    assert isinstance(model[0], PackedLinear) and not list(model.parameters())
+    assert torch.equal(model[0].signs, signs)
+    torch.testing.assert_close(model(x), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(model[0].weight, dense, rtol=1e-6, atol=1e-6)
+
+
+@ROWS
+def test_storage_counts_signs_scales_and_bias(scheme, weight, numbers):
+    layer = scheme(linear())
+    bits = layer.storage()
+    assert bits["signs"] == 7 * 2 * 8 == layer.packed_signs().numel() * 8  # 13 inputs take two bytes a row
+    assert sum(bits.values()) - bits["signs"] - bits["bias"] == 16 * numbers(7, 13)
+    assert bits["bias"] == 16 * 7
+    assert PackedLinear(layer).storage() == bits
+
+
+@ROWS
+def test_gradients_reach_latent_and_scales(scheme, weight, numbers):
+    layer = scheme(linear())
+    (layer(torch.randn(4, 13)) * torch.randn(4, 7)).sum().backward()
+    for name, parameter in layer.named_parameters():
+        assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
+
+
+def test_fbi_gradients_are_the_papers():
+    layer, upstream = FBI(linear(bias=False)), torch.randn(7, 13)
+    (layer.weight * upstream).sum().backward()
+    signs = plus_minus(layer.latent.detach())
+    torch.testing.assert_close(layer.latent.grad, layer.in_scale.detach() * upstream)
+    torch.testing.assert_close(layer.in_scale.grad, (signs * upstream).sum(0))
+    torch.testing.assert_close(layer.in_shift.grad, upstream.sum(0))
+
+
+def test_scaled_sign_passes_the_gradient_of_its_scale_to_the_latent_weights():
+    layer, upstream = ScaledSign(linear(bias=False)), torch.randn(7, 13)
+    (layer.weight * upstream).sum().backward()
+    w = layer.latent.detach()
+    through_scale = (upstream * plus_minus(w)).sum(1, keepdim=True) * w.sign() / 13
+    torch.testing.assert_close(layer.latent.grad, w.abs().mean(1, keepdim=True) * upstream + through_scale)
+
+
+def test_scales_are_marked_against_weight_decay():
+    layer = FBI(linear())
+    assert layer.in_scale._no_weight_decay and layer.in_shift._no_weight_decay
+    assert not hasattr(layer.latent, "_no_weight_decay")
+
+
+def test_weight_cannot_be_replaced_by_a_full_precision_parameter():
+    layer = FBI(linear())
+    with pytest.raises(KeyError, match="weight"):
+        layer.weight = nn.Parameter(torch.randn(7, 13))
+
+
+@ROWS
+def test_state_dict_holds_latent_and_no_weight(scheme, weight, numbers):
+    layer = scheme(linear())
+    state = layer.state_dict()
+    assert "latent" in state and "weight" not in state
+    other = scheme(nn.Linear(13, 7))
+    other.load_state_dict(state)
+    torch.testing.assert_close(other.weight, layer.weight)
+
+
+@ROWS
+def test_options_rebuild_the_layer(scheme, weight, numbers):
+    layer = scheme(linear())
+    again = type(layer)(linear(), **layer.options())
+    assert torch.equal(again.weight, layer.weight)
+
+
+def test_half_precision_weights_become_fp32_latent_weights():
+    layer = FBI(nn.Linear(8, 4).to(torch.bfloat16))
+    assert {parameter.dtype for parameter in layer.parameters()} == {torch.float32}
+
+
+def test_a_scheme_with_group_scales_needs_only_its_terms():
+    class Grouped(BinaryLinear):
+        def __init__(self, layer):
+            super().__init__(layer)
+            self.groups = nn.Parameter(self.latent.detach().unflatten(1, (4, -1)).abs().mean(2))
+
+        def terms(self):
+            return {"group_scale": self.groups}
+
+    layer = Grouped(nn.Linear(16, 6, bias=False))
+    w = layer.latent.detach()
+    expected = (plus_minus(w).view(6, 4, 4) * w.view(6, 4, 4).abs().mean(2, keepdim=True)).view(6, 16)
+    torch.testing.assert_close(layer.weight, expected)
+    x = torch.randn(3, 16)
+    torch.testing.assert_close(PackedLinear(layer)(x), x @ expected.T, rtol=1e-5, atol=1e-5)
+    assert layer.storage() == {"signs": 6 * 16, "group_scale": 16 * 24}
+
+
+def test_signs_agree_between_weight_and_bits():
+    layer = Sign(linear())
+    bits = ops.unpack_signs(layer.packed_signs(), 13)
+    assert torch.equal(bits, layer.weight.detach())
+    assert bits[0, 0] == -1

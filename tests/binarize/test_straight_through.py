@@ -1,0 +1,36 @@
+"""The sign and the gradients that stand in for its own."""
+
+import pytest
+import torch
+
+from bimamba_lit.binarize import straight_through_sign
+
+X = torch.tensor([-1e8, -2.0, -1.0, -0.6, -0.0, 0.0, 1e-30, 0.3, 1.0, 1.5, 1e8])
+SLOPES = {
+    "identity": torch.ones_like(X),
+    "clipped": torch.tensor([0.0, 0, 1, 1, 1, 1, 1, 1, 1, 0, 0]),
+    "tanh": 1 / torch.cosh(X.double().clamp(-300, 300)).square().float(),
+    "bireal": torch.tensor([0.0, 0, 0, 0.8, 2, 2, 2, 1.4, 0, 0, 0]),
+}
+
+
+@pytest.mark.parametrize("kind", SLOPES)
+def test_forward_is_the_sign_with_zero_as_minus_one(kind):
+    expected = torch.tensor([-1.0, -1, -1, -1, -1, -1, 1, 1, 1, 1, 1])
+    assert torch.equal(straight_through_sign(X, kind), expected)
+
+
+@pytest.mark.parametrize("kind", SLOPES)
+def test_backward_is_the_formula(kind):
+    x = X.clone().requires_grad_()
+    upstream = torch.randn(len(X))
+    straight_through_sign(x, kind).backward(upstream)
+    torch.testing.assert_close(x.grad, upstream * SLOPES[kind])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_dtype_is_kept(dtype):
+    x = torch.randn(5, dtype=dtype, requires_grad=True)
+    y = straight_through_sign(x, "tanh")
+    y.sum().backward()
+    assert y.dtype == x.grad.dtype == dtype
