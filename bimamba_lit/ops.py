@@ -296,7 +296,8 @@ def binary_linear(
     """Multiply by packed signs with scales and shifts, each term optional.
 
     ``y[o] = out_scale[o] * sum_g group_scale[o, g] * sum_{i in g} s[o, i] * in_scale[i] * x[i]
-    + out_shift[o] * sum_i x[i] + sum_i in_shift[i] * x[i] + bias[o]``.
+    + out_shift[o] * sum_i x[i] + sum_i in_shift[i] * x[i] + bias[o]``. Sums are in float32, or float64 for float64
+    inputs; under autocast the product with the signs runs in autocast's dtype, as that of a dense layer does.
 
     Args:
         x: Inputs (..., I), any float dtype.

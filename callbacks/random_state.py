@@ -3,13 +3,12 @@
 import random
 from typing import Any
 
-import lightning
+import lightning.pytorch as pl
 import numpy as np
 import torch
-from lightning.pytorch.callbacks import Callback
 
 
-class RandomState(Callback):
+class RandomState(pl.Callback):
     """Saves the random state of Python, NumPy, torch and CUDA with a checkpoint and restores it before the next batch.
 
     Lightning's checkpoints hold none, so a resumed run would draw other numbers than one never stopped. Everything is
@@ -35,7 +34,7 @@ class RandomState(Callback):
         self._restored = state_dict
 
     def on_train_batch_start(
-        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, batch: Any, batch_idx: int
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Restore the random state once, in the first batch after a resume."""
         if self._restored is None:

@@ -20,6 +20,7 @@ class PackedLinear(nn.Module):
     """
 
     signs: Tensor
+    bias: Tensor | None
 
     def __init__(self, layer: BinaryLinear) -> None:
         super().__init__()
@@ -43,7 +44,8 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Multiply ``x`` ``(..., I)`` by the binary weight: ``(..., O)``."""
-        return ops.binary_linear(x, self.signs, self.in_features, bias=self.bias, **self.terms())
+        terms: dict[str, Any] = {**self.terms()}
+        return ops.binary_linear(x, self.signs, self.in_features, bias=self.bias, **terms)
 
     def storage(self) -> dict[str, int]:
         """Return the bits this layer needs once deployed, by part; equal to those of the layer it came from."""

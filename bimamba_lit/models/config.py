@@ -16,7 +16,8 @@ class MambaConfig:
     Args:
         d_model: Width D of the residual stream.
         n_layer: Number of blocks, one mixer each.
-        vocab_size: Number of tokens V the model knows; logits have this many columns.
+        vocab_size: Number of tokens V the model knows; logits have this many columns. Left out of a recipe, it follows
+            the data's tokenizer.
         d_state: State size N of each head; 128 when not given.
         d_conv: Width of the causal convolution before the scan, in tokens.
         expand: Inner width of a mixer as a multiple of d_model.
@@ -35,7 +36,7 @@ class MambaConfig:
 
     d_model: int
     n_layer: int
-    vocab_size: int
+    vocab_size: int | None = None
     d_state: int | None = None
     d_conv: int = 4
     expand: int = 2
@@ -53,6 +54,8 @@ class MambaConfig:
             self.d_state = _DEFAULT_D_STATE
         for name in _POSITIVE:
             value = getattr(self, name)
+            if name == "vocab_size" and value is None:
+                continue
             if type(value) is not int or value < 1:
                 raise UserError(f"{name} must be a positive integer, not {value!r}")
         for name in ("residual_in_fp32", "tie_embeddings"):
@@ -91,9 +94,20 @@ class MambaConfig:
         return self.d_inner // self.headdim
 
     @property
+    def known_vocab_size(self) -> int:
+        """``vocab_size``, once it is known.
+
+        Raises:
+            UserError: If it is not.
+        """
+        if self.vocab_size is None:
+            raise UserError("vocab_size is not set: give the number of tokens that the tokenizer has")
+        return self.vocab_size
+
+    @property
     def padded_vocab_size(self) -> int:
         """Rows of the embedding table: ``vocab_size`` up to the next multiple of ``pad_vocab_size_multiple``."""
-        return -(-self.vocab_size // self.pad_vocab_size_multiple) * self.pad_vocab_size_multiple
+        return -(-self.known_vocab_size // self.pad_vocab_size_multiple) * self.pad_vocab_size_multiple
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as plain JSON types; :meth:`from_dict` reads them back."""

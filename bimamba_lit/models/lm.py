@@ -58,7 +58,7 @@ class Backbone(nn.Module):
 
     def __init__(self, config: MambaConfig) -> None:
         super().__init__()
-        self.vocab_size, self.residual_in_fp32 = config.vocab_size, config.residual_in_fp32
+        self.vocab_size, self.residual_in_fp32 = config.known_vocab_size, config.residual_in_fp32
         self.embedding = nn.Embedding(config.padded_vocab_size, config.d_model)
         nn.init.normal_(self.embedding.weight, std=_EMBEDDING_STD)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layer))
@@ -157,7 +157,7 @@ class MambaLM(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return the logits (..., V) of the backbone's hidden states (..., D)."""
-        return self.lm_head(hidden)[..., : self.config.vocab_size]
+        return self.lm_head(hidden)[..., : self.config.known_vocab_size]
 
     def init_state(self, batch_size: int) -> MambaState:
         """Return the state of a model that has read nothing, for ``batch_size`` sequences."""
@@ -186,7 +186,7 @@ class MambaLM(nn.Module):
     @property
     def head_weight(self) -> Tensor:
         """The output head's weight (V, D), without the rows that pad the table."""
-        return self.lm_head.weight[: self.config.vocab_size]
+        return self.lm_head.weight[: self.config.known_vocab_size]
 
     @property
     def device(self) -> torch.device:

@@ -5,6 +5,9 @@ What differs from LightningCLI, and why:
 * Settings are checked first, so that a wrong key is answered by its name (:mod:`recipe_check`).
 * A checkpoint's hyperparameters never override the command line: ``_parse_ckpt_path`` does nothing.
 * An option is never taken for another that it abbreviates (``--trainer.max_step`` for ``max_steps``).
+* Checkpoints are read with ``weights_only=True``, always.
+* ``${…}`` in a recipe is resolved when the file is read: jsonargparse's own way fails where the command line sets
+  something beside it.
 * Folders of loggers and checkpoints follow ``trainer.default_root_dir``: they are set here, since neither links nor
   interpolation reach into lists or follow the command line.
 * ``config.yaml`` is written when the run really begins, so that a run refused for bad input leaves nothing behind.
@@ -17,18 +20,22 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import lightning
+import lightning.pytorch as pl
 import yaml
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint, RichProgressBar
+from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 
 import bimamba_lit.data  # noqa: F401  (so that its classes can be named in short: --data=TextDataModule)
 from bimamba_lit.callbacks import NonFiniteGuard, ProgressLines, RandomState, Throughput
 from bimamba_lit.errors import UserError
+from bimamba_lit.models.checkpoint import load_tokenizer_json
+from bimamba_lit.report.summary import FILE_NAME as SUMMARY
 from bimamba_lit.training.csv_logger import CSVLogger
 from bimamba_lit.training.language import LanguageModule
-from bimamba_lit.training.recipe_check import check_settings, read_settings
+from bimamba_lit.training.last_checkpoint import LastCheckpoint
+from bimamba_lit.training.model_line import ModelLine
+from bimamba_lit.training.recipe_check import check_settings, read_settings, with_resolved_recipes
 from bimamba_lit.training.record import SaveConfig, write_run_summary
 from bimamba_lit.training.run_folder import LAST_CHECKPOINT, RunFolder, choose_run_folder
 
@@ -38,14 +45,12 @@ COMMANDS = {
     "test": "Measure a model on a recipe's test text.",
 }
 _GROUPS: dict[str, Any] = {
-    "trainer": lightning.Trainer,
-    "checkpoint": ModelCheckpoint,
-    "model": type[lightning.LightningModule],
-    "data": type[lightning.LightningDataModule],
+    "trainer": pl.Trainer,
+    "checkpoint": LastCheckpoint,
+    "model": type[pl.LightningModule],
+    "data": type[pl.LightningDataModule],
     "seed_everything": bool | int,
     "ckpt_path": str | None,
-    "weights_only": bool | None,
-    "verbose": bool,
 }
 _HELP = ("-h", "--help", "--print_config")
 
@@ -66,9 +71,14 @@ def run(command: str, args: Sequence[str]) -> None:
             raise UserError(f"{command} needs a recipe: bimamba {command} -c recipes/NAME.yaml")
         check_settings(settings, _GROUPS)
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_wanted_line)
+    # Lightning 2.6 calls what torch 2.13 and jsonargparse 4.53 deprecate: nothing that a user could mend.
+    warnings.filterwarnings("ignore", ".*isinstance.treespec, LeafSpec.*", FutureWarning)
+    warnings.filterwarnings("ignore", r"\s*(By default only one Jsonargparse|``instantiate_classes``)", DeprecationWarning)
     warnings.filterwarnings("ignore", ".*does not have many workers.*")
+    warnings.filterwarnings("ignore", ".*callbacks used to create the checkpoint need to be provided.*")
+    warnings.filterwarnings("ignore", "The dirpath has changed from.*")  # one run's checkpoint, another run's folder
     warnings.filterwarnings("ignore", ".*exists and is not empty.*")  # the run folder is ours: see run_folder
-    _one_command(command)([command, *args])
+    _one_command(command)([command, *with_resolved_recipes(args)])
 
 
 def _wanted_line(record: logging.LogRecord) -> bool:
@@ -78,7 +88,7 @@ def _wanted_line(record: logging.LogRecord) -> bool:
 
 def _one_command(command: str) -> type["CommandLine"]:
     """Return a command line that builds the parser of one command only: each takes part of a second."""
-    skipped = {"model", "train_dataloaders", "val_dataloaders", "dataloaders", "datamodule"}
+    skipped = {"model", "train_dataloaders", "val_dataloaders", "dataloaders", "datamodule", "weights_only", "verbose"}
     return type("CommandLine", (CommandLine,), {"subcommands": staticmethod(lambda: {command: skipped})})
 
 
@@ -90,7 +100,7 @@ class CommandLine(LightningCLI):
     def __init__(self, args: Sequence[str]) -> None:
         # Else Lightning warns that the arguments are given twice.
         sys.argv = sys.argv[:1]
-        options = {"parser_mode": "omegaconf", "exit_on_error": False, "allow_abbrev": False}
+        options = {"exit_on_error": False, "allow_abbrev": False}
         super().__init__(
             save_config_callback=None,
             auto_configure_optimizers=False,
@@ -101,42 +111,57 @@ class CommandLine(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Make the checkpoint a top-level key."""
-        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
-        parser.set_defaults({"checkpoint.filename": "last", "checkpoint.enable_version_counter": False})
+        parser.add_lightning_class_args(LastCheckpoint, "checkpoint")
+        parser.set_defaults(
+            {
+                "checkpoint.filename": LAST_CHECKPOINT.stem,
+                "checkpoint.enable_version_counter": False,
+                "trainer.enable_model_summary": False,
+            }
+        )
 
     def _parse_ckpt_path(self) -> None:
         """Do nothing: what the command line says counts, not what a checkpoint remembers."""
 
     def before_instantiate_classes(self) -> None:
         """Choose the run folder and point everything that writes to it."""
-        config = self.config[self.subcommand]
+        config = self.config[str(self.subcommand)]
         base = Path(config.trainer.default_root_dir or Path("runs") / "unnamed")
-        parser = self._subcommand_parsers[self.subcommand]
-        self.recipe = yaml.safe_load(parser.dump(config, skip_none=False))
-        self.run_folder = choose_run_folder(base, self.recipe, str(self.subcommand), config.ckpt_path)
+        command = str(self.subcommand)
+        parser = self._subcommand_parsers[command]
+        self.recipe = yaml.safe_load(parser.dump(config, skip_unset=False))
+        self.run_folder = choose_run_folder(base, self.recipe, command, config.ckpt_path)
+        if self.run_folder.checkpoint is not None:
+            load_tokenizer_json(
+                self.run_folder.checkpoint
+            )  # refuses what is damaged or foreign before anything is built
         config.trainer.default_root_dir = str(self.run_folder.path)
         config.ckpt_path = None if self.run_folder.checkpoint is None else str(self.run_folder.checkpoint)
         if config.checkpoint.dirpath is None:
             config.checkpoint.dirpath = str(self.run_folder.path / LAST_CHECKPOINT.parent)
         for key in ("trainer", "checkpoint"):
-            self.recipe[key] = yaml.safe_load(parser.dump(config, skip_none=False))[key]
+            self.recipe[key] = yaml.safe_load(parser.dump(config, skip_unset=False))[key]
         self.recipe["checkpoint"]["dirpath"] = None
         self.recipe.pop("ckpt_path", None)
         if self.run_folder.notice:
             print(self.run_folder.notice)
 
-    def instantiate_trainer(self, **kwargs: Any) -> lightning.Trainer:
+    def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         """Build the trainer with the callbacks and loggers that every run has."""
         config = self._get(self.config_init, "trainer")
         if not config.fast_dev_run:
             kwargs["logger"] = self._loggers(config.logger)
-        trainer = super().instantiate_trainer(**kwargs)
-        present = tuple(type(callback) for callback in trainer.callbacks)
-        for callback in self._standing_callbacks(config):
-            if not any(issubclass(one, type(callback)) for one in present):
-                trainer.callbacks.append(callback)
-        trainer.callbacks = trainer._callback_connector._reorder_callbacks(trainer.callbacks)
-        return trainer
+        own = config.callbacks or []
+        own = own if isinstance(own, list) else [own]
+        every = config.log_every_n_steps or 50
+        standing: list[pl.Callback] = [SaveConfig(self.recipe), ModelLine(), NonFiniteGuard(), Throughput(every)]
+        standing.append(RandomState())
+        has_bar = any(isinstance(callback, ProgressBar) for callback in own)
+        if config.enable_progress_bar is not False and not has_bar and not sys.stdout.isatty():
+            kwargs["enable_progress_bar"] = False
+            standing.append(ProgressLines(every))
+        standing = [one for one in standing if not any(isinstance(callback, type(one)) for callback in own)]
+        return super().instantiate_trainer(callbacks=[*own, *standing], **kwargs)
 
     def _loggers(self, configured: Any) -> list[Logger] | bool:
         """Return the loggers: ``metrics.csv`` always, beside it those of the recipe or else TensorBoard."""
@@ -149,27 +174,37 @@ class CommandLine(LightningCLI):
         folder = self.run_folder.path
         return [CSVLogger(folder), *(named or [TensorBoardLogger(folder, name="tensorboard", version="")])]
 
-    def _standing_callbacks(self, config: Any) -> list[Callback]:
-        every = config.log_every_n_steps or 50
-        callbacks: list[Callback] = [SaveConfig(self.recipe), NonFiniteGuard(), Throughput(every), RandomState()]
-        if config.enable_progress_bar is not False:
-            callbacks.append(RichProgressBar() if sys.stdout.isatty() else ProgressLines(every))
-        return callbacks
+    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
+        """Have checkpoints read as data only, and no table printed: the closing line has the figures."""
+        more = {"weights_only": True} | ({} if subcommand == "fit" else {"verbose": False})
+        return super()._prepare_subcommand_kwargs(subcommand) | more
 
     def after_fit(self) -> None:
         """Measure the trained model, unless the last step was a validation, and write the summary."""
-        if not isinstance(self.model, LanguageModule) or self.trainer.fast_dev_run or self.trainer.interrupted:
+        if not isinstance(self.model, LanguageModule) or self.trainer.fast_dev_run or self.trainer.interrupted:  # type: ignore[attr-defined]
             return
-        if self.model.evaluated.get("step") != self.trainer.global_step:
-            steps = self.trainer.global_step
+        steps = self.trainer.global_step
+        if self.model.evaluated.get("step") != steps:
             self.trainer.validate(self.model, self.datamodule, verbose=False)
-            self.model.evaluated["step"] = steps
-        self._write_summary()
+            for logger in self.trainer.loggers:
+                if isinstance(logger, CSVLogger):  # which is silent outside of fit
+                    figures = {f"val/{name}": value for name, value in self.model.evaluated.items() if name != "step"}
+                    logger.experiment.write(steps - 1, figures)
+        self._close(f" after {steps} steps")
 
     def after_validate(self) -> None:
         """Write the summary."""
-        if isinstance(self.model, LanguageModule) and not self.trainer.fast_dev_run:
-            self._write_summary()
+        if isinstance(self.model, LanguageModule) and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
+            self._close("")
 
-    def _write_summary(self) -> None:
-        write_run_summary(self.trainer, self.model, self.datamodule, self.run_folder.path, self.recipe)
+    def after_test(self) -> None:
+        """Print the figures of the test text; the summary is of the validation text."""
+        if isinstance(self.model, LanguageModule) and self.trainer.is_global_zero:
+            figures = self.model.evaluated
+            print(f"test: {figures['bits_per_byte']:.3f} bits per byte, perplexity {figures['perplexity']:.4g}")
+
+    def _close(self, when: str) -> None:
+        folder = self.run_folder.path
+        write_run_summary(self.trainer, self.model, self.datamodule, folder, self.recipe)
+        if self.trainer.is_global_zero:
+            print(f"{folder}: {self.model.evaluated['bits_per_byte']:.3f} bits per byte{when}; see {folder / SUMMARY}")

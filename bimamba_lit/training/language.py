@@ -2,7 +2,7 @@
 
 from typing import Any
 
-import lightning
+import lightning.pytorch as pl
 from torch import Tensor
 
 from bimamba_lit.binarize import binary_layers
@@ -15,7 +15,7 @@ from bimamba_lit.training.optimizer import AdamW
 Batch = dict[str, Tensor]
 
 
-class LanguageModule(lightning.LightningModule):
+class LanguageModule(pl.LightningModule):
     """A language model in training: optimizer, evaluation and checkpoints; subclasses build it and give the loss.
 
     Args:

@@ -52,7 +52,8 @@ class AdamW:
             raise UserError(
                 "the schedule has no length: set trainer.max_steps or model.init_args.optimizer.total_steps"
             )
-        decayed, kept = [], []
+        decayed: list[nn.Parameter] = []
+        kept: list[nn.Parameter] = []
         for parameter in module.parameters():
             if parameter.requires_grad:
                 excluded = parameter.ndim <= 1 or getattr(parameter, "_no_weight_decay", False)

@@ -38,9 +38,28 @@ def read_settings(args: Sequence[str]) -> Settings:
     for name, value in _options(args):
         if name in ("-c", "--config"):
             _merge(settings, read_recipe(Path(value)))
-        elif name.startswith("--") and not name.endswith("+"):
-            _set(settings, name.removeprefix("--").split("."), _scalar(value))
+        elif name.startswith("--"):
+            _set(settings, name.removeprefix("--").rstrip("+").split("."), _scalar(value), append=name.endswith("+"))
     return settings
+
+
+def with_resolved_recipes(args: Sequence[str]) -> list[str]:
+    """Return a command line with each recipe's path replaced by its content, ``${…}`` resolved: jsonargparse takes both.
+
+    Raises:
+        UserError: If a recipe is missing or cannot be read.
+    """
+    resolved: list[str] = []
+    rest = list(args)
+    while rest:
+        arg = rest.pop(0)
+        name, equals, value = arg.partition("=")
+        if name in ("-c", "--config"):
+            path = value if equals else (rest.pop(0) if rest else "")
+            resolved += ["--config", yaml.safe_dump(read_recipe(Path(path)), sort_keys=False)]
+        else:
+            resolved.append(arg)
+    return resolved
 
 
 def read_recipe(path: Path) -> Settings:
@@ -108,15 +127,18 @@ def _check_value(path: str, value: Any, kind: Any) -> None:
             return
     simple = [one for one in kinds if _class_wanted(one) is None]
     if bases and (isinstance(value, Mapping) or (isinstance(value, str) and not _fits(value, simple))):
-        _check_class(path, value, bases)
+        _check_class(path, value, bases, given=max(map(_given, kinds)))
     elif not bases and not _fits(value, kinds):
         raise UserError(f"{path}: {value!r} is not right, it must be {_told(kinds)}")
     elif bases and not isinstance(value, str | Mapping) and not _fits(value, simple):
         raise UserError(f"{path}: {value!r} is not right, it must be {_told(kinds)}")
 
 
-def _check_class(path: str, value: Any, bases: tuple[type, ...]) -> None:
-    """Check ``class_path`` and ``init_args``, or the short forms of them: a name alone, arguments beside the name."""
+def _check_class(path: str, value: Any, bases: tuple[type, ...], given: int = 0) -> None:
+    """Check ``class_path`` and ``init_args``, or the short forms of them: a name alone, arguments beside the name.
+
+    The first ``given`` arguments are no settings: the program gives them when it calls the class.
+    """
     if isinstance(value, str):
         value = {"class_path": value}
     wanted = " or ".join(base.__name__ for base in bases)
@@ -130,14 +152,17 @@ def _check_class(path: str, value: Any, bases: tuple[type, ...]) -> None:
     if isinstance(value.get("init_args"), Mapping):
         arguments |= value["init_args"]
         path = f"{path}.init_args"
-    _check_arguments(path, arguments, cls)
+    _check_arguments(path, arguments, cls, given)
 
 
-def _check_arguments(path: str, arguments: Mapping[str, Any], cls: type) -> None:
+def _check_arguments(path: str, arguments: Mapping[str, Any], cls: type, given: int = 0) -> None:
     parameters = _parameters(cls)
     if parameters is None:
         return
     _check_keys(path, arguments, parameters)
+    for key in _required(cls)[given:]:
+        if key not in arguments:
+            raise UserError(f"{path} has no '{key}', which {cls.__name__} needs")
     for key, value in arguments.items():
         _check_value(f"{path}.{key}", value, parameters[key])
 
@@ -189,6 +214,13 @@ def _parameters(cls: type) -> dict[str, Any] | None:
     return None
 
 
+def _required(cls: type) -> list[str]:
+    """Return the arguments of a class that have no default, in order."""
+    parameters = inspect.signature(cls).parameters.values()
+    positional = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    return [one.name for one in parameters if one.default is one.empty and one.kind in positional]
+
+
 def _alternatives(kind: Any) -> Iterator[Any]:
     if get_origin(kind) in (Union, types.UnionType):
         for one in get_args(kind):
@@ -199,11 +231,21 @@ def _alternatives(kind: Any) -> Iterator[Any]:
 
 def _class_wanted(kind: Any) -> type | None:
     """Return the class that a setting names by ``class_path``, or a dataclass; ``None`` for plain values."""
-    if get_origin(kind) is not None and issubclass(get_origin(kind), Callable) and get_args(kind):  # type: ignore[arg-type]
+    if _is_callable(kind):
         kind = get_args(kind)[1]
     if inspect.isclass(kind) and get_origin(kind) is None and kind.__module__ not in _PLAIN_MODULES:
         return kind
     return None
+
+
+def _is_callable(kind: Any) -> bool:
+    return get_origin(kind) is Callable and bool(get_args(kind))
+
+
+def _given(kind: Any) -> int:
+    """Return how many arguments a class wanted as ``Callable[[…], Base]`` is called with."""
+    arguments = get_args(kind)[0] if _is_callable(kind) else []
+    return len(arguments) if isinstance(arguments, list) else 0
 
 
 _PLAIN_MODULES = ("builtins", "pathlib", "datetime", "types")
@@ -247,7 +289,8 @@ _WORDS = {int: "a whole number", float: "a number", str: "text", bool: "true or 
 
 def _subclasses(base: type) -> Iterator[type]:
     yield base
-    for child in base.__subclasses__():
+    children: list[type] = base.__subclasses__()
+    for child in children:
         yield from _subclasses(child)
 
 
@@ -274,18 +317,31 @@ def _merge(settings: Settings, more: Mapping[str, Any]) -> None:
             settings[key] = value
 
 
-def _set(settings: Settings, path: list[str], value: Any) -> None:
-    for key in path[:-1]:
-        if key == "init_args":  # arguments stand beside the class's name as well as below init_args
-            continue
-        inner = settings.get(key)
-        if isinstance(inner, str):
-            inner = {"class_path": inner}
-        if isinstance(inner, dict) and isinstance(inner.get("init_args"), dict):
-            nested = inner["init_args"]
-            inner.update(nested)
-            del inner["init_args"]
-        settings[key] = settings = inner if isinstance(inner, dict) else {}
-    if isinstance(value, str) and isinstance(settings.get(path[-1]), dict):
+def _set(settings: Settings, path: list[str], value: Any, append: bool) -> None:
+    *outer, key = path
+    for name in outer:
+        if name != "init_args":  # arguments stand beside the class's name as well as below init_args
+            settings = _opened(settings, name)
+    present = settings.get(key)
+    if append:
+        present = [] if present is None else present
+        value = [*(present if isinstance(present, list) else [present]), value]
+    elif isinstance(value, str) and isinstance(present, dict):
         value = {"class_path": value}
-    settings[path[-1]] = value
+    settings[key] = value
+
+
+def _opened(settings: Settings, key: str) -> Settings:
+    """Return the settings below ``key``, of a list those of its last item, with a class's arguments beside its name."""
+    items = settings.get(key)
+    inner = items[-1] if isinstance(items, list) and items else items
+    if isinstance(inner, str):
+        inner = {"class_path": inner}
+    if not isinstance(inner, dict):
+        inner = {}
+    inner |= inner.pop("init_args", None) or {}
+    if isinstance(items, list) and items:
+        items[-1] = inner
+    else:
+        settings[key] = inner
+    return inner

@@ -4,22 +4,22 @@ import os
 from pathlib import Path
 from typing import Any
 
-import lightning
+import lightning.pytorch as pl
 import yaml
-from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_only
 
 import bimamba_lit
 from bimamba_lit.callbacks import Throughput
 from bimamba_lit.files import replacing
 from bimamba_lit.models.count import count_parameters, true_bits
+from bimamba_lit.report.summary import FILE_NAME as SUMMARY
 from bimamba_lit.report.summary import Summary, write_summary
 from bimamba_lit.training.distill import Distill
 from bimamba_lit.training.language import LanguageModule, scheme_name
-from bimamba_lit.training.run_folder import CONFIG, SUMMARY
+from bimamba_lit.training.run_folder import CONFIG
 
 
-class SaveConfig(Callback):
+class SaveConfig(pl.Callback):
     """Writes ``config.yaml`` when a run begins, after all its input has proved good; ``-c`` takes it as a recipe.
 
     Args:
@@ -29,27 +29,27 @@ class SaveConfig(Callback):
     def __init__(self, recipe: dict[str, Any]) -> None:
         self.recipe = recipe
 
-    def on_fit_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write the file; a summary of an earlier, shorter run in this folder is out of date from here on."""
         self._save(trainer)
         if trainer.is_global_zero and trainer.default_root_dir:
             (Path(trainer.default_root_dir) / SUMMARY).unlink(missing_ok=True)
 
-    def on_validation_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write the file where the run is a validation by itself."""
         if trainer.state.fn == "validate" and not (Path(trainer.default_root_dir) / CONFIG).exists():
             self._save(trainer)
 
     @rank_zero_only
-    def _save(self, trainer: lightning.Trainer) -> None:
-        if not trainer.fast_dev_run:
+    def _save(self, trainer: pl.Trainer) -> None:
+        if not trainer.fast_dev_run:  # type: ignore[attr-defined]
             with replacing(Path(trainer.default_root_dir) / CONFIG) as temporary:
                 temporary.write_text(yaml.safe_dump(self.recipe, sort_keys=False, allow_unicode=True), encoding="utf-8")
 
 
 @rank_zero_only
 def write_run_summary(
-    trainer: lightning.Trainer,
+    trainer: pl.Trainer,
     module: LanguageModule,
     data: Any,
     folder: Path,

@@ -8,12 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
-from bimamba_lit.errors import UserError
+from bimamba_lit.errors import UserError, nearest
+from bimamba_lit.report.summary import FILE_NAME as SUMMARY
+from bimamba_lit.report.summary import read_summary
 
 CONFIG = "config.yaml"
-SUMMARY = "summary.json"
 LAST_CHECKPOINT = Path("checkpoints") / "last.ckpt"
 
 _RESULT_KEYS = ("seed_everything", "model", "data")
@@ -57,20 +59,24 @@ def choose_run_folder(base: Path, config: dict[str, Any], command: str, ckpt_pat
     folder = _first_free_or_own(base, config)
     notice = None if folder == base else f"{base} holds a run of another configuration: this one goes to {folder}"
     last = folder / LAST_CHECKPOINT
+    if command == "fit":
+        _refuse_finished(folder, config)
     if ckpt_path == "last":
         if last.is_file():
-            if command == "fit":
-                _refuse_finished(folder, config)
             return RunFolder(folder, last, notice)
         start = f"{folder} has no whole checkpoint yet: starting from the beginning"
         return RunFolder(folder, None, f"{notice}; {start}" if notice else start)
     if ckpt_path is not None:
         if not Path(ckpt_path).is_file():
-            raise UserError(f"ckpt_path: there is no checkpoint {ckpt_path}")
-        return RunFolder(folder, Path(ckpt_path), notice)
+            siblings = [entry.name for entry in Path(ckpt_path).parent.glob("*.ckpt")]
+            raise UserError(
+                f"ckpt_path: there is no checkpoint {ckpt_path}"
+                + (nearest(Path(ckpt_path).name, siblings) or "; give a file, or last for the newest of this run")
+            )
+        if command != "fit" or not last.is_file() or last.samefile(ckpt_path):
+            return RunFolder(folder, Path(ckpt_path), notice)
     if last.is_file():
         if command == "fit":
-            _refuse_finished(folder, config)
             raise UserError(
                 f"{folder} holds an unfinished run of this configuration: add --ckpt_path last to resume it, "
                 "or choose another --trainer.default_root_dir"
@@ -108,18 +114,30 @@ def _identity(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _refuse_finished(folder: Path, config: dict[str, Any]) -> None:
-    """Raise if the run in ``folder`` has its summary and no further steps are asked for."""
-    if not (folder / SUMMARY).is_file():
+    """Raise if the run in ``folder`` has come to its end and is not asked to go on longer."""
+    if not (folder / SUMMARY).is_file() or not read_summary(folder).tokens_seen:
         return
-    done = _steps(_read(folder / CONFIG))
-    asked = _steps(config)
-    if asked <= done:
+    before = _read(folder / CONFIG)
+    if not _ended(folder / LAST_CHECKPOINT, before):
+        return
+    if all(_length(config, key) <= _length(before, key) for key in ("max_steps", "max_epochs")):
         raise UserError(
-            f"{folder} holds a finished run of this configuration: see `bimamba compare {folder}`, "
-            "or choose another --trainer.default_root_dir to run it again"
+            f"{folder} holds a finished run of this configuration: see {folder / SUMMARY}, resume it with a longer "
+            "--trainer.max_steps and --ckpt_path last, or choose another --trainer.default_root_dir"
         )
 
 
-def _steps(config: dict[str, Any]) -> float:
-    steps = (config.get("trainer") or {}).get("max_steps", -1)
-    return float("inf") if steps is None or steps < 0 else float(steps)
+def _ended(checkpoint: Path, config: dict[str, Any]) -> bool:
+    """Say whether a run with a summary is at its end: ``validate`` writes one for an unfinished run too."""
+    length = _length(config, "max_steps")
+    if not checkpoint.is_file() or length == float("inf"):
+        return True
+    try:
+        return int(torch.load(checkpoint, map_location="cpu", mmap=True, weights_only=True)["global_step"]) >= length
+    except Exception:  # noqa: BLE001  (a damaged file fails in many ways; reading it as a checkpoint will tell)
+        return False
+
+
+def _length(config: dict[str, Any], key: str) -> float:
+    value = (config.get("trainer") or {}).get(key)
+    return float("inf") if value is None or value < 0 else float(value)

@@ -28,13 +28,16 @@ class Clock:
 
 
 class Passing(pl.Callback):
-    """Lets time pass: a second in every batch, a thousand in validation and in writing a checkpoint."""
+    """Lets time pass: in every batch, and a thousand seconds in validation and in writing a checkpoint.
 
-    def __init__(self, clock: Clock) -> None:
-        self.clock = clock
+    A batch takes a second, and ``slowdown`` times that from step 4 on.
+    """
 
-    def on_before_backward(self, *_: Any) -> None:
-        self.clock.now += 1
+    def __init__(self, clock: Clock, slowdown: float = 1) -> None:
+        self.clock, self.slowdown = clock, slowdown
+
+    def on_before_backward(self, trainer: pl.Trainer, *_: Any) -> None:
+        self.clock.now += 1 if trainer.global_step < 4 else self.slowdown
 
     def on_validation_batch_start(self, *_: Any) -> None:
         self.clock.now += 1000
@@ -53,12 +56,15 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_rate_and_totals(tiny: SimpleNamespace, tmp_path: Path, clock: Clock, accumulate: int) -> None:
     speed = Throughput(4)
-    trainer = tiny.trainer(tmp_path, [speed, Passing(clock)], max_steps=9, accumulate_grad_batches=accumulate)
+    trainer = tiny.trainer(
+        tmp_path, [speed, Passing(clock, slowdown=4)], max_steps=9, accumulate_grad_batches=accumulate
+    )
     trainer.fit(tiny.module(), tiny.data())
-    # The wait between batches takes no time here, so a batch takes one second.
+    # The wait between batches takes no time here, so a batch takes its time alone.
     assert speed.tokens_seen == 9 * accumulate * tiny.tokens_a_batch
-    assert speed.seconds == 9 * accumulate
-    assert trainer.callback_metrics["speed/tokens_per_second"] == tiny.tokens_a_batch
+    assert speed.seconds == (4 + 5 * 4) * accumulate
+    # The last log is over steps 5 to 8.
+    assert trainer.callback_metrics["speed/tokens_per_second"] == tiny.tokens_a_batch / 4
     assert trainer.callback_metrics["speed/tokens_seen"] == 8 * accumulate * tiny.tokens_a_batch
 
 
@@ -98,13 +104,13 @@ def test_totals_go_on_after_a_resume(tiny: SimpleNamespace, tmp_path: Path, cloc
     trainer.save_checkpoint(tmp_path / "at3.ckpt")
     state = torch.load(tmp_path / "at3.ckpt", weights_only=True)["callbacks"]["Throughput"]
     assert state == {"tokens_seen": 3 * tiny.tokens_a_batch, "seconds": 3.0}
-    speed = Throughput(2)
-    trainer = tiny.trainer(tmp_path, [speed, Passing(clock)], max_steps=7)
+    speed = Throughput(6)
+    trainer = tiny.trainer(tmp_path, [speed, Passing(clock, slowdown=4)], max_steps=6)
     trainer.fit(tiny.module(), tiny.data(), ckpt_path=tmp_path / "at3.ckpt", weights_only=True)
-    assert speed.tokens_seen == 7 * tiny.tokens_a_batch
-    assert speed.seconds == 7
-    # The first interval after the resume has one step, not two with the tokens of three before it.
-    assert trainer.callback_metrics["speed/tokens_per_second"] == tiny.tokens_a_batch
+    assert speed.tokens_seen == 6 * tiny.tokens_a_batch
+    assert speed.seconds == 3 + 1 + 4 + 4
+    # The first interval begins at the resume: three steps in nine seconds.
+    assert trainer.callback_metrics["speed/tokens_per_second"].item() == pytest.approx(tiny.tokens_a_batch * 3 / 9)
 
 
 def test_the_real_clock_runs(tiny: SimpleNamespace, tmp_path: Path) -> None:

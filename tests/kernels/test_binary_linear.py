@@ -90,3 +90,13 @@ def test_precision(dtype, bound, backend):
         right = formula(x.double(), w, **{name: t.double() for name, t in terms.items()})
     assert y.dtype == dtype
     assert (y.double() - right).norm() <= bound * right.norm()
+
+
+@pytest.mark.parametrize("backend", ["naive", "chunked"])
+def test_autocast(backend):
+    x, w, terms = make(40, 256, 2, torch.float32)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        y = ops.binary_linear(x, ops.pack_signs(w), 256, **terms, backend=backend)
+    right = formula(x.double(), w, **{name: t.double() for name, t in terms.items()})
+    assert y.dtype == torch.float32
+    assert (y.double() - right).norm() <= 0.01 * right.norm()

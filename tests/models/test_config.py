@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from bimamba_lit import MambaConfig
+from bimamba_lit import MambaConfig, MambaLM
 from bimamba_lit.errors import UserError
 
 SMALL = {"d_model": 32, "n_layer": 2, "vocab_size": 61}
@@ -56,3 +56,10 @@ def test_what_does_not_fit_is_refused(change, words):
 def test_a_missing_size_is_named(key):
     with pytest.raises(UserError, match=f"lacks the key '{key}'"):
         MambaConfig.from_dict({name: value for name, value in SMALL.items() if name != key})
+
+
+def test_vocab_size_may_follow_the_data_but_a_model_needs_it() -> None:
+    config = MambaConfig(d_model=32, n_layer=2)
+    assert config.vocab_size is None
+    with pytest.raises(UserError, match="vocab_size is not set"):
+        MambaLM(config)

@@ -161,7 +161,7 @@ def test_columns_grow_and_values_are_exact(tmp_path: Path) -> None:
     file.write(1, {"a": 1 / 3})
     file.write(1, {"b": torch.tensor(2.5)})
     file.write(2, {"b": float("nan")})
-    file.write(2, {"a": 7})
+    file.write(2, {"a": 123.4567})
     file.write(2, {"a": 8.25})
     assert file.path.read_text() == f"step,a,b\n0,0.1,\n1,{1 / 3!r},2.5\n2,8.25,nan\n"
 
@@ -171,8 +171,8 @@ def test_a_row_cut_off_by_a_kill_is_dropped(tmp_path: Path) -> None:
     path.write_text("step,a\n0,1.0\n1,2.0\n2,3.")
     file = MetricsFile(path)
     file.begin(3)
-    file.write(2, {"a": 4.0})
-    assert path.read_text() == "step,a\n0,1.0\n1,2.0\n2,4.0\n"
+    file.write(3, {"a": 4.0})
+    assert path.read_text() == "step,a\n0,1.0\n1,2.0\n3,4.0\n"
 
 
 def test_what_comes_late_for_the_last_row_joins_it_after_a_resume(tmp_path: Path) -> None:
