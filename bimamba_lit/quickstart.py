@@ -4,7 +4,6 @@ A step whose run is finished is passed over and one that was interrupted is resu
 """
 
 import shlex
-import sys
 import time
 from pathlib import Path
 
@@ -71,4 +70,4 @@ def quickstart() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(quickstart())
+    quickstart()

@@ -123,6 +123,10 @@ def test_a_killed_run_ends_as_if_it_had_not_been(tiny, bimamba, whole, tmp_path,
         answer = bimamba("validate", *args[1:], "--ckpt_path=last")
         assert answer.code == 0 and summary(folder)["tokens_seen"] == 4 * 4 * 32
 
+    # Killed once more, inside the epoch it was resumed in.
+    again = [*args, "--ckpt_path", "last", f"--trainer.callbacks+={module}.Stop", f"--trainer.callbacks.at={stop + 9}"]
+    again += ["--checkpoint.every_n_train_steps=5"]
+    assert bimamba(*again).code == 1 and checkpoint(folder)["global_step"] == (stop + 9) // 5 * 5
     answer = bimamba(*args, "--ckpt_path", "last")
     assert answer.code == 0, answer.err
     assert_same_run(folder, whole)

@@ -20,7 +20,7 @@ class _Sign(torch.autograd.Function):
         return torch.where(x > 0, 1.0, -1.0).to(x.dtype)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         if ctx.straight_through == "identity":
             return gradient, None
         (x,) = ctx.saved_tensors

@@ -52,7 +52,7 @@ def write_plot(comparison: Comparison, path: Path) -> None:
         axes.legend(loc="lower left", bbox_to_anchor=(-0.02, 1.04), ncols=3, frameon=False, handletextpad=0.2)
     missing = [row.name for row in comparison.rows if row not in rows]
     _captions(axes, comparison, missing)
-    canvas.draw()  # type: ignore[no-untyped-call]
+    canvas.draw()
     # What was laid out stays: a label placed by measured boxes must not move afterwards.
     figure.set_layout_engine("none")
     _label(axes, rows)

@@ -44,7 +44,7 @@ COMMANDS = {
     "validate": "Measure a model on a recipe's validation text and write its summary.",
     "test": "Measure a model on a recipe's test text.",
 }
-_GROUPS: dict[str, Any] = {
+GROUPS: dict[str, Any] = {
     "trainer": pl.Trainer,
     "checkpoint": LastCheckpoint,
     "model": type[pl.LightningModule],
@@ -69,7 +69,7 @@ def run(command: str, args: Sequence[str]) -> None:
         settings = read_settings(args)
         if "model" not in settings:
             raise UserError(f"{command} needs a recipe: bimamba {command} -c recipes/NAME.yaml")
-        check_settings(settings, _GROUPS)
+        check_settings(settings, GROUPS)
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_wanted_line)
     # Lightning 2.6 calls what torch 2.13 and jsonargparse 4.53 deprecate: nothing that a user could mend.
     warnings.filterwarnings("ignore", ".*isinstance.treespec, LeafSpec.*", FutureWarning)

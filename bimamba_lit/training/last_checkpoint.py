@@ -51,7 +51,7 @@ class LastCheckpoint(ModelCheckpoint):
         if not self._epoch_is_through:
             return
         fit = checkpoint["loops"]["fit_loop"]
-        fit["epoch_loop.state_dict"]["_batches_that_stepped"] += 1
+        fit["state_dict"]["combined_loader"] = []  # the loader has nothing left: the next epoch takes a new one
         fit["epoch_loop.batch_progress"]["is_last_batch"] = False
         for span in ("total", "current"):
             batches, epochs = fit["epoch_loop.batch_progress"][span], fit["epoch_progress"][span]
