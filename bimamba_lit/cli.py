@@ -36,13 +36,21 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.exit(f"bimamba: {_sentence(error)}")
 
 
-def _sentence(error: Exception) -> str:
+def _sentence(error: BaseException) -> str:
+    inner = error.__cause__ or error.__context__
+    if not isinstance(error, UserError) and inner is not None and _user_error(inner):
+        return _sentence(inner)
     text = " ".join(str(error).split())
     if isinstance(error, UserError):
         return text
     if isinstance(error, argparse.ArgumentError):
         return f"{text}; see --help"
     return f"{type(error).__name__}: {text} (run again with --debug for where it came from)"
+
+
+def _user_error(error: BaseException | None) -> bool:
+    """Say whether an error of ours is what another library wrapped in its own."""
+    return error is not None and (isinstance(error, UserError) or _user_error(error.__cause__ or error.__context__))
 
 
 def _dispatch(args: list[str]) -> None:

@@ -98,7 +98,9 @@ def assert_same_run(one: Path, other: Path) -> None:
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
     for ours_, theirs_ in zip(rows(one), rows(other), strict=True):
-        assert {k: v for k, v in ours_.items() if k not in SPEED} == {k: v for k, v in theirs_.items() if k not in SPEED}
+        assert {k: v for k, v in ours_.items() if k not in SPEED} == {
+            k: v for k, v in theirs_.items() if k not in SPEED
+        }
     assert summary(one)["tokens_seen"] == summary(other)["tokens_seen"]
     assert summary(one)["bits_per_byte"] == summary(other)["bits_per_byte"]
 
@@ -200,7 +202,9 @@ def test_a_validation_at_the_last_step_is_not_repeated(tiny, bimamba, tmp_path, 
 def test_test_prints_its_figures(tiny, bimamba):
     before = summary(tiny.teacher)
     args = ["-c", tiny.teacher_recipe, "--ckpt_path=last", f"--data.test={tiny.text}"]
-    answer = bimamba("test", *args, f"--trainer.default_root_dir={tiny.folder / 'tested'}", "--ckpt_path", before_ckpt(tiny))
+    answer = bimamba(
+        "test", *args, f"--trainer.default_root_dir={tiny.folder / 'tested'}", "--ckpt_path", before_ckpt(tiny)
+    )
     assert answer.code == 0, answer.err
     assert f"test: {before['bits_per_byte']:.3f} bits per byte" in answer.out
 

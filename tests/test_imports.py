@@ -11,7 +11,8 @@ import bimamba_lit
 
 PACKAGE = Path(bimamba_lit.__file__).parent
 LEVELS = [
-    {"cli", "__main__"},
+    {"__main__"},
+    {"cli"},
     {"training", "report", "bench", "quickstart", "recipe_folder"},
     {"callbacks", "eval", "export"},
     {"distill", "data"},
@@ -22,7 +23,13 @@ LEVELS = [
     {"errors", "files"},
 ]
 # `training` writes the summaries that `report` reads; `quickstart` is a run and a comparison.
-SIDEWAYS = {("training", "report"), ("quickstart", "training"), ("quickstart", "report"), ("files", "errors")}
+SIDEWAYS = {
+    ("training", "report"),
+    ("quickstart", "cli"),
+    ("quickstart", "training"),
+    ("quickstart", "report"),
+    ("files", "errors"),
+}
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
 FILES = [path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py"] + [
     path for link in ("kernels", "callbacks") for path in (PACKAGE / link).resolve().rglob("*.py")

@@ -14,6 +14,7 @@ What differs from LightningCLI, and why:
 """
 
 import logging
+import shutil
 import sys
 import warnings
 from collections.abc import Sequence
@@ -25,6 +26,7 @@ import yaml
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 import bimamba_lit.data  # noqa: F401  (so that its classes can be named in short: --data=TextDataModule)
 from bimamba_lit.callbacks import NonFiniteGuard, ProgressLines, RandomState, Throughput
@@ -37,7 +39,7 @@ from bimamba_lit.training.last_checkpoint import LastCheckpoint
 from bimamba_lit.training.model_line import ModelLine
 from bimamba_lit.training.recipe_check import check_settings, read_settings, with_resolved_recipes
 from bimamba_lit.training.record import SaveConfig, write_run_summary
-from bimamba_lit.training.run_folder import LAST_CHECKPOINT, RunFolder, choose_run_folder
+from bimamba_lit.training.run_folder import CONFIG, LAST_CHECKPOINT, RunFolder, choose_run_folder
 
 COMMANDS = {
     "fit": "Train a teacher or distill a student, as a recipe says.",
@@ -73,7 +75,9 @@ def run(command: str, args: Sequence[str]) -> None:
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_wanted_line)
     # Lightning 2.6 calls what torch 2.13 and jsonargparse 4.53 deprecate: nothing that a user could mend.
     warnings.filterwarnings("ignore", ".*isinstance.treespec, LeafSpec.*", FutureWarning)
-    warnings.filterwarnings("ignore", r"\s*(By default only one Jsonargparse|``instantiate_classes``)", DeprecationWarning)
+    warnings.filterwarnings(
+        "ignore", r"\s*(By default only one Jsonargparse|``instantiate_classes``)", DeprecationWarning
+    )
     warnings.filterwarnings("ignore", ".*does not have many workers.*")
     warnings.filterwarnings("ignore", ".*callbacks used to create the checkpoint need to be provided.*")
     warnings.filterwarnings("ignore", "The dirpath has changed from.*")  # one run's checkpoint, another run's folder
@@ -89,12 +93,15 @@ def _wanted_line(record: logging.LogRecord) -> bool:
 def _one_command(command: str) -> type["CommandLine"]:
     """Return a command line that builds the parser of one command only: each takes part of a second."""
     skipped = {"model", "train_dataloaders", "val_dataloaders", "dataloaders", "datamodule", "weights_only", "verbose"}
-    return type("CommandLine", (CommandLine,), {"subcommands": staticmethod(lambda: {command: skipped})})
+    return type(
+        "CommandLine", (CommandLine,), {"command": command, "subcommands": staticmethod(lambda: {command: skipped})}
+    )
 
 
 class CommandLine(LightningCLI):
     """LightningCLI as the module's docstring tells."""
 
+    command: str
     run_folder: RunFolder
 
     def __init__(self, args: Sequence[str]) -> None:
@@ -111,6 +118,9 @@ class CommandLine(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Make the checkpoint a top-level key."""
+        parser.usage = f"bimamba {self.command} -c RECIPE.yaml [--key value ...]"
+        parser.description = COMMANDS[self.command]
+        parser.epilog = "What a class takes: --model.help=Distill, --data.help=TextDataModule."
         parser.add_lightning_class_args(LastCheckpoint, "checkpoint")
         parser.set_defaults(
             {
@@ -125,12 +135,11 @@ class CommandLine(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         """Choose the run folder and point everything that writes to it."""
-        config = self.config[str(self.subcommand)]
+        config = self.config[self.command]
         base = Path(config.trainer.default_root_dir or Path("runs") / "unnamed")
-        command = str(self.subcommand)
-        parser = self._subcommand_parsers[command]
+        parser = self._subcommand_parsers[self.command]
         self.recipe = yaml.safe_load(parser.dump(config, skip_unset=False))
-        self.run_folder = choose_run_folder(base, self.recipe, command, config.ckpt_path)
+        self.run_folder = choose_run_folder(base, self.recipe, self.command, config.ckpt_path)
         if self.run_folder.checkpoint is not None:
             load_tokenizer_json(
                 self.run_folder.checkpoint
@@ -169,10 +178,23 @@ class CommandLine(LightningCLI):
             return False
         named = configured if isinstance(configured, list) else [configured]
         named = [logger for logger in named if isinstance(logger, Logger)]
-        if self.subcommand != "fit":
+        if self.command != "fit":
             return named or False
         folder = self.run_folder.path
         return [CSVLogger(folder), *(named or [TensorBoardLogger(folder, name="tensorboard", version="")])]
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Run the command; take back the folder that loggers made for a run that never began."""
+        folder = self.run_folder.path
+        was_there = folder.exists()
+        try:
+            super()._run_subcommand(subcommand)
+        except BaseException as error:
+            if not was_there and not (folder / CONFIG).exists() and self.trainer.is_global_zero:
+                shutil.rmtree(folder, ignore_errors=True)
+            if isinstance(error, SIGTERMException):  # whose exit code would be 0
+                sys.exit(f"bimamba: stopped by SIGTERM: add --ckpt_path last to resume {folder}")
+            raise
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         """Have checkpoints read as data only, and no table printed: the closing line has the figures."""

@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 
 class LastCheckpoint(ModelCheckpoint):
-    """Saves as often as ``ModelCheckpoint`` would, and at the last of ``trainer.max_steps``; its arguments are the same.
+    """Saves as often as ``ModelCheckpoint`` would, at the last step and on SIGTERM; it takes its arguments.
 
     With ``monitor`` it is ``ModelCheckpoint`` itself; better leave that to a second one among ``trainer.callbacks``.
     """
@@ -28,7 +28,7 @@ class LastCheckpoint(ModelCheckpoint):
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         epochs = self._every_n_epochs
         epoch_is_due = epochs > 0 and trainer.is_last_batch and (trainer.current_epoch + 1) % epochs == 0
-        due = epoch_is_due or trainer.global_step == trainer.max_steps
+        due = epoch_is_due or trainer.global_step == trainer.max_steps or trainer.received_sigterm
         if self.monitor is None and due and not self._should_skip_saving_checkpoint(trainer):
             self._save_topk_checkpoint(trainer, {})
             self._save_last_checkpoint(trainer, {})

@@ -44,7 +44,7 @@ def read_settings(args: Sequence[str]) -> Settings:
 
 
 def with_resolved_recipes(args: Sequence[str]) -> list[str]:
-    """Return a command line with each recipe's path replaced by its content, ``${…}`` resolved: jsonargparse takes both.
+    """Return a command line with each recipe's path replaced by its resolved content: jsonargparse takes both.
 
     Raises:
         UserError: If a recipe is missing or cannot be read.

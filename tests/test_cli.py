@@ -1,0 +1,125 @@
+import csv
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import bimamba_lit
+
+ROOT = Path(__file__).parents[1]
+
+
+def process(*args: object, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "bimamba_lit", *map(str, args)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=120)
+
+
+def test_help_and_version(bimamba):
+    for args in ([], ["--help"]):
+        answer = bimamba(*args)
+        assert answer.code == 0
+        assert all(name in answer.out for name in ("fit", "validate", "generate", "compare", "recipes"))
+    assert bimamba("--version").out == f"bimamba-lit {bimamba_lit.__version__}\n"
+
+
+def test_fit_explains_itself(bimamba):
+    answer = bimamba("fit", "--help")
+    assert answer.code == 0 and answer.out.startswith("usage: bimamba fit -c RECIPE.yaml [--key value ...]\n")
+    assert all(key in answer.out for key in ("--trainer.max_steps", "--checkpoint.every_n_train_steps", "--ckpt_path"))
+    answer = bimamba("fit", "--model.help=Distill")
+    assert answer.code == 0 and "--model.binarizer" in answer.out
+
+
+def test_generate_is_the_same_for_a_seed(tiny, bimamba):
+    args = ["generate", "--ckpt", tiny.teacher, "--prompt", "The ", "--max_new_tokens=12", "--seed=4"]
+    first = bimamba(*args)
+    assert first.code == 0 and first.out.startswith("The ")
+    assert bimamba(*args).out == first.out
+
+
+def test_compare_lays_runs_side_by_side(tiny, bimamba, tmp_path):
+    out = tmp_path / "comparison"
+    folder = tmp_path / "student"
+    fit = ["fit", "-c", tiny.distill_recipe, f"--trainer.default_root_dir={folder}", "--trainer.max_steps=1"]
+    assert bimamba(*fit).code == 0
+    answer = bimamba("compare", tiny.teacher, folder, "--out", out)
+    assert answer.code == 0, answer.err
+    assert sorted(path.name for path in out.iterdir()) == ["report.csv", "report.md", "report.png"]
+    assert "FBI" in answer.out and "FBI" in (out / "report.md").read_text()
+    with (out / "report.csv").open() as file:
+        assert len(list(csv.reader(file))) == 3
+
+
+def test_recipes_are_listed_and_copied(bimamba, tmp_path):
+    listed = bimamba("recipes")
+    assert listed.code == 0 and listed.out == bimamba("recipes", "ls").out
+    assert {line.split()[0] for line in listed.out.splitlines()} == {path.name for path in ROOT.glob("recipes/*.yaml")}
+    answer = bimamba("recipes", "cp", "quickstart_teacher", tmp_path / "mine")
+    copy = tmp_path / "mine" / "quickstart_teacher.yaml"
+    assert answer.code == 0 and str(copy) in answer.out
+    assert copy.read_bytes() == (ROOT / "recipes" / "quickstart_teacher.yaml").read_bytes()
+    again = bimamba("recipes", "cp", "quickstart_teacher.yaml", tmp_path / "mine")
+    assert again.code == 1 and "is there already" in again.err
+    onto_file = bimamba("recipes", "cp", "quickstart_teacher", copy)
+    assert onto_file.code == 1 and "is a file" in onto_file.err
+
+
+# What only a process of its own shows.
+
+
+def test_a_process_prints_no_clutter(tiny, tmp_path):
+    done = process("fit", "-c", tiny.teacher_recipe, f"--trainer.default_root_dir={tmp_path / 'run'}", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[0].startswith("MambaLM: 16,") and "full precision" in lines[0]
+    assert lines[-1].startswith(f"{tmp_path / 'run'}: ") and "bits per byte after 10 steps" in lines[-1]
+    assert all(line.startswith("step ") for line in lines[1:-1])
+    for clutter in ("deprecated", "Epoch ", "FLOPs", "litlogger", "Traceback", "many workers"):
+        assert clutter not in done.stdout + done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_a_process_ends_with_one_sentence(tiny, tmp_path):
+    recipe = tiny.folder / "distil.yaml"
+    done = process("fit", "-c", recipe, cwd=tmp_path)
+    assert done.returncode == 1 and done.stdout == ""
+    assert done.stderr == f"bimamba: there is no recipe {recipe}; did you mean 'distill.yaml'?\n"
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_program_by_its_name():
+    name = Path(sys.executable).parent / "bimamba"
+    if not name.exists():
+        pytest.skip("the package is not installed with its scripts")
+    done = subprocess.run([name, "--version"], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout == process("--version").stdout
+
+
+@pytest.mark.parametrize("kind", [signal.SIGKILL, signal.SIGTERM], ids=["SIGKILL", "SIGTERM"])
+def test_a_run_that_is_killed_goes_on(tiny, bimamba, tmp_path, kind):
+    folder = tmp_path / "run"
+    args = ["fit", "-c", str(tiny.teacher_recipe), f"--trainer.default_root_dir={folder}", "--ckpt_path=last"]
+    args += ["--checkpoint.every_n_train_steps=5"]
+    command = [sys.executable, "-m", "bimamba_lit", *args, "--trainer.max_steps=1000000"]
+    running = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    last = folder / "checkpoints" / "last.ckpt"
+    try:
+        begun = time.monotonic()
+        while not last.exists() and running.poll() is None and time.monotonic() < begun + 60:
+            time.sleep(0.05)
+        assert last.exists()
+    finally:
+        os.kill(running.pid, kind)
+        assert running.wait(60) != 0
+    import torch
+
+    step = torch.load(last, weights_only=True)["global_step"]
+    assert step % 5 == 0 or kind == signal.SIGTERM  # which is answered by a checkpoint
+    answer = bimamba(*args, f"--trainer.max_steps={step + 3}")
+    assert answer.code == 0, answer.err
+    with (folder / "metrics.csv").open() as file:
+        assert [int(row["step"]) for row in csv.DictReader(file)] == list(range(step + 3))

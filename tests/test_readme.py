@@ -1,0 +1,53 @@
+"""The README shows the quickstart's own commands, and its code runs as it stands."""
+
+import re
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from bimamba_lit.binarize import BinaryLinear, PackedLinear
+from bimamba_lit.quickstart import STEPS
+
+README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+PYTHON = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+
+
+def test_every_quickstart_command_is_shown():
+    shown = {
+        line.strip()
+        for block in re.findall(r"```bash\n(.*?)```", README, flags=re.DOTALL)
+        for line in block.split("\n")
+    }
+    assert len(STEPS) == 6
+    for _, command, _ in STEPS:
+        assert f"bimamba {command}" in shown
+
+
+def test_every_recipe_that_is_named_exists():
+    named = set(re.findall(r"recipes/([a-z_]+\.yaml)", README))
+    assert len(named) >= 3
+    assert all((Path(__file__).parents[1] / "recipes" / name).is_file() for name in named)
+
+
+def test_the_scheme_of_the_readme_trains_and_packs():
+    (source,) = [block for block in PYTHON if "class TwoSided" in block]
+    names = {}
+    exec(source, names)
+    dense = nn.Linear(16, 8, bias=False)
+    layer = names["TwoSided"](dense)
+    assert isinstance(layer, BinaryLinear)
+    x = torch.randn(4, 16)
+    layer(x).square().sum().backward()
+    assert all(parameter.grad is not None for parameter in layer.parameters())
+    torch.testing.assert_close(PackedLinear(layer)(x), layer(x), rtol=1e-5, atol=1e-5)
+    error = (layer.weight - dense.weight).norm() / dense.weight.norm()
+    assert error < (torch.sign(dense.weight) - dense.weight).norm() / dense.weight.norm()
+
+
+def test_the_python_of_the_readme_runs():
+    (source,) = [block for block in PYTHON if "pack_(lm)" in block]
+    names = {}
+    exec(source, names)
+    assert names["logits"].shape == (1, 32, 257)
+    assert any(isinstance(layer, PackedLinear) for layer in names["lm"].modules())

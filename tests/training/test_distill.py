@@ -1,0 +1,132 @@
+import lightning.pytorch as pl
+import pytest
+import torch
+import torch.nn.functional as F
+
+from bimamba_lit import MambaConfig, MambaLM
+from bimamba_lit.binarize import FBI, binary_layers
+from bimamba_lit.data import TextDataModule
+from bimamba_lit.models.checkpoint import load_lm
+from bimamba_lit.training import AdamW, Distill
+
+
+@pytest.fixture(scope="module")
+def path(tiny):
+    return str(tiny.teacher / "checkpoints" / "last.ckpt")
+
+
+def built(path: str, **settings: object) -> Distill:
+    module = Distill(path, settings.pop("binarizer", FBI), **settings)
+    module.configure_model()
+    module.log_loss = lambda loss: loss
+    return module
+
+
+@pytest.fixture(scope="module")
+def batch():
+    draw = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, 256, (2, 13), generator=draw)
+    labels = ids.roll(-1, 1)
+    labels[:, -1] = -100
+    return {"input_ids": ids, "labels": labels}
+
+
+def test_a_student_starts_from_the_teacher(path):
+    module, teacher = built(path), load_lm(path)
+    for name, parameter in module.lm.named_parameters():
+        if "in_proj" not in name and "out_proj" not in name:
+            assert torch.equal(parameter, teacher.get_parameter(name)), name
+    assert len(list(binary_layers(module.lm))) == 2
+    plain = built(path, binarizer=None)
+    assert not list(binary_layers(plain.lm))
+    ids = torch.arange(9)[None]
+    assert torch.equal(plain.lm(ids).logits, teacher(ids).logits)
+    assert {id(one) for one in plain.lm.parameters()}.isdisjoint({id(one) for one in plain.teacher.parameters()})
+
+
+def test_a_student_of_its_own_shape_starts_at_random(path):
+    module = built(path, student=MambaConfig(d_model=16, n_layer=2, headdim=8, d_state=8, chunk_size=8))
+    assert (module.lm.config.d_model, module.lm.config.vocab_size) == (16, module.teacher.config.vocab_size)
+    assert len(list(binary_layers(module.lm))) == 4
+
+
+def test_the_teacher_is_frozen_and_nobodys_child(path):
+    module = built(path)
+    assert not any(parameter.requires_grad for parameter in module.teacher.parameters())
+    assert not module.teacher.training
+    inside = {id(parameter) for parameter in module.parameters()}
+    assert inside.isdisjoint({id(parameter) for parameter in module.teacher.parameters()})
+    assert all(name.startswith(("lm.", "metrics.")) for name in module.state_dict())
+
+
+def plain_loss(kind: str, student: torch.Tensor, teacher: torch.Tensor, labels: torch.Tensor, temperature: float):
+    """The definitions, a position at a time, in float64."""
+    losses = []
+    for ours, theirs, label in zip(student.double(), teacher.double(), labels.tolist(), strict=True):
+        if label == -100:
+            continue
+        log_s, log_t = (F.log_softmax(logits / temperature, 0) for logits in (ours, theirs))
+        soft = {
+            "soft_ce": -(log_t.exp() * log_s).sum(),
+            "forward_kl": (log_t.exp() * (log_t - log_s)).sum(),
+            "reverse_kl": (log_s.exp() * (log_s - log_t)).sum(),
+        }[kind]
+        losses.append((soft * temperature**2, -F.log_softmax(ours, 0)[label]))
+    return torch.tensor(losses, dtype=torch.float64).mean(0)
+
+
+@pytest.mark.parametrize("kind", ["soft_ce", "forward_kl", "reverse_kl"])
+@pytest.mark.parametrize(("temperature", "hard_share"), [(1.0, 0.0), (2.5, 0.3), (1.0, 1.0)])
+def test_the_loss_is_what_it_says(path, batch, kind, temperature, hard_share):
+    module = built(path, divergence=kind, temperature=temperature, hard_share=hard_share)
+    with torch.no_grad():
+        student, teacher = (lm(batch["input_ids"]).logits.flatten(0, 1) for lm in (module.lm, module.teacher))
+    soft, hard = plain_loss(kind, student, teacher, batch["labels"].flatten(), temperature)
+    loss = module.training_step(batch)
+    assert float(loss.detach()) == pytest.approx(float((1 - hard_share) * soft + hard_share * hard), rel=1e-4)
+    loss.backward()
+    assert module.lm.backbone.layers[0].mixer.in_proj.latent.grad.abs().sum() > 0
+
+
+def test_training_lowers_the_loss_and_leaves_the_teacher_alone(path, tiny, tmp_path):
+    pl.seed_everything(0, verbose=False)
+    data = TextDataModule(str(tiny.text), str(tiny.text), context=32, batch_size=8, cache_dir=str(tmp_path))
+    student = MambaConfig(d_model=32, n_layer=1, headdim=16, d_state=16, chunk_size=16)
+    optimizer = AdamW(lr=1e-2, min_lr=1e-3, warmup_steps=2)
+    module = Distill(path, FBI, student, hard_share=0.5, optimizer=optimizer)
+    losses = []
+
+    class Watch(pl.Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            losses.append(float(outputs["loss"]))
+
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        max_steps=30,
+        logger=False,
+        callbacks=[Watch()],
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+        limit_val_batches=0,
+        log_every_n_steps=1,
+    )
+    trainer.fit(module, data)
+    assert sum(losses[-3:]) < 0.9 * sum(losses[:3])
+    fresh = load_lm(path)
+    assert all(torch.equal(fresh.get_parameter(name), one) for name, one in module.teacher.named_parameters())
+    (optimizer_,) = trainer.optimizers
+    trained = {id(one) for group in optimizer_.param_groups for one in group["params"]}
+    assert trained == {id(one) for one in module.lm.parameters()}
+
+
+def test_scale_names_tell_whether_a_model_was_trained():
+    from bimamba_lit.binarize import Sign, binarize_
+    from bimamba_lit.training.language import scheme_name
+
+    lm = MambaLM(MambaConfig(vocab_size=11, d_model=16, n_layer=1, headdim=8, d_state=8))
+    assert scheme_name(lm, trained=True) == scheme_name(lm, trained=False) == "fp"
+    binarize_(lm, Sign, ["in_proj"])
+    binarize_(lm, FBI, ["out_proj"])
+    assert scheme_name(lm, trained=True) == "FBI+Sign"
+    assert scheme_name(lm, trained=False) == "ptb.FBI+ptb.Sign"
