@@ -5,7 +5,17 @@ from bimamba_lit.callbacks.nonfinite import NonFiniteGuard
 from bimamba_lit.callbacks.progress_lines import ProgressLines
 from bimamba_lit.callbacks.random_state import RandomState
 from bimamba_lit.callbacks.samples import Samples
+from bimamba_lit.callbacks.steps_bar import StepsBar
 from bimamba_lit.callbacks.throughput import Throughput
 from bimamba_lit.callbacks.weight_scales import WeightScales
 
-__all__ = ["BitFlips", "NonFiniteGuard", "ProgressLines", "RandomState", "Samples", "Throughput", "WeightScales"]
+__all__ = [
+    "BitFlips",
+    "NonFiniteGuard",
+    "ProgressLines",
+    "RandomState",
+    "Samples",
+    "StepsBar",
+    "Throughput",
+    "WeightScales",
+]

@@ -10,7 +10,8 @@ RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)
 def test_a_recipe_is_right(path):
     from bimamba_lit.training.command_line import GROUPS
-    from bimamba_lit.training.recipe_check import check_settings, read_settings
+    from bimamba_lit.training.recipe_check import check_settings
+    from bimamba_lit.training.recipe_read import read_settings
 
     settings = read_settings(["-c", str(path)])
     assert {"trainer", "model", "data"} <= settings.keys()

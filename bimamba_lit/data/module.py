@@ -188,7 +188,7 @@ class TextDataModule(LightningDataModule):
             )
         self._streams[split] = stream
         rank_zero_info(
-            f"{split}: {name}, {stream.documents:,} documents, {stream.text_bytes / 1e6:.1f} MB, "
+            f"{split}: {name}, {stream.documents:,} document{'s' * (stream.documents != 1)}, {stream.text_bytes / 1e6:.1f} MB, "
             f"{stream.text_tokens:,} tokens"
         )
 

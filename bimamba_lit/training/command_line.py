@@ -6,8 +6,7 @@ What differs from LightningCLI, and why:
 * A checkpoint's hyperparameters never override the command line: ``_parse_ckpt_path`` does nothing.
 * An option is never taken for another that it abbreviates (``--trainer.max_step`` for ``max_steps``).
 * Checkpoints are read with ``weights_only=True``, always.
-* ``${…}`` in a recipe is resolved when the file is read: jsonargparse's own way fails where the command line sets
-  something beside it.
+* ``${…}`` in a recipe is resolved when the file is read (:mod:`recipe_read`).
 * Folders of loggers and checkpoints follow ``trainer.default_root_dir``: they are set here, since neither links nor
   interpolation reach into lists or follow the command line.
 * ``config.yaml`` is written when the run really begins, so that a run refused for bad input leaves nothing behind.
@@ -29,7 +28,7 @@ from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 import bimamba_lit.data  # noqa: F401  (so that its classes can be named in short: --data=TextDataModule)
-from bimamba_lit.callbacks import NonFiniteGuard, ProgressLines, RandomState, Throughput
+from bimamba_lit.callbacks import NonFiniteGuard, ProgressLines, RandomState, StepsBar, Throughput
 from bimamba_lit.errors import UserError
 from bimamba_lit.models.checkpoint import load_tokenizer_json
 from bimamba_lit.report.summary import FILE_NAME as SUMMARY
@@ -37,7 +36,8 @@ from bimamba_lit.training.csv_logger import CSVLogger
 from bimamba_lit.training.language import LanguageModule
 from bimamba_lit.training.last_checkpoint import LastCheckpoint
 from bimamba_lit.training.model_line import ModelLine
-from bimamba_lit.training.recipe_check import check_settings, read_settings, with_resolved_recipes
+from bimamba_lit.training.recipe_check import check_settings
+from bimamba_lit.training.recipe_read import read_settings, with_resolved_recipes
 from bimamba_lit.training.record import SaveConfig, write_run_summary
 from bimamba_lit.training.run_folder import CONFIG, LAST_CHECKPOINT, RunFolder, choose_run_folder
 
@@ -141,9 +141,8 @@ class CommandLine(LightningCLI):
         self.recipe = yaml.safe_load(parser.dump(config, skip_unset=False))
         self.run_folder = choose_run_folder(base, self.recipe, self.command, config.ckpt_path)
         if self.run_folder.checkpoint is not None:
-            load_tokenizer_json(
-                self.run_folder.checkpoint
-            )  # refuses what is damaged or foreign before anything is built
+            # Refuses what is damaged or foreign before anything is built.
+            load_tokenizer_json(self.run_folder.checkpoint)
         config.trainer.default_root_dir = str(self.run_folder.path)
         config.ckpt_path = None if self.run_folder.checkpoint is None else str(self.run_folder.checkpoint)
         if config.checkpoint.dirpath is None:
@@ -166,9 +165,10 @@ class CommandLine(LightningCLI):
         standing: list[pl.Callback] = [SaveConfig(self.recipe), ModelLine(), NonFiniteGuard(), Throughput(every)]
         standing.append(RandomState())
         has_bar = any(isinstance(callback, ProgressBar) for callback in own)
-        if config.enable_progress_bar is not False and not has_bar and not sys.stdout.isatty():
-            kwargs["enable_progress_bar"] = False
-            standing.append(ProgressLines(every))
+        if config.enable_progress_bar is not False and not has_bar:
+            terminal = sys.stdout.isatty()
+            kwargs["enable_progress_bar"] = terminal
+            standing.append(StepsBar() if terminal else ProgressLines(every))
         standing = [one for one in standing if not any(isinstance(callback, type(one)) for callback in own)]
         return super().instantiate_trainer(callbacks=[*own, *standing], **kwargs)
 

@@ -10,88 +10,21 @@ import importlib
 import inspect
 import types
 import typing
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Literal, Union, get_args, get_origin
 
-import yaml
 from jsonargparse import ArgumentError, ArgumentParser
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from bimamba_lit.errors import UserError, nearest
 
-Settings = dict[str, Any]
 CLASS_KEYS = ("class_path", "init_args", "dict_kwargs")
-
-
-def read_settings(args: Sequence[str]) -> Settings:
-    """Return the nested settings of a command line: those of its recipes, in order, under those it sets itself.
-
-    Args:
-        args: The arguments after the command: ``-c FILE``, ``--key value``, ``--key=value``, ``--key+=value``.
-
-    Raises:
-        UserError: If a recipe is missing or cannot be read.
-    """
-    settings: Settings = {}
-    for name, value in _options(args):
-        if name in ("-c", "--config"):
-            _merge(settings, read_recipe(Path(value)))
-        elif name.startswith("--"):
-            _set(settings, name.removeprefix("--").rstrip("+").split("."), _scalar(value), append=name.endswith("+"))
-    return settings
-
-
-def with_resolved_recipes(args: Sequence[str]) -> list[str]:
-    """Return a command line with each recipe's path replaced by its resolved content: jsonargparse takes both.
-
-    Raises:
-        UserError: If a recipe is missing or cannot be read.
-    """
-    resolved: list[str] = []
-    rest = list(args)
-    while rest:
-        arg = rest.pop(0)
-        name, equals, value = arg.partition("=")
-        if name in ("-c", "--config"):
-            path = value if equals else (rest.pop(0) if rest else "")
-            resolved += ["--config", yaml.safe_dump(read_recipe(Path(path)), sort_keys=False)]
-        else:
-            resolved.append(arg)
-    return resolved
-
-
-def read_recipe(path: Path) -> Settings:
-    """Return the settings of one recipe, its ``${…}`` resolved.
-
-    Raises:
-        UserError: If it is missing, not UTF-8, not YAML, or an interpolation has nothing to stand for.
-    """
-    if not path.is_file():
-        siblings = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
-        hint = nearest(path.name, siblings) or "; `bimamba recipes` lists those that come with the package"
-        raise UserError(f"there is no recipe {path}{hint}")
-    try:
-        recipe = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark
-        where = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        raise UserError(f"{path} is broken YAML{where}: {error.problem}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not a YAML text file: {' '.join(str(error).split())}") from error
-    except OmegaConfBaseException as error:
-        raise UserError(f"{path}: {str(error).splitlines()[0]}") from error
-    if not isinstance(recipe, dict):
-        raise UserError(f"{path} is not a recipe: it must map keys such as trainer, model and data to their settings")
-    return typing.cast(Settings, recipe)
 
 
 def check_settings(settings: Mapping[str, Any], groups: Mapping[str, Any]) -> None:
     """Check every key and value of ``settings``, at any depth.
 
     Args:
-        settings: What :func:`read_settings` returned.
+        settings: What :func:`bimamba_lit.training.recipe_read.read_settings` returned.
         groups: The type of each top-level key: a class with plain arguments (``trainer``), or a base class of which a
             subclass is named (``type[Base]``: ``model``, ``data``), or the type of a value.
 
@@ -292,56 +225,3 @@ def _subclasses(base: type) -> Iterator[type]:
     children: list[type] = base.__subclasses__()
     for child in children:
         yield from _subclasses(child)
-
-
-def _options(args: Sequence[str]) -> Iterator[tuple[str, str]]:
-    rest = list(args)
-    while rest:
-        name, equals, value = rest.pop(0).partition("=")
-        if name.startswith("-"):
-            yield name, value if equals else (rest.pop(0) if rest else "")
-
-
-def _scalar(text: str) -> Any:
-    try:
-        return OmegaConf.to_container(OmegaConf.create(f"value: {text}"), resolve=True)["value"]  # type: ignore[call-overload, index]
-    except (yaml.YAMLError, OmegaConfBaseException):
-        return text
-
-
-def _merge(settings: Settings, more: Mapping[str, Any]) -> None:
-    for key, value in more.items():
-        if isinstance(value, Mapping) and isinstance(settings.get(key), dict):
-            _merge(settings[key], value)
-        else:
-            settings[key] = value
-
-
-def _set(settings: Settings, path: list[str], value: Any, append: bool) -> None:
-    *outer, key = path
-    for name in outer:
-        if name != "init_args":  # arguments stand beside the class's name as well as below init_args
-            settings = _opened(settings, name)
-    present = settings.get(key)
-    if append:
-        present = [] if present is None else present
-        value = [*(present if isinstance(present, list) else [present]), value]
-    elif isinstance(value, str) and isinstance(present, dict):
-        value = {"class_path": value}
-    settings[key] = value
-
-
-def _opened(settings: Settings, key: str) -> Settings:
-    """Return the settings below ``key``, of a list those of its last item, with a class's arguments beside its name."""
-    items = settings.get(key)
-    inner = items[-1] if isinstance(items, list) and items else items
-    if isinstance(inner, str):
-        inner = {"class_path": inner}
-    if not isinstance(inner, dict):
-        inner = {}
-    inner |= inner.pop("init_args", None) or {}
-    if isinstance(items, list) and items:
-        items[-1] = inner
-    else:
-        settings[key] = inner
-    return inner
