@@ -187,10 +187,8 @@ class TextDataModule(LightningDataModule):
                 "give a longer text or a smaller context"
             )
         self._streams[split] = stream
-        rank_zero_info(
-            f"{split}: {name}, {stream.documents:,} document{'s' * (stream.documents != 1)}, {stream.text_bytes / 1e6:.1f} MB, "
-            f"{stream.text_tokens:,} tokens"
-        )
+        documents = f"{stream.documents:,} document" + "s" * (stream.documents != 1)
+        rank_zero_info(f"{split}: {name}, {documents}, {stream.text_bytes / 1e6:.1f} MB, {stream.text_tokens:,} tokens")
 
     def _spans(self, split: str) -> tuple[str, list[Span]]:
         """Return what a split's text is called, and where it is."""

@@ -279,4 +279,4 @@ def test_nothing_is_said_but_a_line_a_text(tmp_path: Path, corpus: Path, bpe: Pa
     assert run.returncode == 0, run.stderr
     lines = (run.stdout + run.stderr).splitlines()
     assert [line.split(",")[0] for line in lines] == ["train: corpus.txt but the last 5%", "val: corpus.txt"]
-    assert "1 documents" in lines[0]
+    assert "1 document," in lines[0]
