@@ -1,6 +1,7 @@
 """The commands. Nothing heavy is imported before a command needs it, so that ``bimamba --help`` answers at once."""
 
 import argparse
+import importlib
 import sys
 import traceback
 from collections.abc import Sequence
@@ -95,14 +96,26 @@ def _generate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--temperature", type=float, default=0.8, help="0 takes the likeliest token (default: %(default)s)"
     )
+    parser.add_argument(
+        "--import", dest="module", metavar="MODULE", help="import a module first, one that defines the model's scheme"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the random draws (default: %(default)s)")
 
 
 def _generate(chosen: argparse.Namespace) -> None:
+    if chosen.module is not None:
+        _import(chosen.module)
     from bimamba_lit.eval.continue_text import continue_text
 
     text = continue_text(chosen.ckpt, chosen.prompt, chosen.max_new_tokens, chosen.temperature, chosen.seed)
     print(text)
+
+
+def _import(module: str) -> None:
+    try:
+        importlib.import_module(module)
+    except ImportError as error:
+        raise UserError(f"--import: {error}; give a module on PYTHONPATH, by its dotted name") from error
 
 
 def _compare_arguments(parser: argparse.ArgumentParser) -> None:

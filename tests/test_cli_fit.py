@@ -263,6 +263,10 @@ def test_a_scheme_from_outside_the_package(tiny, bimamba, tmp_path, module):
     answer = bimamba(*args, f"--trainer.default_root_dir={tmp_path / 'run'}")
     assert answer.code == 0, answer.err
     assert summary(tmp_path / "run")["scheme"] == "MyScheme"
+    asked = ["generate", "--ckpt", tmp_path / "run", "--prompt", "The", "--max_new_tokens", "4"]
+    assert bimamba(*asked, "--import", module).code == 0
+    answer = bimamba(*asked, "--import", "no_such_module")
+    assert answer.code == 1 and "no_such_module" in answer.err and "PYTHONPATH" in answer.err
 
 
 def test_nobody_reads_the_number_of_batches_that_resets_the_loader():

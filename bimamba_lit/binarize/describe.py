@@ -76,5 +76,8 @@ def _scheme(name: object) -> type[BinaryLinear]:
     schemes = known_schemes()
     if not isinstance(name, str) or name not in schemes:
         hint = nearest(str(name), schemes) or f"; known are {', '.join(sorted(schemes))}"
-        raise UserError(f"no binarization scheme '{name}' is known{hint}; a scheme of your own must be imported first")
+        raise UserError(
+            f"no binarization scheme '{name}' is known{hint}; "
+            "a scheme of your own must be imported first (generate: --import MODULE)"
+        )
     return schemes[name]
