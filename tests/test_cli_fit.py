@@ -172,6 +172,16 @@ def test_validate_measures_again_and_touches_nothing_else(tiny, bimamba):
     assert [path.read_bytes() for path in kept] == contents
 
 
+def test_validate_of_another_checkpoint_leaves_the_summary_of_the_run(tiny, bimamba, tmp_path):
+    other = tmp_path / "other.ckpt"
+    other.write_bytes((tiny.teacher / "checkpoints" / "last.ckpt").read_bytes())
+    before = (tiny.teacher / "summary.json").read_bytes()
+    answer = bimamba("validate", "-c", tiny.teacher_recipe, "--ckpt_path", other)
+    assert answer.code == 0, answer.err
+    assert "bits per byte" in answer.out and "is left as it is" in answer.out
+    assert (tiny.teacher / "summary.json").read_bytes() == before
+
+
 def test_validate_without_a_checkpoint_where_there_is_one_is_refused(tiny, bimamba):
     answer = bimamba("validate", "-c", tiny.teacher_recipe)
     assert answer.code == 1 and "--ckpt_path last" in answer.err

@@ -16,6 +16,12 @@ from torchmetrics.text import Perplexity
 CHUNK_TOKENS = 2048
 
 
+def _logits(hidden: Tensor, head: Tensor) -> Tensor:
+    """Return logits in fp32: in half precision many tie, and both the loss and the likeliest token suffer."""
+    with torch.autocast(hidden.device.type, enabled=False):
+        return F.linear(hidden.float(), head.float())
+
+
 class BitsPerByte(Metric):
     """Negative log-likelihood in bits of every counted token over the UTF-8 bytes of those same tokens."""
 
@@ -79,13 +85,13 @@ class LanguageMetrics(nn.Module):
         states = hidden[counted].split(CHUNK_TOKENS)
         teacher_states = None if teacher is None else teacher[0][counted].split(CHUNK_TOKENS)
         for chunk, target in enumerate(targets):
-            logits = F.linear(states[chunk], head).float()
+            logits = _logits(states[chunk], head)
             nats = F.cross_entropy(logits, target, reduction="sum")
             self.loss.update(nats / len(target), weight=len(target))
             self.perplexity.update(logits.unsqueeze(0), target.unsqueeze(0))
             self.bits_per_byte.update(nats, lengths[chunk].sum())
             if self.agreement is not None and teacher is not None and teacher_states is not None:
-                same = logits.argmax(-1) == F.linear(teacher_states[chunk], teacher[1]).argmax(-1)
+                same = logits.argmax(-1) == _logits(teacher_states[chunk], teacher[1]).argmax(-1)
                 self.agreement.update(same.float())
 
     def compute(self) -> dict[str, Tensor]:

@@ -215,9 +215,17 @@ class CommandLine(LightningCLI):
         self._close(f" after {steps} steps")
 
     def after_validate(self) -> None:
-        """Write the summary."""
-        if isinstance(self.model, LanguageModule) and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
+        """Write the summary, unless it would speak of another checkpoint than the one that the run ended with."""
+        if not isinstance(self.model, LanguageModule) or self.trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        folder, used = self.run_folder.path, self.run_folder.checkpoint
+        last = folder / LAST_CHECKPOINT
+        if used is None or not last.is_file() or last.samefile(used):
             self._close("")
+        elif self.trainer.is_global_zero:
+            print(
+                f"{used}: {self.model.evaluated['bits_per_byte']:.3f} bits per byte; {folder / SUMMARY} is left as it is"
+            )
 
     def after_test(self) -> None:
         """Print the figures of the test text; the summary is of the validation text."""

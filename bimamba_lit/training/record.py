@@ -32,7 +32,7 @@ class SaveConfig(pl.Callback):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write the file; a summary of an earlier, shorter run in this folder is out of date from here on."""
         self._save(trainer)
-        if trainer.is_global_zero and trainer.default_root_dir:
+        if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             (Path(trainer.default_root_dir) / SUMMARY).unlink(missing_ok=True)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

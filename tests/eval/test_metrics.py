@@ -67,3 +67,14 @@ def test_bits_per_byte_is_summed_before_it_is_divided():
     metric.update(torch.tensor(2 * math.log(2)), torch.tensor(1))
     metric.update(torch.tensor(2 * math.log(2)), torch.tensor(7))
     assert float(metric.compute()) == pytest.approx(0.5)
+
+
+def test_mixed_precision_does_not_blur_the_figures(head):
+    hidden, labels, label_bytes = batch(0)
+    figures = []
+    for half in (False, True):
+        measured = LanguageMetrics()
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            measured.update(hidden, head, labels, label_bytes)
+        figures.append(measured.compute()["bits_per_byte"])
+    assert figures[0] == figures[1]
