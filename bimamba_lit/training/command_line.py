@@ -223,9 +223,8 @@ class CommandLine(LightningCLI):
         if used is None or not last.is_file() or last.samefile(used):
             self._close("")
         elif self.trainer.is_global_zero:
-            print(
-                f"{used}: {self.model.evaluated['bits_per_byte']:.3f} bits per byte; {folder / SUMMARY} is left as it is"
-            )
+            figure = self.model.evaluated["bits_per_byte"]
+            print(f"{used}: {figure:.3f} bits per byte; {folder / SUMMARY} is left as it is")
 
     def after_test(self) -> None:
         """Print the figures of the test text; the summary is of the validation text."""
