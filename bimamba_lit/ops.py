@@ -3,7 +3,8 @@
 Every op has a definition, ``kernels/OP/naive.py``; most have a fast form in plain PyTorch, ``kernels/OP/chunked.py``;
 some have a Triton form, ``kernels/OP/triton.py``, which is imported only when it is used. ``backend="auto"`` takes
 Triton for CUDA tensors where the op has it, else the chunked form, else the naive one; where an op has no chunked form,
-``"chunked"`` is ``"naive"``. Inputs are checked here, so the kernels can trust them.
+``"chunked"`` is ``"naive"``. Off the CPU an op's ``kernels/OP/parallel.py``, where there is one, stands for the chunked
+form: large batched operations instead of tiles that fit a cache. Inputs are checked here, so kernels can trust them.
 
 Legend: B batch, L length, H heads, P head width, G groups, N state size, D channels, W taps, O/I out/in features,
 V vocabulary.
@@ -24,12 +25,18 @@ from bimamba_lit.kernels.binary_linear import chunked as chunked_linear
 from bimamba_lit.kernels.binary_linear import naive as naive_linear
 from bimamba_lit.kernels.causal_conv1d import chunked as chunked_conv
 from bimamba_lit.kernels.causal_conv1d import naive as naive_conv
+from bimamba_lit.kernels.causal_conv1d import parallel as parallel_conv
 from bimamba_lit.kernels.distillation_loss import chunked as chunked_distillation
 from bimamba_lit.kernels.distillation_loss import naive as naive_distillation
+from bimamba_lit.kernels.rms_norm import chunked as chunked_norm
+from bimamba_lit.kernels.rms_norm import naive as naive_norm
+from bimamba_lit.kernels.selective_scan import chunked as chunked_selective
+from bimamba_lit.kernels.selective_scan import naive as naive_selective
 from bimamba_lit.kernels.signs import chunked as chunked_signs
 from bimamba_lit.kernels.signs import naive as naive_signs
 from bimamba_lit.kernels.ssd import chunked as chunked_ssd
 from bimamba_lit.kernels.ssd import naive as naive_ssd
+from bimamba_lit.kernels.ssd import parallel as parallel_ssd
 
 Op = TypeVar("Op", bound=Callable[..., Any])
 
@@ -99,7 +106,7 @@ def ssd(
     _shape("z", z, "B L H P", (batch, length, heads, width))
     _shape("initial_states", initial_states, "B H P N", (batch, heads, width, size))
     _shape("seq_idx", seq_idx, "B L", (batch, length))
-    run = _pick(backend, x, naive_ssd.ssd, chunked_ssd.ssd)
+    run = _pick(backend, x, naive_ssd.ssd, chunked_ssd.ssd, parallel_ssd.ssd)
     with _without_autocast(x):
         return run(
             x, dt, A, B, C, chunk_size, D, z, dt_bias, dt_softplus, dt_limit, initial_states, seq_idx,
@@ -159,6 +166,114 @@ def ssd_step(
         return run(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, dt_limit)
 
 
+def selective_scan(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    delta_softplus: bool = False,
+    initial_states: Tensor | None = None,
+    seq_idx: Tensor | None = None,
+    return_last_state: bool = False,
+    *,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Run Mamba-1's scan: state = exp(delta A) state + delta u B^T and y = state C + D u, times silu(z).
+
+    States and decays are held in float32 (float64 for float64 inputs), whatever the dtype of the inputs and whether
+    autocast is on.
+
+    Args:
+        u: Inputs (B, D, L), any float dtype and strides; a transposed (B, L, D) tensor is the fastest.
+        delta: Step sizes (B, D, L), before `delta_bias` and softplus.
+        A: Rates (D, N), negative in a trained model.
+        B: Input maps (B, N, L), or (B, G, N, L) with one map for each of G groups of channels; G divides D.
+        C: Output maps (B, N, L) or (B, G, N, L).
+        D: Skip weights (D,).
+        z: Gates (B, D, L).
+        delta_bias: Added to `delta` (D,).
+        delta_softplus: Whether softplus is applied to `delta` after the bias.
+        initial_states: State before the first token (B, D, N); it belongs to the first document.
+        seq_idx: Document of each token (B, L), integer; the state is zeroed where it changes.
+        return_last_state: Whether the state after the last token is returned too.
+        backend: ``"auto"``, ``"naive"``, ``"chunked"`` or ``"triton"``.
+
+    Returns:
+        y (B, D, L) in u's dtype, or (y, state (B, D, N) in float32 or float64). All inputs receive gradients.
+
+    Raises:
+        ValueError: If a shape or the backend is wrong.
+
+    Source: arXiv 2312.00752, algorithm 2; the arguments are those of mamba_ssm's ``selective_scan_fn``.
+    """
+    _dimensions("u", u, "B D L")
+    batch, channels, length = u.shape
+    if length < 1:
+        raise ValueError("length must be at least 1, and is 0.")
+    size = _check_selective(channels, A, D, delta_bias)
+    _shape("delta", delta, "B D L", (batch, channels, length))
+    _check_maps(B, C, batch, channels, size, (length,))
+    _shape("z", z, "B D L", (batch, channels, length))
+    _shape("initial_states", initial_states, "B D N", (batch, channels, size))
+    _shape("seq_idx", seq_idx, "B L", (batch, length))
+    run = _pick(backend, u, naive_selective.selective_scan, chunked_selective.selective_scan)
+    with _without_autocast(u):
+        return run(
+            u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_states, seq_idx, return_last_state
+        )  # fmt: skip
+
+
+def selective_scan_step(
+    state: Tensor,
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    delta_softplus: bool = False,
+    *,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Advance `selective_scan` by one token; may overwrite the state given when no gradient is recorded.
+
+    Args:
+        state: State before the token (B, D, N).
+        u: Inputs (B, D).
+        delta: Step sizes (B, D).
+        A: Rates (D, N).
+        B: Input maps (B, N), or (B, G, N); G divides D.
+        C: Output maps (B, N) or (B, G, N).
+        D: Skip weights (D,).
+        z: Gates (B, D).
+        delta_bias: Added to `delta` (D,).
+        delta_softplus: Whether softplus is applied to `delta` after the bias.
+        backend: ``"auto"``, ``"naive"``, ``"chunked"`` or ``"triton"``.
+
+    Returns:
+        y (B, D) in u's dtype and the new state (B, D, N) in float32 (float64 for float64 inputs).
+
+    Raises:
+        ValueError: If a shape or the backend is wrong.
+    """
+    _dimensions("u", u, "B D")
+    batch, channels = u.shape
+    size = _check_selective(channels, A, D, delta_bias)
+    _shape("state", state, "B D N", (batch, channels, size))
+    _shape("delta", delta, "B D", (batch, channels))
+    _check_maps(B, C, batch, channels, size, ())
+    _shape("z", z, "B D", (batch, channels))
+    run = _pick(backend, u, naive_selective.selective_scan_step, chunked_selective.selective_scan_step)
+    with _without_autocast(u):
+        return run(state, u, delta, A, B, C, D, z, delta_bias, delta_softplus)
+
+
 def causal_conv1d(
     x: Tensor,
     weight: Tensor,
@@ -199,7 +314,7 @@ def causal_conv1d(
     _shape("initial_states", initial_states, "B D W-1", (batch, channels, taps - 1))
     _shape("seq_idx", seq_idx, "B L", (batch, length))
     _check_activation(activation)
-    run = _pick(backend, x, naive_conv.causal_conv1d, chunked_conv.causal_conv1d)
+    run = _pick(backend, x, naive_conv.causal_conv1d, chunked_conv.causal_conv1d, parallel_conv.causal_conv1d)
     return run(x, weight, bias, activation, initial_states, seq_idx, return_final_states)
 
 
@@ -237,6 +352,45 @@ def causal_conv1d_step(
     _shape("bias", bias, "D", (channels,))
     _check_activation(activation)
     return _pick(backend, x, naive_conv.causal_conv1d_step)(x, conv_state, weight, bias, activation)
+
+
+def rms_norm(
+    x: Tensor,
+    weight: Tensor,
+    z: Tensor | None = None,
+    eps: float = 1e-5,
+    groups: int = 1,
+    *,
+    backend: str = "auto",
+) -> Tensor:
+    """Divide by the root of the mean square over the last dimension, after a gate if there is one, and scale.
+
+    ``v = x * silu(z)``, then ``v / sqrt(mean(v^2) + eps) * weight``: the gate comes first, which mamba_ssm calls
+    ``norm_before_gate=False``. Sums are in float32 (float64 for float64 inputs).
+
+    Args:
+        x: Inputs (..., D), any float dtype.
+        weight: Gains (D,).
+        z: Gates (..., D).
+        eps: Added to the mean square.
+        groups: Number of contiguous groups of features, each with a mean square of its own; divides D.
+        backend: ``"auto"``, ``"naive"``, ``"chunked"`` or ``"triton"``.
+
+    Returns:
+        y (..., D) in x's dtype; `x`, `weight` and `z` receive gradients.
+
+    Raises:
+        ValueError: If a shape, `groups` or the backend is wrong.
+
+    Source: arXiv 1910.07467, eq. 4; with the gate, arXiv 2405.21060, section 7.1.
+    """
+    if x.ndim < 1 or x.shape[-1] < 1:
+        raise ValueError(f"x has shape {tuple(x.shape)}, but must be (..., D) with at least one feature.")
+    _shape("weight", weight, "D", (x.shape[-1],))
+    _shape("z", z, "... D", tuple(x.shape))
+    if groups < 1 or x.shape[-1] % groups:
+        raise ValueError(f"groups is {groups}, but must divide the {x.shape[-1]} features.")
+    return _pick(backend, x, naive_norm.rms_norm, chunked_norm.rms_norm)(x, weight, z, eps, groups)
 
 
 def pack_signs(w: Tensor, *, backend: str = "auto") -> Tensor:
@@ -420,7 +574,7 @@ def distillation_loss(
     )  # fmt: skip
 
 
-def _pick(backend: str, tensor: Tensor, naive: Op, chunked: Op | None = None) -> Op:
+def _pick(backend: str, tensor: Tensor, naive: Op, chunked: Op | None = None, parallel: Op | None = None) -> Op:
     if backend not in BACKENDS:
         raise ValueError(f"backend is {backend!r}, but must be one of {', '.join(BACKENDS)}.")
     if backend == "naive":
@@ -432,6 +586,8 @@ def _pick(backend: str, tensor: Tensor, naive: Op, chunked: Op | None = None) ->
             return kernel
         if backend == "triton":
             raise ValueError(f"{naive.__name__} has no Triton form here; take backend='auto'.")
+    if parallel is not None and tensor.device.type != "cpu":
+        return parallel
     return naive if chunked is None else chunked
 
 
@@ -446,12 +602,12 @@ def _without_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
 
 
 def _dimensions(name: str, tensor: Tensor, letters: str) -> None:
-    if tensor.ndim != len(letters.split()):
+    if tensor.ndim != letters.count(" ") + 1:
         raise ValueError(f"{name} has shape {tuple(tensor.shape)}, but must be ({letters.replace(' ', ', ')}).")
 
 
 def _shape(name: str, tensor: Tensor | None, letters: str, shape: tuple[int, ...]) -> None:
-    if tensor is not None and tuple(tensor.shape) != shape:
+    if tensor is not None and tensor.shape != shape:
         raise ValueError(
             f"{name} has shape {tuple(tensor.shape)}, but must be ({letters.replace(' ', ', ')}) = {shape}."
         )
@@ -464,6 +620,29 @@ def _check_scan(heads: int, width: int, groups: int, A: Tensor, D: Tensor | None
     _shape("dt_bias", dt_bias, "H", (heads,))
     if D is not None and tuple(D.shape) not in ((heads,), (heads, width)):
         raise ValueError(f"D has shape {tuple(D.shape)}, but must be (H,) = {(heads,)} or (H, P) = {(heads, width)}.")
+
+
+def _check_selective(channels: int, A: Tensor, D: Tensor | None, delta_bias: Tensor | None) -> int:
+    """Return the state size."""
+    _dimensions("A", A, "D N")
+    size = A.shape[1]
+    _shape("A", A, "D N", (channels, size))
+    _shape("D", D, "D", (channels,))
+    _shape("delta_bias", delta_bias, "D", (channels,))
+    return size
+
+
+def _check_maps(B: Tensor, C: Tensor, batch: int, channels: int, size: int, length: tuple[int, ...]) -> None:
+    last = " L" if length else ""
+    for name, maps in (("B", B), ("C", C)):
+        if maps.ndim == 2 + len(length):
+            _shape(name, maps, f"B N{last}", (batch, size, *length))
+            continue
+        _dimensions(name, maps, f"B G N{last}")
+        groups = maps.shape[1]
+        _shape(name, maps, f"B G N{last}", (batch, groups, size, *length))
+        if groups < 1 or channels % groups:
+            raise ValueError(f"{name} has {groups} groups, which must divide u's {channels} channels.")
 
 
 def _check_activation(activation: str | None) -> None:

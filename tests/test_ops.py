@@ -91,6 +91,38 @@ def test_ssd_names_what_is_wrong(changes, message):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"u": torch.ones(2, 4)}, r"u has shape \(2, 4\), but must be \(B, D, L\)"),
+        ({"delta": torch.ones(2, 7, 4)}, r"delta has shape \(2, 7, 4\), but must be \(B, D, L\) = \(2, 4, 7\)"),
+        ({"A": torch.ones(4)}, r"A has shape \(4,\), but must be \(D, N\)"),
+        ({"A": torch.ones(3, 5)}, r"A has shape \(3, 5\), but must be \(D, N\) = \(4, 5\)"),
+        ({"B": torch.ones(2, 6, 7)}, r"B has shape \(2, 6, 7\), but must be \(B, N, L\) = \(2, 5, 7\)"),
+        ({"C": torch.ones(2, 3, 5, 7)}, "C has 3 groups, which must divide u's 4 channels"),
+        ({"C": torch.ones(2, 2, 5, 8)}, r"C has shape .* = \(2, 2, 5, 7\)"),
+        ({"B": torch.ones(2, 5)}, r"B has shape \(2, 5\), but must be \(B, G, N, L\)"),
+        ({"D": torch.ones(5)}, r"D has shape \(5,\), but must be \(D\) = \(4,\)"),
+        ({"z": torch.ones(2, 4, 6)}, r"z has shape \(2, 4, 6\)"),
+        ({"delta_bias": torch.ones(1)}, r"delta_bias has shape \(1,\)"),
+        ({"initial_states": torch.ones(2, 5, 4)}, r"initial_states has shape .* = \(2, 4, 5\)"),
+        ({"seq_idx": torch.ones(7)}, r"seq_idx has shape \(7,\)"),
+        ({"backend": "cuda"}, "backend is 'cuda'"),
+    ],
+)
+def test_selective_scan_names_what_is_wrong(changes, message):
+    inputs = {
+        "u": torch.ones(2, 4, 7),
+        "delta": torch.ones(2, 4, 7),
+        "A": -torch.ones(4, 5),
+        "B": torch.ones(2, 5, 7),
+        "C": torch.ones(2, 2, 5, 7),
+    }
+    assert ops.selective_scan(**inputs).shape == (2, 4, 7)
+    with pytest.raises(ValueError, match=message):
+        ops.selective_scan(**{**inputs, **changes})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
         ({"x": torch.ones(4, 9)}, r"x has shape \(4, 9\), but must be \(B, D, L\)"),
         ({"weight": torch.ones(4, 1, 3)}, r"weight has shape \(4, 1, 3\), but must be \(D, W\)"),
         ({"weight": torch.ones(5, 3)}, r"weight has shape \(5, 3\), but must be \(D, W\) = \(4, 3\)"),
@@ -119,6 +151,11 @@ def test_steps_name_what_is_wrong():
         ops.ssd_step(state[:1], x, dt, A, B, B)
     with pytest.raises(ValueError, match=r"conv_state has shape .*, but must be \(B, D, W-1\) = \(2, 4, 2\)"):
         ops.causal_conv1d_step(torch.ones(2, 4), torch.ones(2, 4, 3), torch.ones(4, 3))
+    u, rates, maps = torch.ones(2, 4), torch.ones(4, 6), torch.ones(2, 6)
+    with pytest.raises(ValueError, match=r"state has shape .*, but must be \(B, D, N\) = \(2, 4, 6\)"):
+        ops.selective_scan_step(state, u, u, rates, maps, maps)
+    with pytest.raises(ValueError, match=r"C has shape \(6,\), but must be \(B, G, N\)"):
+        ops.selective_scan_step(torch.ones(2, 4, 6), u, u, rates, maps, maps[0])
 
 
 @pytest.mark.parametrize(

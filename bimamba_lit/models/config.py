@@ -1,12 +1,13 @@
 """The shape of a Mamba language model, in mamba_ssm's field names."""
 
+import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from bimamba_lit.errors import UserError, nearest
 
-_DEFAULT_D_STATE = 128
+_DEFAULT_D_STATE = {"mamba2": 128, "mamba": 16}
 
 
 @dataclass
@@ -18,17 +19,19 @@ class MambaConfig:
         n_layer: Number of blocks, one mixer each.
         vocab_size: Number of tokens V the model knows; logits have this many columns. Left out of a recipe, it follows
             the data's tokenizer.
-        d_state: State size N of each head; 128 when not given.
+        d_state: State size N, of each head in Mamba-2 and of each channel in Mamba-1; 128 and 16 when not given. Where
+            both kinds are mixed, None stands for the default of either.
         d_conv: Width of the causal convolution before the scan, in tokens.
         expand: Inner width of a mixer as a multiple of d_model.
-        headdim: Width P of a head; divides expand * d_model.
-        ngroups: Number G of groups of heads that share B and C; divides the number of heads.
-        chunk_size: Tokens a chunk of the scan; changes speed and memory, not results.
+        headdim: Width P of a Mamba-2 head; divides expand * d_model.
+        ngroups: Number G of groups of Mamba-2 heads that share B and C; divides the number of heads.
+        chunk_size: Tokens a chunk of Mamba-2's scan; changes speed and memory, not results.
         norm_eps: Added to the mean square in every RMS norm.
         residual_in_fp32: Keep the residual stream in fp32 when the weights are in half precision.
         tie_embeddings: Share one table between the embedding and the output head.
         pad_vocab_size_multiple: The embedding table gets rows up to the next multiple of this; logits do not.
-        mixer: The mixer of every block, or a list of one a block; this version has "mamba2".
+        mixer: The mixer of every block, "mamba2" or "mamba" (Mamba-1), or a list of one a block.
+        dt_rank: Rank of Mamba-1's step sizes; d_model / 16, rounded up, when not given.
 
     Raises:
         UserError: If a value is of the wrong type or out of range, or two values do not fit together.
@@ -48,13 +51,12 @@ class MambaConfig:
     tie_embeddings: bool = True
     pad_vocab_size_multiple: int = 8
     mixer: str | list[str] = "mamba2"
+    dt_rank: int | None = None
 
     def __post_init__(self) -> None:
-        if self.d_state is None:
-            self.d_state = _DEFAULT_D_STATE
         for name in _POSITIVE:
             value = getattr(self, name)
-            if name == "vocab_size" and value is None:
+            if name in _MAY_BE_NONE and value is None:
                 continue
             if type(value) is not int or value < 1:
                 raise UserError(f"{name} must be a positive integer, not {value!r}")
@@ -64,6 +66,24 @@ class MambaConfig:
         if isinstance(self.norm_eps, bool) or not isinstance(self.norm_eps, (int, float)) or not 0 < self.norm_eps < 1:
             raise UserError(f"norm_eps must be a number between 0 and 1, not {self.norm_eps!r}")
         self._check_mixer()
+        kinds = set(self.mixers)
+        if self.d_state is None and len(kinds) == 1:
+            self.d_state = _DEFAULT_D_STATE[kinds.pop()]
+        if "mamba" in self.mixers and self.dt_rank is None:
+            self.dt_rank = math.ceil(self.d_model / 16)
+        if "mamba2" in self.mixers:
+            self._check_heads()
+
+    def _check_mixer(self) -> None:
+        if isinstance(self.mixer, list) and len(self.mixer) != self.n_layer:
+            raise UserError(
+                f"mixer lists {len(self.mixer)} mixers for n_layer = {self.n_layer} blocks; give one a block"
+            )
+        for mixer in self.mixers:
+            if not isinstance(mixer, str) or mixer not in _DEFAULT_D_STATE:
+                raise UserError(f'mixer must be "mamba2" or "mamba", or a list of them, not {mixer!r}')
+
+    def _check_heads(self) -> None:
         if self.d_inner % self.headdim:
             raise UserError(
                 f"headdim must divide expand * d_model, and {self.headdim} does not divide "
@@ -75,13 +95,14 @@ class MambaConfig:
                 f"and {self.ngroups} does not"
             )
 
-    def _check_mixer(self) -> None:
-        mixers = self.mixer if isinstance(self.mixer, list) else [self.mixer]
-        if isinstance(self.mixer, list) and len(mixers) != self.n_layer:
-            raise UserError(f"mixer lists {len(mixers)} mixers for n_layer = {self.n_layer} blocks; give one a block")
-        for mixer in mixers:
-            if mixer != "mamba2":
-                raise UserError(f'mixer must be "mamba2", the only one available in this version, not {mixer!r}')
+    @property
+    def mixers(self) -> list[str]:
+        """The mixer of each block."""
+        return self.mixer if isinstance(self.mixer, list) else [self.mixer] * self.n_layer
+
+    def of_layer(self, layer: int) -> "MambaConfig":
+        """Return the configuration of one block's mixer, with its own default of ``d_state``."""
+        return replace(self, mixer=self.mixers[layer])
 
     @property
     def d_inner(self) -> int:
@@ -130,6 +151,7 @@ class MambaConfig:
         return cls(**values)
 
 
+_MAY_BE_NONE = ("vocab_size", "d_state", "dt_rank")
 _POSITIVE = (
     "d_model",
     "n_layer",
@@ -141,4 +163,5 @@ _POSITIVE = (
     "ngroups",
     "chunk_size",
     "pad_vocab_size_multiple",
+    "dt_rank",
 )

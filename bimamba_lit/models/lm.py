@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from bimamba_lit.errors import UserError
 from bimamba_lit.models.config import MambaConfig
+from bimamba_lit.models.linear import Linear
+from bimamba_lit.models.mamba1 import Mamba1
 from bimamba_lit.models.mamba2 import Mamba2
 from bimamba_lit.models.norm import RMSNorm, at_least_fp32
 from bimamba_lit.models.state import LayerState, MambaState
@@ -33,10 +35,11 @@ class LMOutput(NamedTuple):
 class Block(nn.Module):
     """One residual block: ``x + mixer(norm(x))``."""
 
-    def __init__(self, config: MambaConfig) -> None:
+    def __init__(self, config: MambaConfig, layer: int) -> None:
         super().__init__()
+        config = config.of_layer(layer)
         self.norm = RMSNorm(config.d_model, config.norm_eps)
-        self.mixer = Mamba2(config)
+        self.mixer = Mamba1(config) if config.mixer == "mamba" else Mamba2(config)
 
     def forward(self, x: Tensor, attention_mask: Tensor | None = None, seq_idx: Tensor | None = None) -> Tensor:
         """Add the mixer's output to the residual stream ``x`` (B, L, D)."""
@@ -61,7 +64,7 @@ class Backbone(nn.Module):
         self.vocab_size, self.residual_in_fp32 = config.known_vocab_size, config.residual_in_fp32
         self.embedding = nn.Embedding(config.padded_vocab_size, config.d_model)
         nn.init.normal_(self.embedding.weight, std=_EMBEDDING_STD)
-        self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.norm_f = RMSNorm(config.d_model, config.norm_eps)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, seq_idx: Tensor | None = None) -> Tensor:
@@ -120,8 +123,8 @@ class MambaLM(nn.Module):
     """A Mamba language model.
 
     Shapes: B batch, L length, D model width, V vocabulary. Parameters: ``backbone.embedding``,
-        ``backbone.layers.N.norm``,
-    ``backbone.layers.N.mixer``, ``backbone.norm_f`` and ``lm_head``, whose weight is the embedding's when tied.
+    ``backbone.layers.N.norm``, ``backbone.layers.N.mixer`` (Mamba-1 or Mamba-2, as ``config.mixer`` says),
+    ``backbone.norm_f`` and ``lm_head``, whose weight is the embedding's when tied.
 
     Args:
         config: Sizes and options.
@@ -133,7 +136,7 @@ class MambaLM(nn.Module):
         self.backbone = Backbone(config)
         # A tied head never needs a table of its own, not even for a moment.
         device = "meta" if config.tie_embeddings else None
-        self.lm_head = nn.Linear(config.d_model, config.padded_vocab_size, bias=False, device=device)
+        self.lm_head = Linear(config.d_model, config.padded_vocab_size, bias=False, device=device)
         if config.tie_embeddings:
             self.lm_head.weight = self.backbone.embedding.weight
 

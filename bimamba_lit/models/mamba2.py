@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from bimamba_lit import ops
 from bimamba_lit.models.config import MambaConfig
+from bimamba_lit.models.linear import Linear
 from bimamba_lit.models.norm import GatedRMSNorm, at_least_fp32
 from bimamba_lit.models.state import LayerState
 
@@ -38,7 +39,7 @@ class Mamba2(nn.Module):
         self.d_bc = self.ngroups * self.d_state
         self.d_xbc = self.d_inner + 2 * self.d_bc
 
-        self.in_proj = nn.Linear(config.d_model, self.d_inner + self.d_xbc + self.nheads, bias=False)
+        self.in_proj = Linear(config.d_model, self.d_inner + self.d_xbc + self.nheads, bias=False)
         self.conv1d = nn.Conv1d(self.d_xbc, self.d_xbc, config.d_conv, groups=self.d_xbc, padding=config.d_conv - 1)
 
         low, high = (math.log(dt) for dt in _DT_RANGE)
@@ -48,7 +49,7 @@ class Mamba2(nn.Module):
         self.D = _without_weight_decay(torch.ones(self.nheads))
 
         self.norm = GatedRMSNorm(self.d_inner, self.ngroups, config.norm_eps)
-        self.out_proj = nn.Linear(self.d_inner, config.d_model, bias=False)
+        self.out_proj = Linear(self.d_inner, config.d_model, bias=False)
         with torch.no_grad():
             self.out_proj.weight /= math.sqrt(config.n_layer)
 

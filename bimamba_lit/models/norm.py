@@ -1,8 +1,9 @@
 """The two RMS norms of a Mamba-2 model, computed in fp32 even where weights and inputs are in half precision."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+
+from bimamba_lit import ops
 
 
 def at_least_fp32(x: Tensor) -> Tensor:
@@ -25,8 +26,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise ``x`` (..., d) of any float dtype; the result has the dtype of the weight."""
-        weight = self.weight
-        return F.rms_norm(at_least_fp32(x), weight.shape, at_least_fp32(weight), self.eps).to(weight.dtype)
+        return ops.rms_norm(at_least_fp32(x), self.weight, eps=self.eps).to(self.weight.dtype)
 
     def extra_repr(self) -> str:
         """Return what ``print(module)`` shows."""
@@ -53,12 +53,7 @@ class GatedRMSNorm(nn.Module):
 
     def forward(self, y: Tensor, z: Tensor) -> Tensor:
         """Gate and normalise ``y`` by ``z``, both (..., d) of any float dtype; the result has the dtype of ``y``."""
-        gated = at_least_fp32(y) * F.silu(at_least_fp32(z))
-        weight = at_least_fp32(self.weight)
-        if self.groups == 1:
-            return F.rms_norm(gated, weight.shape, weight, self.eps).to(y.dtype)
-        grouped = gated.unflatten(-1, (self.groups, -1))
-        return (F.rms_norm(grouped, grouped.shape[-1:], None, self.eps).flatten(-2) * weight).to(y.dtype)
+        return ops.rms_norm(y, self.weight, z, self.eps, self.groups)
 
     def extra_repr(self) -> str:
         """Return what ``print(module)`` shows."""

@@ -10,7 +10,7 @@ class LayerState(NamedTuple):
 
     Attributes:
         conv: The last ``d_conv - 1`` inputs of the convolution, (B, channels, d_conv - 1).
-        ssm: The state of the scan in fp32, (B, H, P, N).
+        ssm: The state of the scan in fp32, (B, H, P, N) in Mamba-2 and (B, channels, N) in Mamba-1.
     """
 
     conv: Tensor

@@ -26,6 +26,7 @@ from bimamba_lit.kernels.ssd.naive import accumulator, step_size
 from bimamba_lit.kernels.ssd.naive import ssd_step as naive_step
 
 CHUNK = 64
+TILE = 1 << 17  # decays inside a chunk, of all heads, that are worked on at a time
 # A token whose decay is below e^-60 forgets all that a float can tell. Without this bound a few huge steps would make
 # the running total so large that the differences between its later entries lose their digits.
 LOWEST_LOG_DECAY = -60.0
@@ -63,70 +64,105 @@ class Decays:
         """Return the tokens of chunk `c`."""
         return slice(c * self.chunk, min((c + 1) * self.chunk, self.length))
 
-    def between(self, b: int, c: int, tokens: int) -> Tensor:
-        """Return (H, Q, Q): the decay from token j to token i of a chunk, zero where i < j."""
+    def between(self, rows: slice, c: int, tokens: int) -> Tensor:
+        """Return (n, H, Q, Q): the decay from token j to token i of a chunk, zero where i < j."""
         bias = self.bias[:tokens, :tokens]
         if self.documents is not None:
-            documents = self.documents[b, c, :tokens]
-            bias = bias + _log(documents[:, None] == documents, bias.dtype)
-        total = self.total_BCHQ[b, c, :, :tokens]
-        return (total[:, :, None] - total[:, None, :]).add_(bias).exp2_()
+            documents = self.documents[rows, c, None, :tokens]
+            bias = bias + _log(documents[..., :, None] == documents[..., None, :], bias.dtype)
+        total = self.total_BCHQ[rows, c, :, :tokens]
+        return (total[..., :, None] - total[..., None, :]).add_(bias).exp2_()
 
 
 def _log(allowed: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.where(allowed, 0.0, -math.inf).to(dtype)
 
 
+def _together(batch: int, heads: int, chunk: int) -> list[slice]:
+    """Return the sequences worked on at a time: few enough for the caches, many enough for all cores."""
+    step = max(1, TILE // (heads * chunk * chunk))
+    return [slice(b, min(b + step, batch)) for b in range(0, batch, step)]
+
+
+class _Maps:
+    """B and C of a chunk as (n * G, Q, N), for the products that all heads of a group share."""
+
+    def __init__(self, B: Tensor, C: Tensor, rows: slice, span: slice) -> None:
+        self.B = B[rows, span].transpose(1, 2).flatten(0, 1)
+        self.C = C[rows, span].transpose(1, 2).flatten(0, 1)
+        self.groups = B.shape[2]
+
+    def product(self, dtype: torch.dtype) -> Tensor:
+        """Return C B^T (n, G, 1, Q, Q)."""
+        return torch.bmm(self.C, self.B.transpose(1, 2)).to(dtype).unflatten(0, (-1, self.groups)).unsqueeze(2)
+
+    def grouped(self, t_nQHP: Tensor) -> Tensor:
+        """(n, Q, H, P) -> (n * G, Q, H/G * P) in the dtype of the maps."""
+        t = t_nQHP.to(self.B.dtype).flatten(2).unflatten(2, (self.groups, -1))
+        return t.transpose(1, 2).flatten(0, 1)
+
+    def by_head(self, t: Tensor, width: int, dtype: torch.dtype) -> Tensor:
+        """(n * G, Q, H/G * P) -> (n, Q, H, P) in `dtype`."""
+        return t.to(dtype).unflatten(0, (-1, self.groups)).transpose(1, 2).flatten(2).unflatten(2, (-1, width))
+
+    def states(self, s: Tensor) -> Tensor:
+        """(n, H, P, N) -> (n * G, H/G * P, N) in the dtype of the maps."""
+        return s.to(self.B.dtype).flatten(1, 2).unflatten(1, (self.groups, -1)).flatten(0, 1)
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """Add ``left @ right`` in place; factors in half precision are summed to a wider total."""
+    if left.dtype == total.dtype:
+        total.baddbmm_(left, right)
+    else:
+        total += torch.bmm(left, right)
+
+
+def _heads_first(t_nQHP: Tensor, dtype: torch.dtype) -> Tensor:
+    """(n, Q, H, P) -> (n * H, Q, P) in `dtype`."""
+    return t_nQHP.transpose(1, 2).to(dtype, memory_format=torch.contiguous_format).flatten(0, 1)
+
+
 def _forward(
-    x: Tensor, dt: Tensor, decays: Decays, B: Tensor, C: Tensor, D: Tensor | None, state: Tensor | None,
+    x: Tensor, dt: Tensor, decays: Decays, B: Tensor, C: Tensor, D: Tensor | None, initial: Tensor | None,
     states: Tensor | None, final: bool, dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     batch, _, heads, width = x.shape
-    groups, size = B.shape[2:]
-    wide = dt.dtype
+    size = B.shape[3]
+    wide, narrow = dt.dtype, x.dtype
     y = torch.empty(x.shape, dtype=dtype, device=x.device)
     ends = torch.empty(batch, heads, width, size, dtype=wide, device=x.device) if final else None
-    for b in range(batch):
-        s = None if state is None else state[b].to(wide, copy=True)
+    for rows in _together(batch, heads, decays.chunk):
+        s = None if initial is None else initial[rows].to(wide, copy=True)
         for c in range(decays.count):
             span = decays.span(c)
             tokens = span.stop - span.start
             if states is not None and s is not None:
-                states[b, c] = s
-            x_QHP = x[b, span].to(wide)
-            B_GQN = B[b, span].to(wide).transpose(0, 1)
-            C_GQN = C[b, span].to(wide).transpose(0, 1)
-            scaled = x_QHP * dt[b, span, :, None]
-            mix = decays.between(b, c, tokens).unflatten(0, (groups, -1))
-            mix *= torch.bmm(C_GQN, B_GQN.transpose(1, 2))[:, None]
-            y_QHP = torch.bmm(mix.flatten(0, 1), scaled.transpose(0, 1)).transpose(0, 1)
+                states[rows, c] = s
+            maps = _Maps(B, C, rows, span)
+            x_nQHP = x[rows, span].to(wide)
+            scaled = x_nQHP * dt[rows, span, :, None]
+            mix = decays.between(rows, c, tokens)
+            mix.unflatten(1, (maps.groups, -1)).mul_(maps.product(wide))
+            y_nHQP = torch.bmm(mix.to(narrow).flatten(0, 1), _heads_first(scaled, narrow)).unflatten(0, (-1, heads))
+            y_nQHP = y_nHQP.to(wide).transpose(1, 2)
             if s is not None:
-                read = torch.bmm(C_GQN, s.view(groups, -1, size).transpose(1, 2))
-                y_QHP = y_QHP.addcmul_(_heads(read, width), decays.from_start[b, c, :tokens, :, None])
+                read = maps.by_head(torch.bmm(maps.C, maps.states(s).transpose(1, 2)), width, wide)
+                y_nQHP.addcmul_(read, decays.from_start[rows, c, :tokens, :, None])
             if D is not None:
-                y_QHP.addcmul_(x_QHP, D)
-            y[b, span] = y_QHP
+                y_nQHP.addcmul_(x_nQHP, D)
+            y[rows, span] = y_nQHP
             if final or c + 1 < decays.count:
-                scaled *= decays.to_end[b, c, :tokens, :, None]
-                written = _grouped(scaled, groups).transpose(1, 2)
+                scaled *= decays.to_end[rows, c, :tokens, :, None]
+                written = maps.grouped(scaled).transpose(1, 2)
                 if s is None:
-                    s = torch.bmm(written, B_GQN).view(heads, width, size)
+                    s = torch.bmm(written, maps.B).to(wide).view(-1, heads, width, size)
                 else:
-                    s *= decays.whole[b, c, :, None, None]
-                    s.view(groups, -1, size).baddbmm_(written, B_GQN)
+                    s *= decays.whole[rows, c, :, None, None]
+                    _add_product(s.view(-1, written.shape[1], size), written, maps.B)
         if ends is not None and s is not None:
-            ends[b] = s
+            ends[rows] = s
     return y, ends
-
-
-def _grouped(t_QHP: Tensor, groups: int) -> Tensor:
-    """(Q, H, P) -> (G, Q, H/G * P), a view."""
-    return t_QHP.flatten(1).unflatten(1, (groups, -1)).transpose(0, 1)
-
-
-def _heads(t_GQX: Tensor, width: int) -> Tensor:
-    """(G, Q, H/G * P) -> (Q, H, P), a view for one group."""
-    return t_GQX.transpose(0, 1).flatten(1).unflatten(1, (-1, width))
 
 
 def _backward(
@@ -138,70 +174,74 @@ def _backward(
     `first` is the first chunk with a state before it: 0 where initial states were given, else 1.
     """
     batch, _, heads, width = x.shape
-    groups, size = B.shape[2:]
-    wide = dt.dtype
+    wide, narrow = dt.dtype, x.dtype
     gx, gdt, gB, gC = torch.empty_like(x), torch.empty_like(dt), torch.empty_like(B), torch.empty_like(C)
     gD = None if D is None else torch.zeros_like(D)
     g_initial = None if first else torch.zeros_like(states[:, 0])
     upto = torch.zeros_like(decays.total_BCHQ)  # gradients of the logs of decays that end at a token
     since = torch.zeros_like(decays.from_start)  # of those that begin after it
     through = torch.zeros_like(decays.whole)  # of those that span the chunk
-    for b in range(batch):
-        gs = None if g_end is None else g_end[b].to(wide, copy=True)
+    for rows in _together(batch, heads, decays.chunk):
+        gs = None if g_end is None else g_end[rows].to(wide, copy=True)
         for c in reversed(range(decays.count)):
             span = decays.span(c)
             tokens = span.stop - span.start
-            x_QHP = x[b, span].to(wide)
-            gy_QHP = gy[b, span].to(wide)
-            B_GQN = B[b, span].to(wide).transpose(0, 1)
-            C_GQN = C[b, span].to(wide).transpose(0, 1)
-            dt_QH1 = dt[b, span, :, None]
-            scaled = x_QHP * dt_QH1
-            gy_HQP = gy_QHP.transpose(0, 1)
+            maps = _Maps(B, C, rows, span)
+            x_nQHP = x[rows, span].to(wide)
+            gy_nQHP = gy[rows, span].to(wide)
+            dt_nQH1 = dt[rows, span, :, None]
+            scaled = x_nQHP * dt_nQH1
+            gy_heads = _heads_first(gy_nQHP, narrow)
 
-            between = decays.between(b, c, tokens)
-            g_mix = torch.bmm(gy_HQP, scaled.permute(1, 2, 0)).mul_(between).unflatten(0, (groups, -1))
-            product = torch.bmm(C_GQN, B_GQN.transpose(1, 2))
-            between.unflatten(0, (groups, -1)).mul_(product[:, None])
-            g_scaled = torch.bmm(between.transpose(1, 2), gy_HQP).transpose(0, 1)
-            g_product = g_mix.sum(1)
-            gC_GQN = torch.bmm(g_product, B_GQN)
-            gB_GQN = torch.bmm(g_product.transpose(1, 2), C_GQN)
+            mix = decays.between(rows, c, tokens)
+            by_group = mix.unflatten(1, (maps.groups, -1))
+            g_mix = torch.bmm(gy_heads, _heads_first(scaled, narrow).transpose(1, 2)).to(wide).view(by_group.shape)
+            g_mix *= by_group
+            product = maps.product(wide)
+            by_group *= product
+            g_scaled = torch.bmm(mix.to(narrow).flatten(0, 1).transpose(1, 2), gy_heads).unflatten(0, (-1, heads))
+            g_scaled = g_scaled.transpose(1, 2).to(wide)
+            g_product = g_mix.sum(2).to(narrow).flatten(0, 1)
+            g_C = torch.bmm(g_product, maps.B).to(wide)
+            g_B = torch.bmm(g_product.transpose(1, 2), maps.C).to(wide)
             # A token's own term does not decay: without the diagonal, nothing large has to cancel.
-            g_log = g_mix.mul_(product.tril(-1)[:, None]).flatten(0, 1)
-            torch.sub(g_log.sum(2), g_log.sum(1), out=upto[b, c, :, :tokens])
+            g_log = g_mix.mul_(product.tril(-1)).flatten(1, 2)
+            torch.sub(g_log.sum(3), g_log.sum(2), out=upto[rows, c, :, :tokens])
 
-            s = states[b, c] if c >= first else None
+            s = states[rows, c] if c >= first else None
             if gs is not None:
-                to_end = decays.to_end[b, c, :tokens, :, None]
-                g_written = _heads(torch.bmm(B_GQN, gs.view(groups, -1, size).transpose(1, 2)), width) * to_end
+                to_end = decays.to_end[rows, c, :tokens, :, None]
+                into = maps.states(gs)
+                g_written = maps.by_head(torch.bmm(maps.B, into.transpose(1, 2)), width, wide) * to_end
                 g_scaled += g_written
-                torch.sum(g_written.mul_(scaled), -1, out=since[b, c, :tokens])
-                gB_GQN.baddbmm_(_grouped(scaled.mul_(to_end), groups), gs.view(groups, -1, size))
+                torch.sum(g_written.mul_(scaled), -1, out=since[rows, c, :tokens])
+                _add_product(g_B, maps.grouped(scaled.mul_(to_end)), into)
                 if s is not None:
-                    torch.sum((gs * s).flatten(1), -1, out=through[b, c])
-                    gs *= decays.whole[b, c, :, None, None]
+                    torch.sum((gs * s).flatten(2), -1, out=through[rows, c])
+                    gs *= decays.whole[rows, c, :, None, None]
             if s is not None:
-                g_read = gy_QHP * decays.from_start[b, c, :tokens, :, None]
-                g_keys = torch.bmm(g_read.transpose(0, 1), s).unflatten(0, (groups, -1))
-                gC_GQN += g_keys.sum(1)
-                upto[b, c, :, :tokens] += g_keys.mul_(C_GQN[:, None]).sum(-1).flatten(0, 1)
-                read = _grouped(g_read, groups).transpose(1, 2)
+                g_read = gy_nQHP * decays.from_start[rows, c, :tokens, :, None]
+                g_keys = torch.bmm(_heads_first(g_read, narrow), s.to(narrow).flatten(0, 1)).to(wide)
+                g_keys = g_keys.unflatten(0, (-1, heads // maps.groups))  # n * G, K, Q, N
+                g_C += g_keys.sum(1)
+                g_keys *= maps.C[:, None]
+                upto[rows, c, :, :tokens] += g_keys.sum(-1).view(-1, heads, tokens)
+                read = maps.grouped(g_read).transpose(1, 2)
                 if gs is None:
-                    gs = torch.bmm(read, C_GQN).view(heads, width, size)
+                    gs = torch.bmm(read, maps.C).to(wide).view(-1, *s.shape[1:])
                 else:
-                    gs.view(groups, -1, size).baddbmm_(read, C_GQN)
+                    _add_product(gs.view(-1, read.shape[1], s.shape[-1]), read, maps.C)
 
-            torch.sum(g_scaled * x_QHP, -1, out=gdt[b, span])
-            gx_QHP = g_scaled.mul_(dt_QH1)
+            torch.sum(g_scaled * x_nQHP, -1, out=gdt[rows, span])
+            g_scaled *= dt_nQH1
             if D is not None and gD is not None:
-                gx_QHP.addcmul_(gy_QHP, D)
-                gD += (gy_QHP * x_QHP).sum(0)
-            gx[b, span] = gx_QHP
-            gB[b, span] = gB_GQN.transpose(0, 1)
-            gC[b, span] = gC_GQN.transpose(0, 1)
+                g_scaled.addcmul_(gy_nQHP, D)
+                gD += (gy_nQHP * x_nQHP).sum((0, 1))
+            gx[rows, span] = g_scaled
+            gB[rows, span] = g_B.unflatten(0, (-1, maps.groups)).transpose(1, 2)
+            gC[rows, span] = g_C.unflatten(0, (-1, maps.groups)).transpose(1, 2)
         if g_initial is not None and gs is not None:
-            g_initial[b] = gs
+            g_initial[rows] = gs
     g_log_decay = upto.flip(3).cumsum(3).flip(3).transpose(2, 3) + (through * decays.whole)[:, :, None]
     g_log_decay[:, :, 1:] += since.cumsum(2)[:, :, :-1]
     return gx, gdt, g_log_decay.flatten(1, 2)[:, : decays.length], gB, gC, gD, g_initial

@@ -21,10 +21,39 @@ def test_a_vocabulary_that_is_a_multiple_already_gets_no_padding():
     assert MambaConfig(**SMALL, pad_vocab_size_multiple=1).padded_vocab_size == 61
 
 
-@pytest.mark.parametrize("mixer", ["mamba2", ["mamba2", "mamba2"]])
-def test_it_survives_json(mixer):
-    config = MambaConfig(**SMALL, d_state=16, tie_embeddings=False, norm_eps=1e-6, mixer=mixer)
+@pytest.mark.parametrize("d_state", [None, 16])
+@pytest.mark.parametrize("mixer", ["mamba2", "mamba", ["mamba2", "mamba2"], ["mamba", "mamba2"]])
+def test_it_survives_json(mixer, d_state):
+    config = MambaConfig(**SMALL, d_state=d_state, tie_embeddings=False, norm_eps=1e-6, mixer=mixer)
     assert MambaConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+def test_a_configuration_from_before_mamba_1_is_read():
+    values = MambaConfig(**SMALL).to_dict()
+    del values["dt_rank"]
+    assert MambaConfig.from_dict(values) == MambaConfig(**SMALL)
+
+
+def test_the_defaults_of_mamba_1_are_those_of_mamba_ssm():
+    config = MambaConfig(d_model=100, n_layer=2, mixer="mamba")
+    assert (config.d_state, config.dt_rank) == (16, 7)
+    given = MambaConfig(d_model=100, n_layer=2, mixer="mamba", d_state=8, dt_rank=5)
+    assert (given.d_state, given.dt_rank) == (8, 5)
+    assert MambaConfig(d_model=128, n_layer=2).dt_rank is None
+
+
+def test_each_kind_has_its_own_default_of_d_state_where_they_are_mixed():
+    config = MambaConfig(**SMALL, mixer=["mamba", "mamba2"])
+    layers = [config.of_layer(layer) for layer in range(2)]
+    assert [(layer.mixer, layer.d_state) for layer in layers] == [("mamba", 16), ("mamba2", 128)]
+    given = MambaConfig(**SMALL, mixer=["mamba", "mamba2"], d_state=8)
+    assert [given.of_layer(layer).d_state for layer in range(2)] == [8, 8]
+
+
+def test_heads_matter_to_mamba_2_only():
+    assert MambaConfig(**SMALL, headdim=24, mixer="mamba").d_inner == 64
+    with pytest.raises(UserError, match="headdim must divide"):
+        MambaConfig(**SMALL, headdim=24, mixer=["mamba", "mamba2"])
 
 
 @pytest.mark.parametrize(
@@ -40,7 +69,11 @@ def test_it_survives_json(mixer):
         ({"norm_eps": 0}, "norm_eps"),
         ({"norm_eps": True}, "norm_eps"),
         ({"tie_embeddings": "no"}, "tie_embeddings must be true or false, not 'no'"),
-        ({"mixer": "mamba"}, 'mixer must be "mamba2"'),
+        ({"mixer": "mamba1"}, 'mixer must be "mamba2" or "mamba", or a list of them, not \'mamba1\''),
+        ({"mixer": 2}, "mixer must be"),
+        ({"mixer": [["mamba"], "mamba"]}, "mixer must be"),
+        ({"dt_rank": 0}, "dt_rank must be a positive integer, not 0"),
+        ({"mixer": "mamba", "dt_rank": "auto"}, "dt_rank must be a positive integer, not 'auto'"),
         ({"mixer": ["mamba2", "attention"]}, "'attention'"),
         ({"mixer": ["mamba2"]}, "mixer lists 1 mixers for n_layer = 2 blocks"),
         ({"head_dim": 16}, "no key 'head_dim'; did you mean 'headdim'?"),

@@ -1,0 +1,1 @@
+"""RMS norm, gated or not, as Mamba's blocks use it."""
