@@ -20,7 +20,7 @@ LEVELS = [
     {"binarize"},
     {"ops"},
     {"kernels"},
-    {"errors", "files"},
+    {"errors", "files", "hub"},
 ]
 # `training` writes the summaries that `report` reads; `quickstart` is a run and a comparison.
 SIDEWAYS = {
@@ -29,6 +29,7 @@ SIDEWAYS = {
     ("quickstart", "training"),
     ("quickstart", "report"),
     ("files", "errors"),
+    ("hub", "errors"),
 }
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
 FILES = [path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py"] + [

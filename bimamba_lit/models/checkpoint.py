@@ -9,8 +9,9 @@ looked up among those already imported.
 
 import json
 import pickle
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +23,19 @@ from bimamba_lit.errors import UserError, nearest
 from bimamba_lit.files import replacing
 from bimamba_lit.models.config import MambaConfig
 from bimamba_lit.models.lm import MambaLM
+from bimamba_lit.models.transformers_folder import MODEL_TYPES, WEIGHTS_FILE, model_config, open_tensors, our_name
 
 CONFIG_FILE = "config.json"
-WEIGHTS_FILE = "model.safetensors"
 TOKENIZER_FILE = "tokenizer.json"
 
 _FORMAT = "bimamba-lit"
 _VERSION = 1
-_READABLE = "a folder written by MambaLM.save_pretrained or a Lightning checkpoint of this project"
+_READABLE = (
+    "a folder written by MambaLM.save_pretrained, a transformers Mamba or Mamba2 folder, or a Lightning checkpoint of "
+    "this project"
+)
 _NAMES_SHOWN = 8
+_IN_MODULE = "lm."  # what a LightningModule calls its model
 
 
 def describe(lm: MambaLM) -> dict[str, Any]:
@@ -92,13 +97,12 @@ def load_lm(path: str | Path) -> MambaLM:
     if source.is_dir():
         return _load_folder(source)
     checkpoint = _read_lightning(source)
-    prefix = "lm."
-    tensors = {
-        name.removeprefix(prefix): tensor
+    readers: dict[str, Reader] = {
+        name.removeprefix(_IN_MODULE): partial(_itself, tensor)
         for name, tensor in checkpoint["state_dict"].items()
-        if name.startswith(prefix) and isinstance(tensor, Tensor)
+        if name.startswith(_IN_MODULE) and isinstance(tensor, Tensor)
     }
-    return _assemble(checkpoint["lm"], tensors, tensors.__getitem__, source)
+    return _assemble(partial(build, checkpoint["lm"]), readers, source)
 
 
 def load_tokenizer_json(path: str | Path) -> str | None:
@@ -121,21 +125,12 @@ def load_tokenizer_json(path: str | Path) -> str | None:
     return tokenizer if isinstance(tokenizer, str) else None
 
 
-def _load_folder(folder: Path) -> MambaLM:
-    from safetensors import SafetensorError, safe_open
+def read_config(folder: Path) -> dict[str, Any]:
+    """Return the content of a folder's ``config.json``, ours or another program's.
 
-    description = _read_config(folder)
-    file = folder / WEIGHTS_FILE
-    if not file.is_file():
-        raise UserError(f"{folder} has a {CONFIG_FILE} and no {WEIGHTS_FILE}; save the model again")
-    try:
-        with safe_open(file, framework="pt") as weights:
-            return _assemble(description, weights.keys(), weights.get_tensor, folder)
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{file} is damaged or cut short ({error}); save or copy it again") from error
-
-
-def _read_config(folder: Path) -> dict[str, Any]:
+    Raises:
+        UserError: If there is none or it is not a mapping in JSON.
+    """
     file = folder / CONFIG_FILE
     if not file.is_file():
         run = folder / "checkpoints" / "last.ckpt"
@@ -145,12 +140,24 @@ def _read_config(folder: Path) -> dict[str, Any]:
         config = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{file} is not readable JSON: {error}") from error
-    if isinstance(config, dict) and config.get("format") == _FORMAT:
-        return config
+    if not isinstance(config, dict):
+        raise UserError(f"{file} holds no mapping of keys to values, and so describes no model")
+    return config
+
+
+def _load_folder(folder: Path) -> MambaLM:
+    config = read_config(folder)
+    if config.get("format") == _FORMAT:
+        with stored_tensors(folder) as readers:
+            return _assemble(partial(build, config), readers, folder)
+    if is_transformers_mamba(config):
+        with stored_tensors(folder) as readers:
+            ours = {our_name(name): reader for name, reader in readers.items()}
+            return _assemble(lambda: MambaLM(transformers_config(config)), ours, folder)
     kind = "a folder of an unknown kind"
-    if isinstance(config, dict) and "model_type" in config:
+    if "model_type" in config:
         kind = f"a transformers folder of the model type {config['model_type']!r}"
-    elif isinstance(config, dict) and "ssm_cfg" in config:
+    elif "ssm_cfg" in config:
         kind = "a state-spaces (mamba_ssm) folder"
     raise UserError(f"{folder} is {kind}, which this version does not read; it reads {_READABLE}")
 
@@ -171,20 +178,24 @@ def _read_lightning(file: Path) -> dict[str, Any]:
     return checkpoint
 
 
-def _assemble(
-    description: Mapping[str, Any], names: Iterable[str], read: Callable[[str], Tensor], source: Path
-) -> MambaLM:
+def _assemble(make: Callable[[], MambaLM], readers: Mapping[str, Reader], source: Path) -> MambaLM:
     try:
         with torch.device("meta"):
-            lm = build(description)
+            lm = make()
     except UserError as error:
         raise UserError(f"{source}: {error}") from error
     targets, aliases = _stored(lm), _aliases(lm)
-    found: dict[str, str] = {aliases.get(name, name): name for name in names}
+    found: dict[str, Reader] = {}
+    for name, read in readers.items():
+        first = found.setdefault(aliases.get(name, name), read)
+        if first is not read and not torch.equal(first(), read()):
+            raise UserError(
+                f"{source} says that {name} is tied to {aliases.get(name, 'another')} and holds both, unequal"
+            )
     tensors: dict[str, Tensor] = {}
     wrong = []
     for name in targets.keys() & found.keys():
-        tensor = read(found[name])
+        tensor = found[name]()
         if tensor.shape != targets[name].shape or tensor.is_floating_point() != targets[name].is_floating_point():
             wrong.append(f"{name} {_kind(tensor)} instead of {_kind(targets[name])}")
         else:
@@ -231,6 +242,10 @@ def _fill(lm: nn.Module, tensors: Mapping[str, Tensor]) -> None:
         for key, buffer in module._buffers.items():
             if buffer is not None:
                 module._buffers[key] = tensors[f"{prefix}.{key}".lstrip(".")]
+
+
+def _itself(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 def _kind(tensor: Tensor) -> str:

@@ -198,7 +198,7 @@ class MambaLM(nn.Module):
 
     @classmethod
     def from_pretrained(cls, path: str | Path) -> "MambaLM":
-        """Load a model, onto the CPU, from a folder or a Lightning checkpoint of this project.
+        """Load a model, onto the CPU: this project's folder or Lightning checkpoint, or transformers' Mamba or Mamba2.
 
         Args:
             path: The folder or the ``.ckpt`` file; which it is is told by content.

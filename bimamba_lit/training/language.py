@@ -10,7 +10,9 @@ from bimamba_lit.errors import UserError
 from bimamba_lit.eval import LanguageMetrics
 from bimamba_lit.models import MambaLM
 from bimamba_lit.models.checkpoint import describe
+from bimamba_lit.training.activations import checkpoint_blocks_
 from bimamba_lit.training.optimizer import AdamW
+from bimamba_lit.training.sharding import shard_
 
 Batch = dict[str, Tensor]
 
@@ -21,6 +23,7 @@ class LanguageModule(pl.LightningModule):
     Args:
         optimizer: The optimizer and its schedule.
         with_teacher: Whether evaluation compares with a teacher.
+        activation_checkpointing: Compute activations inside blocks again in the backward pass, to save memory.
 
     Attributes:
         lm: The model being trained, there once ``configure_model`` has run.
@@ -29,8 +32,14 @@ class LanguageModule(pl.LightningModule):
 
     lm: MambaLM
 
-    def __init__(self, optimizer: AdamW | None = None, with_teacher: bool = False) -> None:
+    def __init__(
+        self,
+        optimizer: AdamW | None = None,
+        with_teacher: bool = False,
+        activation_checkpointing: bool = False,
+    ) -> None:
         super().__init__()
+        self.activation_checkpointing = activation_checkpointing
         self.optimizer_settings = optimizer or AdamW()
         self.metrics = LanguageMetrics(with_teacher)
         self.evaluated: dict[str, float] = {}
@@ -41,6 +50,22 @@ class LanguageModule(pl.LightningModule):
         if data is None or not hasattr(data, "tokenizer"):
             return None, None
         return data.vocab_size, data.tokenizer.to_json()
+
+    def take(self, lm: MambaLM) -> None:
+        """Make ``lm`` the model in training: with activation checkpointing and sharded, where that is asked for.
+
+        Raises:
+            UserError: If the strategy asks for tensor parallelism.
+        """
+        self.lm = lm
+        if self.activation_checkpointing:
+            checkpoint_blocks_(lm)
+        if self.device_mesh is not None:
+            shard_(self, self.device_mesh)
+
+    def student_output(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Return the hidden states ``(B, L, D)`` and the head ``(V, D)`` of the model in training."""
+        return self.lm.backbone(batch["input_ids"], seq_idx=batch.get("seq_idx")), self.lm.head_weight
 
     def configure_optimizers(self) -> Any:
         """Build AdamW and its schedule for the trained model."""
@@ -60,11 +85,7 @@ class LanguageModule(pl.LightningModule):
     def validation_step(self, batch: Batch) -> None:
         """Add a batch of evaluation windows to the figures."""
         self.metrics.update(
-            self.lm.backbone(batch["input_ids"]),
-            self.lm.head_weight,
-            batch["labels"],
-            batch["label_bytes"],
-            self.teacher_output(batch),
+            *self.student_output(batch), batch["labels"], batch["label_bytes"], self.teacher_output(batch)
         )
 
     def test_step(self, batch: Batch) -> None:

@@ -17,21 +17,23 @@ class Pretrain(LanguageModule):
     Args:
         config: The architecture. Its vocabulary follows the data's tokenizer and need not be given.
         optimizer: AdamW and its schedule.
+        activation_checkpointing: Compute activations inside blocks again in the backward pass, to save memory.
     """
 
-    def __init__(self, config: MambaConfig, optimizer: AdamW | None = None) -> None:
-        super().__init__(optimizer)
+    def __init__(
+        self, config: MambaConfig, optimizer: AdamW | None = None, activation_checkpointing: bool = False
+    ) -> None:
+        super().__init__(optimizer, activation_checkpointing=activation_checkpointing)
         self.config = config
 
     def configure_model(self) -> None:
         """Build the model once the data's vocabulary is known."""
         if not hasattr(self, "lm"):
-            self.lm = MambaLM(with_vocabulary(self.config, self.data_vocabulary()[0]))
+            self.take(MambaLM(with_vocabulary(self.config, self.data_vocabulary()[0])))
 
     def training_step(self, batch: Batch) -> Tensor:
         """Return the mean cross-entropy of a batch, in nats a token."""
-        hidden = self.lm.backbone(batch["input_ids"])
-        loss = ops.distillation_loss(hidden, self.lm.head_weight, labels=batch["labels"], hard_share=1.0)
+        loss = ops.distillation_loss(*self.student_output(batch), labels=batch["labels"], hard_share=1.0)
         return self.log_loss(loss)
 
 

@@ -174,7 +174,7 @@ def test_a_folder_without_weights(make, tmp_path):
         ("{", "is not readable JSON"),
         ("[]", "a folder of an unknown kind"),
         ('{"hidden_size": 3}', "a folder of an unknown kind"),
-        ('{"model_type": "mamba2"}', "a transformers folder of the model type 'mamba2'"),
+        ('{"model_type": "llama"}', "a transformers folder of the model type 'llama'"),
         ('{"d_model": 768, "ssm_cfg": {}}', "a state-spaces (mamba_ssm) folder"),
         ('{"format": "bimamba-lit", "format_version": 2}', "format version 2"),
         ('{"format": "bimamba-lit", "format_version": 1}', "must hold 'config'"),

@@ -1,0 +1,123 @@
+"""Any causal language model of transformers as a teacher, such as the paper's LLaMA-2-7B."""
+
+import inspect
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bimamba_lit.errors import UserError
+
+_PROBE_LENGTH = 8
+_TOLERANCE = 1e-2
+
+
+class CausalTeacher(nn.Module):
+    """A frozen transformers model, taken apart into a backbone and a head as ``MambaLM`` is.
+
+    Args:
+        path: A folder that ``AutoModelForCausalLM.from_pretrained`` takes. Only safetensors are read and no code of the
+            folder's is run. Weights keep the dtype that they are stored in.
+
+    Raises:
+        UserError: If transformers is not installed, the folder is not one of a causal language model or lacks a file,
+            or the model's logits are more than its head times its last hidden states.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        super().__init__()
+        self._model = _load(Path(path))
+        head = self._model.get_output_embeddings()
+        if head is None or getattr(head, "bias", None) is not None:
+            raise UserError(
+                f"the teacher {path}, a {type(self._model).__name__}, has no plain output head without bias"
+            )
+        self._body: nn.Module = self._model.base_model
+        self._head = head.weight
+        self._takes_positions = "position_ids" in inspect.signature(self._body.forward).parameters
+        self.config = SimpleNamespace(vocab_size=self._head.shape[0])
+        self._check_head(path)
+
+    @property
+    def head_weight(self) -> Tensor:
+        """The output head's weight (V, D_t)."""
+        return self._head[: self.config.vocab_size]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model's weights are."""
+        return self._head.device
+
+    @torch.no_grad()
+    def backbone(self, input_ids: Tensor, seq_idx: Tensor | None = None) -> Tensor:
+        """Return the last hidden states (B, L, D_t), those that the head multiplies.
+
+        Args:
+            input_ids: Tokens (B, L), int64.
+            seq_idx: Document of each token (B, L); tokens see their own document only and count their positions in it.
+
+        Raises:
+            UserError: With seq_idx, if the model takes no positions, so that documents cannot be kept apart.
+        """
+        options: dict[str, Any] = {"use_cache": False}
+        if seq_idx is not None:
+            if not self._takes_positions:
+                raise UserError(
+                    f"the teacher, a {type(self._model).__name__}, cannot keep documents apart: "
+                    "set data.init_args.separate_documents to false"
+                )
+            dtype = self._head.dtype
+            options |= {"attention_mask": _mask(seq_idx, dtype), "position_ids": _positions(seq_idx)}
+        hidden: Tensor = self._body(input_ids, **options).last_hidden_state
+        return hidden
+
+    @torch.no_grad()
+    def _check_head(self, path: str | Path) -> None:
+        ids = torch.arange(min(_PROBE_LENGTH, self.config.vocab_size), device=self.device)[None]
+        logits = self._model(ids, use_cache=False).logits.float()
+        found = (self.backbone(ids) @ self._head.t()).float()
+        if found.shape != logits.shape or (found - logits).abs().max() > _TOLERANCE * logits.abs().max():
+            raise UserError(
+                f"the teacher {path}, a {type(self._model).__name__}, does more to its logits than multiply its last "
+                "hidden states by its head (such as soft-capping), so it cannot be distilled from"
+            )
+
+
+def _load(path: Path) -> Any:
+    try:
+        from transformers import AutoModelForCausalLM
+        from transformers.utils import logging
+    except ImportError as error:
+        raise UserError(f"the teacher {path} needs transformers: pip install 'bimamba-lit[hf]'") from error
+    shown = logging.get_verbosity()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            path, dtype="auto", use_safetensors=True, trust_remote_code=False, local_files_only=True
+        )
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(f"transformers cannot read the teacher {path} as a causal language model: {reason}") from error
+    finally:
+        logging.set_verbosity(shown)
+    return model.eval().requires_grad_(False)
+
+
+def _positions(seq_idx: Tensor) -> Tensor:
+    """(B, L) documents -> the position of each token in its document (B, L)."""
+    place = torch.arange(seq_idx.shape[1], device=seq_idx.device).expand_as(seq_idx)
+    begins = torch.ones_like(seq_idx, dtype=torch.bool)
+    begins[:, 1:] = seq_idx[:, 1:] != seq_idx[:, :-1]
+    return place - torch.where(begins, place, 0).cummax(1).values
+
+
+def _mask(seq_idx: Tensor, dtype: torch.dtype) -> Tensor:
+    """(B, L) documents -> what is added to the scores (B, 1, L, L): 0 where a token may look, else the least number."""
+    begins = torch.zeros_like(seq_idx, dtype=torch.int64)
+    begins[:, 1:] = seq_idx[:, 1:] != seq_idx[:, :-1]
+    documents = begins.cumsum(1)
+    same = (documents[:, :, None] == documents[:, None, :]).tril()
+    return torch.zeros_like(same, dtype=dtype).masked_fill_(~same, torch.finfo(dtype).min)[:, None]
