@@ -3,6 +3,7 @@
 Legend: L context length, S stride, N ids in the stream.
 """
 
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,22 +19,74 @@ IGNORED = -100
 
 
 class TrainBlocks(Dataset[dict[str, Tensor]]):
-    """Blocks of L+1 ids that overlap by one, so that every id but the stream's first is predicted once.
+    """Blocks of L+1 ids of several streams, overlapping by one, so that every id but a stream's first is predicted.
 
-    A last partial block is dropped. An item holds ``input_ids`` (L,) and ``labels`` (L,), both int64.
+    A last partial block of a stream is dropped. An item holds ``input_ids`` (L,) and ``labels`` (L,), both int64, and
+    where documents are kept apart ``seq_idx`` (L,) int32, the number of each token's document; then no token is
+    predicted from another document, unless it is the separator that ends one.
+
+    Args:
+        streams: Token streams.
+        context: L.
+        weights: How often an epoch reads each stream; once where none are given.
+        separate: Whether documents are kept apart.
+        separator: The id between two documents, or None.
     """
 
-    def __init__(self, stream: TokenStream, context: int) -> None:
-        self.stream = stream
+    def __init__(
+        self,
+        streams: Sequence[TokenStream],
+        context: int,
+        weights: Sequence[float] | None = None,
+        separate: bool = False,
+        separator: int | None = None,
+    ) -> None:
+        self.streams = list(streams)
         self.context = context
+        self.separate = separate
+        self.separator = separator
+        self.counts = [max(0, stream.length - 1) // context for stream in streams]
+        factors = [1.0] * len(self.counts) if weights is None else list(weights)
+        self.visits = [int(count * factor) for count, factor in zip(self.counts, factors, strict=True)]
 
     def __len__(self) -> int:
-        return max(0, self.stream.length - 1) // self.context
+        """Return the number of blocks that an epoch reads."""
+        return sum(self.visits)
+
+    def block_of(self, visit: int, epoch: int) -> int:
+        """Return which block the visit is of: a stream's visits go on where those of the epoch before it stopped."""
+        first = 0
+        for count, visits in zip(self.counts, self.visits, strict=True):
+            if visit < visits:
+                return first + (epoch * visits + visit) % count
+            first, visit = first + count, visit - visits
+        raise IndexError("a visit beyond the end of an epoch")
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        start = index * self.context
-        block = torch.from_numpy(self.stream.tokens[start : start + self.context + 1].astype(np.int64))
-        return {"input_ids": block[:-1], "labels": block[1:]}
+        for stream, count in zip(self.streams, self.counts, strict=True):
+            if index < count:
+                return self._block(stream, index * self.context)
+            index -= count
+        raise IndexError("a block beyond the end of the streams")
+
+    def _block(self, stream: TokenStream, start: int) -> dict[str, Tensor]:
+        block = torch.from_numpy(stream.tokens[start : start + self.context + 1].astype(np.int64))
+        item = {"input_ids": block[:-1], "labels": block[1:]}
+        if not self.separate:
+            return item
+        documents = document_numbers(stream, start, self.context + 1)
+        crossing = (documents[1:] != documents[:-1]) & (block[1:] != (-1 if self.separator is None else self.separator))
+        return {
+            "input_ids": block[:-1],
+            "labels": block[1:].masked_fill(crossing, IGNORED),
+            "seq_idx": documents[:-1].clone(),
+        }
+
+
+def document_numbers(stream: TokenStream, start: int, count: int) -> Tensor:
+    """Return the number of the document of each id from ``start`` on, (count,) int32, the first one's 0."""
+    numbers = np.searchsorted(stream.starts, np.arange(start, start + count), side="right")
+    return torch.from_numpy((numbers - numbers[0]).astype(np.int32))
 
 
 class EvalWindows(Dataset[dict[str, Tensor]]):
@@ -49,9 +102,13 @@ class EvalWindows(Dataset[dict[str, Tensor]]):
         stride: S, at most L.
         multiple_of: The number of windows is rounded up to a multiple of this with windows that count nothing, so that
             as many processes can share them evenly with none repeated.
+        separate: Whether items also hold ``seq_idx`` (L,) int32, the number of each token's document.
     """
 
-    def __init__(self, stream: TokenStream, context: int, stride: int, multiple_of: int = 1) -> None:
+    def __init__(
+        self, stream: TokenStream, context: int, stride: int, multiple_of: int = 1, separate: bool = False
+    ) -> None:
+        self.separate = separate
         self.stream = stream
         self.context = context
         self.stride = stride
@@ -76,7 +133,8 @@ class EvalWindows(Dataset[dict[str, Tensor]]):
         counted = sizes != NOT_A_TARGET
         if index > 0:
             counted[: self.context - self.stride] = False
-        return {
+        apart = {"seq_idx": document_numbers(self.stream, start, self.context)} if self.separate else {}
+        return apart | {
             "input_ids": self._padded(inputs, 0),
             "labels": self._padded(np.where(counted, targets, IGNORED), IGNORED),
             "label_bytes": self._padded(np.where(counted, sizes, 0), 0),
@@ -89,6 +147,8 @@ class EvalWindows(Dataset[dict[str, Tensor]]):
 class EpochOrder(StatefulDistributedSampler):
     """A rank's share of an order shuffled anew from seed and epoch, which resumes in the right epoch.
 
+    Blocks have weights: an order is of visits, and `TrainBlocks.block_of` says which block each is of.
+
     Lightning restores the loader, and workers begin to fetch, before it tells the sampler which epoch it is; so the
     epoch is part of the state. Ranks have equal shares: of N blocks the last N modulo ranks of the order are left out
     of an epoch.
@@ -97,6 +157,13 @@ class EpochOrder(StatefulDistributedSampler):
     def __init__(self, blocks: TrainBlocks, seed: int, ranks: int = 1, rank: int = 0) -> None:
         # The order is seeded with seed + epoch: seeds far apart keep the epochs of one from being those of another.
         super().__init__(blocks, num_replicas=ranks, rank=rank, shuffle=True, seed=seed << 20, drop_last=True)
+        self.blocks = blocks
+
+    def __iter__(self) -> Iterator[int]:
+        """Yield the blocks of the epoch."""
+        epoch = self.epoch
+        for visit in super().__iter__():
+            yield self.blocks.block_of(visit, epoch)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the epoch and how many indices it has given."""

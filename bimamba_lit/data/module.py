@@ -13,25 +13,31 @@ from torch.utils.data.distributed import DistributedSampler
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from bimamba_lit.data.blocks import EpochOrder, EvalWindows, TrainBlocks
+from bimamba_lit.data.bpe import bpe_size, trained_bpe
 from bimamba_lit.data.offline import offline_files
-from bimamba_lit.data.sources import HELD_OUT, Span, find_files, hold_out
-from bimamba_lit.data.tokenizer import load_tokenizer
+from bimamba_lit.data.source import Setting, as_sources, without_held_out
+from bimamba_lit.data.sources import HELD_OUT, Part, Span
+from bimamba_lit.data.stream import StreamBlocks
+from bimamba_lit.data.tokenizer import ByteTokenizer, SubwordTokenizer, load_tokenizer
 from bimamba_lit.data.tokens import TokenStream, token_stream
 from bimamba_lit.errors import UserError
-
-Text = str | list[str]
 
 
 class TextDataModule(LightningDataModule):
     """Text as packed sequences for training and as exact evaluation windows.
 
-    A text is ``offline`` (the source of Python's standard library, about 7 MB, with files held out for val and test),
-    or local UTF-8 text files: paths of files (plain or .xz, .gz, .bz2), of folders (their .txt files) or glob
-    patterns, one or a list. Each file is one document, taken byte for byte. Nothing is ever fetched from a network.
+    A text is ``offline`` (the source of Python's standard library, about 7 MB, with files held out for val and test);
+    local files: paths of files (plain or .xz, .gz, .bz2), of folders or glob patterns, one or a list; or
+    ``hub:OWNER/NAME``, a data set of the Hugging Face hub. A text file is one document, taken byte for byte; JSON
+    lines (.jsonl, .ndjson, .json) and Parquet (.parquet) give a document a row. A mapping instead of a name also sets
+    weight, column, subset and split, as `Source` has them. Nothing is fetched from a network unless a setting names
+    the hub.
 
     Training batches hold ``input_ids`` (B, L) and ``labels`` (B, L), the next token of each position, int64. All
     documents are joined by the tokenizer's separator and cut in blocks, every token being predicted once an epoch; a
-    last partial block is dropped. The order depends on seed and epoch alone, not on the number of workers.
+    last partial block is dropped. The order depends on seed and epoch alone, not on the number of workers. With
+    ``separate_documents`` batches also hold ``seq_idx`` (B, L) int32, the number of the document that a token is of (a
+    separator is the first token of the document after it), and models start afresh at each.
 
     Evaluation batches also hold ``label_bytes`` (B, L) int64, the UTF-8 bytes of each counted label. Every text token
     except a document's first is counted exactly once; separators are not; labels that are not counted are -100.
@@ -41,11 +47,13 @@ class TextDataModule(LightningDataModule):
     ``setup("validate")``, test's after ``setup("test")``.
 
     Args:
-        train: Text to train on.
+        train: Text to train on. Sources whose weight is not 1 are read that often in an epoch.
         val: Text to validate on; none given, the last 5 percent of train's bytes, from the next line on (offline: its
             own val files).
         test: Text to test on; none given, there is a test only if train is offline.
-        tokenizer: ``bytes``, or the path of a Hugging Face tokenizer.json.
+        tokenizer: ``bytes``; ``bpe:8192``, a byte-level BPE of so many tokens trained on the training text (its first
+            100 million characters) and kept; the path of a Hugging Face tokenizer.json or of a folder with one; or
+            ``hub:OWNER/NAME``, a model's on the hub.
         context: Tokens in a sequence.
         stride: Tokens by which evaluation windows advance; each later window counts its last stride tokens. The same as
             context if none is given; smaller is slower and gives every token more to look back on.
@@ -56,7 +64,13 @@ class TextDataModule(LightningDataModule):
         max_eval_tokens: Cut the evaluation text after this many tokens, to keep validation short; none given, all of
             it is used.
         document_end: A line that ends a document inside a file and is not part of it, such as <|endoftext|>.
-        cache_dir: Folder for tokenized text; none given, a folder bimamba_lit in the cache of Hugging Face datasets.
+        separate_documents: Keep documents apart inside a sequence.
+        streaming: Tokenize the training text as it is read, with nothing on disk. Files (of hub data sets, their
+            shards) are shuffled, not what is in them: a shuffle buffer could not be resumed exactly. There must be at
+            least as many as workers, over all processes; the run needs ``trainer.max_steps``, since the text never
+            ends.
+        cache_dir: Folder for tokenized text and trained tokenizers; none given, a folder bimamba_lit in the cache of
+            Hugging Face datasets.
 
     Raises:
         UserError: If a number is out of range or the tokenizer cannot be read; in ``setup``, if a text is missing,
@@ -65,9 +79,9 @@ class TextDataModule(LightningDataModule):
 
     def __init__(
         self,
-        train: str | list[str] = "offline",
-        val: str | list[str] | None = None,
-        test: str | list[str] | None = None,
+        train: Setting = "offline",
+        val: Setting | None = None,
+        test: Setting | None = None,
         tokenizer: str = "bytes",
         context: int = 256,
         stride: int | None = None,
@@ -77,6 +91,8 @@ class TextDataModule(LightningDataModule):
         seed: int = 0,
         max_eval_tokens: int | None = None,
         document_end: str | None = None,
+        separate_documents: bool = False,
+        streaming: bool = False,
         cache_dir: str | None = None,
     ) -> None:
         super().__init__()
@@ -89,9 +105,7 @@ class TextDataModule(LightningDataModule):
             raise UserError(f"seed: {seed} is not below 2**32")
         if document_end is not None and (not document_end or "\n" in document_end):
             raise UserError(f"document_end: {document_end!r} is not the text of one line")
-        self.texts: dict[str, Text | None] = {"train": train, "val": val, "test": test}
-        self.tokenizer = load_tokenizer(tokenizer)
-        self.vocab_size = self.tokenizer.vocab_size
+        self.texts: dict[str, Setting | None] = {"train": train, "val": val, "test": test}
         self.context = context
         self.stride = stride or context
         self.batch_size = batch_size
@@ -100,9 +114,15 @@ class TextDataModule(LightningDataModule):
         self.seed = seed
         self.max_eval_tokens = max_eval_tokens
         self.document_end = document_end
+        self.separate_documents = separate_documents
+        self.streaming = streaming
         self.cache_dir = cache_dir
+        self.tokenizer = self._tokenizer(tokenizer)
+        self.vocab_size = self.tokenizer.vocab_size
         self.eval_data: dict[str, str] = {}
-        self._streams: dict[str, TokenStream] = {}
+        self._streams: dict[str, list[TokenStream]] = {}
+        self._weights: list[float] = []
+        self._shards: list[Part] = []
 
     def setup(self, stage: str) -> None:
         """Tokenize what a stage needs, unless the cache has it; processes that want the same text wait for the first.
@@ -113,17 +133,35 @@ class TextDataModule(LightningDataModule):
         Raises:
             UserError: If a text is missing, empty, not UTF-8, or too short.
         """
-        if stage == "fit":
-            self._prepare("train")
+        if stage == "fit" and self.streaming:
+            self._prepare_stream()
+        elif stage == "fit":
+            self._prepare_train()
         if stage in ("fit", "validate"):
-            self._prepare("val")
+            self._prepare_evaluation("val")
         if stage == "test":
-            self._prepare("test")
+            self._prepare_evaluation("test")
 
     def train_dataloader(self) -> StatefulDataLoader:
         """Return the training batches; the loader's state is its position, and resumes exactly."""
-        blocks = TrainBlocks(self._streams["train"], self.context)
-        order = EpochOrder(blocks, self.seed, *self._ranks())
+        separator = self.tokenizer.separator
+        blocks: Any
+        if self.streaming:
+            blocks = StreamBlocks(
+                self._shards,
+                self.tokenizer,
+                self.context,
+                self.seed,
+                self.document_end,
+                self.separate_documents,
+                *self._ranks(),
+            )
+            order = None
+        else:
+            blocks = TrainBlocks(
+                self._streams["train"], self.context, self._weights, self.separate_documents, separator
+            )
+            order = EpochOrder(blocks, self.seed, *self._ranks())
         with warnings.catch_warnings():
             # torchdata 0.11 calls a function that torch 2.13 deprecates.
             warnings.filterwarnings("ignore", "'set_vital' is deprecated", UserWarning)
@@ -139,7 +177,8 @@ class TextDataModule(LightningDataModule):
 
     def _eval_dataloader(self, split: str) -> DataLoader[dict[str, Tensor]]:
         ranks, rank = self._ranks()
-        windows = EvalWindows(self._streams[split], self.context, self.stride, multiple_of=ranks)
+        (stream,) = self._streams[split]
+        windows = EvalWindows(stream, self.context, self.stride, ranks, self.separate_documents)
         share: DistributedSampler[Any] | None = None
         if ranks > 1:
             share = DistributedSampler(windows, ranks, rank, shuffle=False)
@@ -160,52 +199,88 @@ class TextDataModule(LightningDataModule):
             "generator": torch.Generator().manual_seed(self.seed),
         }
 
-    def _prepare(self, split: str) -> None:
-        evaluates = split != "train"
-        name, spans = self._spans(split)
-        limit = self.max_eval_tokens if evaluates else None
-        stream = token_stream(
-            spans,
+    def _prepare_train(self) -> None:
+        name, groups = self._training_text()
+        streams = [self._stream(name, parts) for _, parts in groups]
+        self._weights = [weight for weight, _ in groups]
+        if not len(TrainBlocks(streams, self.context, self._weights)):
+            raise UserError(
+                f"train: {name} has {sum(stream.text_tokens for stream in streams)} tokens, and one sequence takes "
+                f"{self.context + 1}: give a longer text or a smaller context"
+            )
+        self._streams["train"] = streams
+        _tell("train", name, streams)
+
+    def _prepare_stream(self) -> None:
+        if self.trainer is not None and self.trainer.max_steps < 1:
+            raise UserError("streaming: the text never ends, so set trainer.max_steps")
+        name, groups = self._training_text()
+        if any(weight != 1 for weight, _ in groups):
+            raise UserError("streaming: sources with weights are read from the cache only: set streaming to false")
+        self._shards = [part for _, parts in groups for part in parts]
+        rank_zero_info(f"train: {name}, {len(self._shards):,} files or shards, streamed")
+
+    def _prepare_evaluation(self, split: str) -> None:
+        name, parts = self._evaluation_text(split)
+        limit = self.max_eval_tokens
+        stream = self._stream(name, parts, sized=True, max_tokens=limit)
+        if not EvalWindows(stream, self.context, self.stride).targets:
+            raise UserError(
+                f"{split}: {name} has no token to predict ({stream.text_tokens} tokens in all): give a longer text"
+            )
+        cut = f", first {limit} tokens" if limit is not None and stream.text_tokens == limit else ""
+        self.eval_data = {"name": name + cut, "sha256": stream.sha256}
+        self._streams[split] = [stream]
+        _tell(split, name, [stream])
+
+    def _stream(self, title: str, parts: list[Part], sized: bool = False, max_tokens: int | None = None) -> TokenStream:
+        return token_stream(
+            parts,
             self.tokenizer,
             self._cache(),
             document_end=self.document_end,
-            sized=evaluates,
-            max_tokens=limit,
-            title=name,
+            sized=sized,
+            max_tokens=max_tokens,
+            title=title,
         )
-        if evaluates:
-            count = EvalWindows(stream, self.context, self.stride).targets
-            if not count:
-                raise UserError(
-                    f"{split}: {name} has no token to predict ({stream.text_tokens} tokens in all): give a longer text"
-                )
-            cut = f", first {limit} tokens" if limit is not None and stream.text_tokens == limit else ""
-            self.eval_data = {"name": name + cut, "sha256": stream.sha256}
-        elif not len(TrainBlocks(stream, self.context)):
-            raise UserError(
-                f"train: {name} has {stream.text_tokens} tokens, and one sequence takes {self.context + 1}: "
-                "give a longer text or a smaller context"
-            )
-        self._streams[split] = stream
-        documents = f"{stream.documents:,} document" + "s" * (stream.documents != 1)
-        rank_zero_info(f"{split}: {name}, {documents}, {stream.text_bytes / 1e6:.1f} MB, {stream.text_tokens:,} tokens")
 
-    def _spans(self, split: str) -> tuple[str, list[Span]]:
-        """Return what a split's text is called, and where it is."""
+    def _tokenizer(self, name: str) -> ByteTokenizer | SubwordTokenizer:
+        if (size := bpe_size(name)) is None:
+            return load_tokenizer(name)
+        parts = [part for _, group in self._training_text()[1] for part in group]
+        return SubwordTokenizer(trained_bpe(parts, self.document_end, size, self._cache()))
+
+    def _training_text(self) -> tuple[str, list[tuple[float, list[Part]]]]:
+        """Return what the training text is called, and its parts by how often an epoch reads them."""
+        train = self.texts["train"]
+        assert train is not None
+        if train == "offline":
+            return "offline/train", [(1.0, [Span(path) for path in offline_files()["train"]])]
+        sources = as_sources(train, "train")
+        name = " + ".join(source.name for source in sources)
+        groups: dict[float, list[Part]] = {}
+        for source in sources:
+            groups.setdefault(source.weight, []).extend(source.parts("train", self.streaming))
+        if self.texts["val"] is not None:
+            return name, list(groups.items())
+        if len(groups) > 1 or self.streaming:
+            raise UserError("val: a part of train is held out only where it is cached and has no weights: set val")
+        ((weight, parts),) = groups.items()
+        return f"{name} but the last {HELD_OUT:.0%}", [(weight, without_held_out(parts)[0])]
+
+    def _evaluation_text(self, split: str) -> tuple[str, list[Part]]:
         text, train = self.texts[split], self.texts["train"]
         if text == "offline" or (text is None and train == "offline"):
             return f"offline/{split}", [Span(path) for path in offline_files()[split]]
-        if text is not None and (split != "train" or self.texts["val"] is not None):
-            return _name(text), [Span(path) for path in find_files(text, split)]
-        if split == "test" or train is None:
+        if text is None and split == "test":
             raise UserError("test: no text to test on was given; accepted: 'offline', or paths of local text files")
-        kept, held = hold_out(find_files(train, "train"))
-        share = f"{HELD_OUT:.0%}"
-        return (
-            (f"{_name(train)} but the last {share}", kept)
-            if split == "train"
-            else (f"{_name(train)}, last {share}", held)
-        )
+        held_out = text is None
+        chosen = train if text is None else text
+        assert chosen is not None
+        sources = as_sources(chosen, "train" if held_out else split)
+        name = " + ".join(source.name for source in sources)
+        parts = [part for source in sources for part in source.parts("train" if held_out else split)]
+        return (f"{name}, last {HELD_OUT:.0%}", without_held_out(parts)[1]) if held_out else (name, parts)
 
     def _cache(self) -> Path:
         if self.cache_dir is not None:
@@ -215,9 +290,12 @@ class TextDataModule(LightningDataModule):
         return Path(config.HF_DATASETS_CACHE) / "bimamba_lit"
 
 
-def _name(text: Text) -> str:
-    """Return the last parts of paths: a summary of a run says nothing about the machine's folders."""
-    return " + ".join(Path(part).name for part in ([text] if isinstance(text, str) else text))
+def _tell(split: str, name: str, streams: list[TokenStream]) -> None:
+    documents, size, tokens = (
+        sum(getattr(stream, field) for stream in streams) for field in ("documents", "text_bytes", "text_tokens")
+    )
+    plural = "s" * (documents != 1)
+    rank_zero_info(f"{split}: {name}, {documents:,} document{plural}, {size / 1e6:.1f} MB, {tokens:,} tokens")
 
 
 def _at_least(least: int, **settings: int | None) -> None:

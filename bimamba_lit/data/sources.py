@@ -16,15 +16,29 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, TypedDict, cast
+from typing import IO, Any, Protocol, TypedDict, cast
 
 from bimamba_lit.errors import UserError, nearest
 
 _OPENERS: dict[str, Callable[..., Any]] = {".xz": lzma.open, ".gz": gzip.open, ".bz2": bz2.open}
-_FOLDER_NAMES = tuple(f".txt{suffix}" for suffix in ("", *_OPENERS))
+_KINDS = (".txt", ".jsonl", ".ndjson", ".parquet")
+_FOLDER_NAMES = tuple(kind + suffix for kind in _KINDS for suffix in ("", *_OPENERS))
 _PIECE = 1 << 16
 _WORD_END = re.compile(r"(?<=[^\W\d_])[ \n]")
 HELD_OUT = 0.05
+
+
+class Part(Protocol):
+    """Something that documents are read from: a span of a text file, or a column of a table."""
+
+    def texts(self, document_end: str | None) -> Iterator[tuple[str, bool]]:
+        """Yield text in order, and whether the document ends with it."""
+
+    def digest(self) -> str:
+        """Return a line that stands for the content, wherever it lies."""
+
+    def size(self) -> int | None:
+        """Return the bytes of text, or None where that takes reading all of it."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +49,21 @@ class Span:
     start: int = 0
     stop: int | None = None
 
+    def texts(self, document_end: str | None) -> Iterator[tuple[str, bool]]:
+        """Yield runs of whole lines, and whether the document ends with them; a line `document_end` ends one too."""
+        return _texts(self, document_end)
+
+    def digest(self) -> str:
+        """Return a line with the SHA-256 of the file and what of it is read."""
+        packed = self.path.suffix if self.path.suffix in _OPENERS else ""
+        return f"{file_digest(self.path)} {packed} {self.start} {self.stop}"
+
+    def size(self) -> int | None:
+        """Return the bytes of text, or None where that takes decompressing the file."""
+        if self.stop is None and self.path.suffix in _OPENERS:
+            return None
+        return (self.path.stat().st_size if self.stop is None else self.stop) - self.start
+
 
 class Piece(TypedDict):
     """Some text of a document: documents are numbered in order, and the pieces of one follow one another."""
@@ -44,12 +73,12 @@ class Piece(TypedDict):
 
 
 def find_files(setting: str | Sequence[str], key: str) -> list[Path]:
-    """Return the text files that a setting names, each once.
+    """Return the files that a setting names, each once.
 
     Args:
-        setting: Paths of files (plain, or compressed as .xz, .gz or .bz2), of folders (their .txt files, compressed or
-            not, at any depth, in order of name) or glob patterns. Empty files found in folders or by a pattern are
-            left out.
+        setting: Paths of files (plain, or compressed as .xz, .gz or .bz2), of folders (their .txt, .jsonl and .parquet
+            files, compressed or not, at any depth, in order of name) or glob patterns. Empty files found in folders or
+            by a pattern are left out.
         key: The setting's name, for messages.
 
     Raises:
@@ -110,32 +139,31 @@ def hold_out(files: Sequence[Path]) -> tuple[list[Span], list[Span]]:
     return kept, held
 
 
-def digest(spans: Sequence[Span]) -> str:
-    """Return a SHA-256 of the content of spans, wherever their files lie."""
+def digest(parts: Sequence[Part]) -> str:
+    """Return a SHA-256 of the content of parts, wherever their files lie."""
     whole = hashlib.sha256()
-    for span in spans:
-        with closing(_open(span.path, decompress=False)) as file:
-            content = hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
-        packed = span.path.suffix if span.path.suffix in _OPENERS else ""
-        whole.update(f"{content} {packed} {span.start} {span.stop}\n".encode())
+    for part in parts:
+        whole.update(f"{part.digest()}\n".encode())
     return whole.hexdigest()
 
 
-def size_of(spans: Sequence[Span]) -> int | None:
-    """Return the bytes of text in spans, or None where that takes decompressing a file."""
-    total = 0
-    for span in spans:
-        if span.stop is None and span.path.suffix in _OPENERS:
-            return None
-        total += (span.path.stat().st_size if span.stop is None else span.stop) - span.start
-    return total
+def file_digest(path: Path) -> str:
+    """Return the SHA-256 of a file as it lies on disk."""
+    with closing(open_file(path, decompress=False)) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
 
 
-def pieces(spans: Sequence[Span], document_end: str | None, whole_documents: bool) -> Iterator[Piece]:
-    """Yield the text of spans in order, in pieces that can be tokenized one by one.
+def size_of(parts: Sequence[Part]) -> int | None:
+    """Return the bytes of text in parts, or None where that takes reading all of it."""
+    sizes = [part.size() for part in parts]
+    return None if None in sizes else sum(size for size in sizes if size is not None)
+
+
+def pieces(parts: Sequence[Part], document_end: str | None, whole_documents: bool) -> Iterator[Piece]:
+    """Yield the text of parts in order, in pieces that can be tokenized one by one.
 
     Args:
-        spans: What to read; each begins a new document.
+        parts: What to read; each begins a new document.
         document_end: A line that ends a document within a file and is not part of it, or None.
         whole_documents: Never cut a document, for tokenizers whose tokens depend on more than the word they are in.
 
@@ -143,9 +171,9 @@ def pieces(spans: Sequence[Span], document_end: str | None, whole_documents: boo
         UserError: If a file cannot be read or is not UTF-8.
     """
     document = 0
-    for span in spans:
+    for part in parts:
         carry = ""
-        for text, ends in _texts(span, document_end):
+        for text, ends in part.texts(document_end):
             searched, start, carry = len(carry), 0, carry + text
             while not whole_documents and (word := _WORD_END.search(carry, max(start + _PIECE, searched))):
                 yield {"document": document, "text": carry[start : word.start()]}
@@ -161,7 +189,7 @@ def _texts(span: Span, document_end: str | None) -> Iterator[tuple[str, bool]]:
     """Yield runs of whole lines, and whether the document ends with them."""
     marker = None if document_end is None else document_end.encode()
     offset = span.start
-    with closing(_open(span.path)) as file:
+    with closing(open_file(span.path)) as file:
         while True:
             try:
                 if offset == span.start:
@@ -174,20 +202,25 @@ def _texts(span: Span, document_end: str | None) -> Iterator[tuple[str, bool]]:
             run: list[bytes] = []
             for line in lines:
                 if marker is not None and line.rstrip(b"\r\n") == marker:
-                    yield _decode(b"".join(run), span.path, offset), True
+                    yield decode(b"".join(run), span.path, offset), True
                     offset += sum(map(len, run)) + len(line)
                     run = []
                 else:
                     run.append(line)
             data = b"".join(run)
             last = not lines or offset + len(data) == span.stop
-            yield _decode(data, span.path, offset), last
+            yield decode(data, span.path, offset), last
             offset += len(data)
             if last:
                 return
 
 
-def _decode(data: bytes, path: Path, offset: int) -> str:
+def decode(data: bytes, path: Path, offset: int) -> str:
+    """Return the text of bytes that lie at ``offset`` of a file.
+
+    Raises:
+        UserError: If they are not UTF-8.
+    """
     try:
         return data.decode()
     except UnicodeDecodeError as error:
@@ -207,7 +240,12 @@ def _first_bytes(lines: list[bytes], count: int) -> list[bytes]:
     return kept
 
 
-def _open(path: Path, decompress: bool = True) -> IO[bytes]:
+def open_file(path: Path, decompress: bool = True) -> IO[bytes]:
+    """Open a file to read its bytes, decompressed where its name says how.
+
+    Raises:
+        UserError: If it cannot be opened.
+    """
     try:
         opener = _OPENERS.get(path.suffix, open) if decompress else open
         return cast(IO[bytes], opener(path, "rb"))
@@ -225,7 +263,7 @@ def _text_size(path: Path, limit: int | None = None) -> int:
     if path.suffix not in _OPENERS:
         return path.stat().st_size
     size = 0
-    with closing(_open(path)) as file:
+    with closing(open_file(path)) as file:
         try:
             while (limit is None or size < limit) and (block := file.read(1 << 20)):
                 size += len(block)
@@ -235,7 +273,7 @@ def _text_size(path: Path, limit: int | None = None) -> int:
 
 
 def _next_line(path: Path, cut: int, size: int) -> int:
-    with closing(_open(path)) as file:
+    with closing(open_file(path)) as file:
         file.seek(cut)
         line = file.readline()
     if cut + len(line) < size:

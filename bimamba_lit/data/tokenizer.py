@@ -15,7 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bimamba_lit.errors import UserError, nearest
+from bimamba_lit.hub import hub_file, hub_name
 
+_FILE = "tokenizer.json"
 _SEPARATORS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eos|>")
 # What follows a letter begins a new token in every tokenizer that splits words; `splits_at_words` asks the one at hand.
 _PROBE = ("Some words", "  and\tspaces", "\nlines", "\n\n  12 of", " them, 中文", "\n\u00e9t\u00e9", " end.")
@@ -175,19 +177,27 @@ def tokenizer_from_json(text: str) -> ByteTokenizer | SubwordTokenizer:
 
 
 def load_tokenizer(name: str) -> ByteTokenizer | SubwordTokenizer:
-    """Return the tokenizer that a setting names: ``bytes``, or the path of a ``tokenizer.json``.
+    """Return the tokenizer that a setting names.
+
+    Args:
+        name: ``bytes``; the path of a ``tokenizer.json`` or of a folder that holds one; or ``hub:OWNER/NAME``, a model
+            on the Hugging Face hub.
 
     Raises:
         UserError: If the file is missing, unreadable or not a tokenizer.
     """
     if name == "bytes":
         return ByteTokenizer()
-    path = Path(name).expanduser()
+    hub = hub_name(name)
+    path = Path(name).expanduser() if hub is None else hub_file(hub, _FILE)
+    if path.is_dir() and (path / _FILE).is_file():
+        path = path / _FILE
     if not path.is_file():
         siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-        inside = path.is_dir() and (path / "tokenizer.json").is_file()
-        hint = f"; did you mean '{path / 'tokenizer.json'}'?" if inside else nearest(path.name, [*siblings, "bytes"])
-        raise UserError(f"tokenizer: '{name}' is neither 'bytes' nor the path of a tokenizer.json file{hint}")
+        raise UserError(
+            f"tokenizer: '{name}' is neither 'bytes' nor 'bpe:SIZE' nor the path of a tokenizer.json file or of a "
+            f"folder with one{nearest(path.name, [*siblings, 'bytes'])}"
+        )
     try:
         return SubwordTokenizer(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:

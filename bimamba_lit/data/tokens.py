@@ -18,12 +18,12 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from bimamba_lit.data.sources import Span, digest, pieces, size_of
+from bimamba_lit.data.sources import Part, digest, pieces, size_of
 from bimamba_lit.data.tokenizer import TextTokenizer
 from bimamba_lit.errors import UserError
 from bimamba_lit.files import replacing
 
-_FORMAT = 1
+_FORMAT = 2
 _PIECES_AT_ONCE = 16
 NOT_A_TARGET = -1
 
@@ -58,6 +58,11 @@ class TokenStream:
         return self._array("tokens.bin", self.dtype)
 
     @cached_property
+    def starts(self) -> NDArray[np.int64]:
+        """Where documents begin, (documents,) int64 in rising order; a separator belongs to the document after it."""
+        return np.memmap(self.folder / "starts.bin", "int64", "r") if self.documents else np.zeros(0, "int64")
+
+    @cached_property
     def sizes(self) -> NDArray[np.int32]:
         """UTF-8 bytes of each id, (length,) int32; `NOT_A_TARGET` for separators and each document's first token."""
         return self._array("sizes.bin", "int32")
@@ -72,7 +77,7 @@ class TokenStream:
 
 
 def token_stream(
-    spans: Sequence[Span],
+    parts: Sequence[Part],
     tokenizer: TextTokenizer,
     cache: Path,
     *,
@@ -84,7 +89,7 @@ def token_stream(
     """Return the tokens of a text, from the cache or made now.
 
     Args:
-        spans: The text.
+        parts: The text.
         tokenizer: Makes the ids.
         cache: Folder of all streams.
         document_end: A line that ends a document within a file.
@@ -96,7 +101,7 @@ def token_stream(
     Raises:
         UserError: If a file cannot be read, is not UTF-8, or the cache cannot be written.
     """
-    settings = [_FORMAT, digest(spans), tokenizer.to_json(), document_end, sized, max_tokens]
+    settings = [_FORMAT, digest(parts), tokenizer.to_json(), document_end, sized, max_tokens]
     folder = cache / hashlib.sha256(json.dumps(settings).encode()).hexdigest()
     if (stream := _load(folder)) is not None:
         return stream
@@ -114,7 +119,7 @@ def token_stream(
         for leftover in folder.iterdir():
             if leftover.name != "lock":
                 leftover.unlink()
-        return _make(folder, _tokenized(spans, tokenizer, document_end, sized, title), tokenizer, sized, max_tokens)
+        return _make(folder, _tokenized(parts, tokenizer, document_end, sized, title), tokenizer, sized, max_tokens)
     finally:
         lock.release()
 
@@ -124,6 +129,7 @@ def _load(folder: Path) -> TokenStream | None:
         fields = json.loads((folder / "stream.json").read_text(encoding="utf-8"))
         stream = TokenStream(folder=folder, **fields)
         whole = (folder / "tokens.bin").stat().st_size == stream.length * np.dtype(stream.dtype).itemsize
+        whole &= (folder / "starts.bin").stat().st_size == stream.documents * 8
         if stream.sized:
             whole &= (folder / "sizes.bin").stat().st_size == stream.length * 4
     except (OSError, ValueError, TypeError):
@@ -132,7 +138,7 @@ def _load(folder: Path) -> TokenStream | None:
 
 
 def _tokenized(
-    spans: Sequence[Span], tokenizer: TextTokenizer, document_end: str | None, sized: bool, title: str
+    parts: Sequence[Part], tokenizer: TextTokenizer, document_end: str | None, sized: bool, title: str
 ) -> Iterator[dict[str, Any]]:
     """Yield the rows ``document, text, ids, sizes``; unless asked for, sizes are there only to be sliced along."""
     from datasets import IterableDataset
@@ -147,7 +153,7 @@ def _tokenized(
 
     # `datasets` takes a list among a generator's arguments for shards; a tuple is left alone.
     arguments = {
-        "spans": tuple(spans),
+        "parts": tuple(parts),
         "document_end": document_end,
         "whole_documents": not tokenizer.splits_at_words(),
     }
@@ -156,7 +162,7 @@ def _tokenized(
     except OSError as error:
         raise UserError(f"datasets cannot write its own cache ({error}): set HF_DATASETS_CACHE to a folder") from error
     with tqdm(
-        total=size_of(spans), unit="B", unit_scale=True, desc=f"tokenizing {title}", disable=None, delay=1
+        total=size_of(parts), unit="B", unit_scale=True, desc=f"tokenizing {title}", disable=None, delay=1
     ) as bar:
         for row in rows.map(tokenize, batched=True, batch_size=_PIECES_AT_ONCE):
             yield row
@@ -172,6 +178,7 @@ def _make(
     current = None
     with ExitStack() as files:
         tokens = _writer(files, folder / "tokens.bin")
+        starts = _writer(files, folder / "starts.bin")
         sizes = _writer(files, folder / "sizes.bin") if sized else None
 
         def write(ids: ArrayLike, row_sizes: ArrayLike) -> int:
@@ -188,6 +195,7 @@ def _make(
             text_bytes += len(text)
             text_tokens += len(ids)
             if len(ids) and row["document"] != current:
+                starts.write(np.int64(length).tobytes())
                 if documents and tokenizer.separator is not None:
                     length += write([tokenizer.separator], [NOT_A_TARGET])
                 length += write(ids[:1], [NOT_A_TARGET])

@@ -6,12 +6,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bimamba_lit.errors import UserError
 
 _PROBE_LENGTH = 8
-_TOLERANCE = 1e-2
+_TOLERANCE = 1e-5
 
 
 class CausalTeacher(nn.Module):
@@ -68,17 +69,19 @@ class CausalTeacher(nn.Module):
                     f"the teacher, a {type(self._model).__name__}, cannot keep documents apart: "
                     "set data.init_args.separate_documents to false"
                 )
-            dtype = self._head.dtype
-            options |= {"attention_mask": _mask(seq_idx, dtype), "position_ids": _positions(seq_idx)}
+            # Without a mask, transformers takes positions that start afresh for documents apart, and makes the mask
+            # itself: one that knows of windows and whatever else the model's attention has.
+            options["position_ids"] = _positions(seq_idx)
         hidden: Tensor = self._body(input_ids, **options).last_hidden_state
         return hidden
 
     @torch.no_grad()
     def _check_head(self, path: str | Path) -> None:
         ids = torch.arange(min(_PROBE_LENGTH, self.config.vocab_size), device=self.device)[None]
-        logits = self._model(ids, use_cache=False).logits.float()
-        found = (self.backbone(ids) @ self._head.t()).float()
-        if found.shape != logits.shape or (found - logits).abs().max() > _TOLERANCE * logits.abs().max():
+        logits = self._model(ids, use_cache=False).logits
+        found = F.linear(self.backbone(ids), self._head)
+        capped = getattr(self._model.config, "final_logit_softcapping", None) is not None
+        if capped or found.shape != logits.shape or (found - logits).abs().max() > _TOLERANCE * logits.abs().max():
             raise UserError(
                 f"the teacher {path}, a {type(self._model).__name__}, does more to its logits than multiply its last "
                 "hidden states by its head (such as soft-capping), so it cannot be distilled from"
@@ -91,18 +94,30 @@ def _load(path: Path) -> Any:
         from transformers.utils import logging
     except ImportError as error:
         raise UserError(f"the teacher {path} needs transformers: pip install 'bimamba-lit[hf]'") from error
-    shown = logging.get_verbosity()
+    shown, with_bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            path, dtype="auto", use_safetensors=True, trust_remote_code=False, local_files_only=True
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            path,
+            dtype="auto",
+            use_safetensors=True,
+            trust_remote_code=False,
+            local_files_only=True,
+            output_loading_info=True,
         )
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"transformers cannot read the teacher {path} as a causal language model: {reason}") from error
     finally:
         logging.set_verbosity(shown)
+        if with_bar:
+            logging.enable_progress_bar()
+    model, read = loaded
+    if missing := sorted(read["missing_keys"]):
+        raise UserError(
+            f"the teacher {path} lacks {len(missing)} tensors of a {type(model).__name__}: {missing[0]} ..."
+        )
     return model.eval().requires_grad_(False)
 
 
@@ -112,12 +127,3 @@ def _positions(seq_idx: Tensor) -> Tensor:
     begins = torch.ones_like(seq_idx, dtype=torch.bool)
     begins[:, 1:] = seq_idx[:, 1:] != seq_idx[:, :-1]
     return place - torch.where(begins, place, 0).cummax(1).values
-
-
-def _mask(seq_idx: Tensor, dtype: torch.dtype) -> Tensor:
-    """(B, L) documents -> what is added to the scores (B, 1, L, L): 0 where a token may look, else the least number."""
-    begins = torch.zeros_like(seq_idx, dtype=torch.int64)
-    begins[:, 1:] = seq_idx[:, 1:] != seq_idx[:, :-1]
-    documents = begins.cumsum(1)
-    same = (documents[:, :, None] == documents[:, None, :]).tril()
-    return torch.zeros_like(same, dtype=dtype).masked_fill_(~same, torch.finfo(dtype).min)[:, None]

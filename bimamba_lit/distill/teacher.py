@@ -3,13 +3,14 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from bimamba_lit.distill.causal_teacher import CausalTeacher
 from bimamba_lit.errors import UserError
 from bimamba_lit.hub import hub_folder, hub_name
 from bimamba_lit.models import MambaLM
 from bimamba_lit.models.checkpoint import load_lm, load_tokenizer_json
-from bimamba_lit.models.transformers_folder import MODEL_TYPES
+from bimamba_lit.models.transformers_folder import is_transformers_mamba
 
 # Tables are padded to a multiple that suits the hardware; more rows than this are another vocabulary.
 _MOST_PADDING = 255
@@ -34,11 +35,12 @@ def load_teacher(
         UserError: If the teacher cannot be read, or its vocabulary or tokenizer is not that of the data.
     """
     checkpoint = find_checkpoint(path)
-    kind = _transformers_type(checkpoint)
-    teacher = CausalTeacher(checkpoint) if kind is not None and kind not in MODEL_TYPES else load_lm(checkpoint)
+    config = _transformers_config(checkpoint)
+    foreign = config is not None and not is_transformers_mamba(config)
+    teacher = CausalTeacher(checkpoint) if foreign else load_lm(checkpoint)
     own = load_tokenizer_json(checkpoint)
     if vocab_size is not None:
-        _fit_vocabulary(teacher, vocab_size, path, may_be_padded=kind is not None)
+        _fit_vocabulary(teacher, vocab_size, path, may_be_padded=config is not None)
     if own is not None and tokenizer_json is not None and not _same_tokenizer(own, tokenizer_json):
         raise UserError(
             f"the teacher {path} was trained with another tokenizer than the data's, though both have "
@@ -64,14 +66,13 @@ def find_checkpoint(path: str | Path) -> Path:
     return last
 
 
-def _transformers_type(path: Path) -> str | None:
-    """Return the ``model_type`` of a transformers folder, and None for anything else."""
+def _transformers_config(path: Path) -> dict[str, Any] | None:
+    """Return the content of a transformers folder's ``config.json``, and None for anything else."""
     try:
         config = json.loads((path / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None  # load_lm tells what is wrong
-    kind = config.get("model_type") if isinstance(config, dict) else None
-    return kind if isinstance(kind, str) else None
+    return config if isinstance(config, dict) and isinstance(config.get("model_type"), str) else None
 
 
 def _fit_vocabulary(teacher: MambaLM | CausalTeacher, vocab_size: int, path: str | Path, may_be_padded: bool) -> None:

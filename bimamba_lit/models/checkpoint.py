@@ -23,7 +23,8 @@ from bimamba_lit.errors import UserError, nearest
 from bimamba_lit.files import replacing
 from bimamba_lit.models.config import MambaConfig
 from bimamba_lit.models.lm import MambaLM
-from bimamba_lit.models.transformers_folder import MODEL_TYPES, WEIGHTS_FILE, model_config, open_tensors, our_name
+from bimamba_lit.models.safetensors_folder import WEIGHTS_FILE, Reader, stored_tensors
+from bimamba_lit.models.transformers_folder import is_transformers_mamba, our_name, transformers_config
 
 CONFIG_FILE = "config.json"
 TOKENIZER_FILE = "tokenizer.json"

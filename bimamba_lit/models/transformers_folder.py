@@ -50,7 +50,7 @@ def transformers_config(values: Mapping[str, Any]) -> MambaConfig:
     mixer = values["model_type"]
     fields = _FIELDS | _MIXER_FIELDS[mixer]
     for key in fields:
-        if key not in values:
+        if values.get(key) is None:
             raise UserError(f"the configuration of the model type '{mixer}' lacks the key '{key}'")
     for key, allowed in _ONLY.items():
         if values.get(key, allowed[0]) not in allowed:

@@ -16,7 +16,7 @@ def stream(texts: Path, tmp_path: Path) -> TokenStream:
 
 @pytest.mark.parametrize("context", [1, 16, 100])
 def test_blocks_predict_every_token_once(stream: TokenStream, context: int) -> None:
-    blocks = TrainBlocks(stream, context)
+    blocks = TrainBlocks([stream], context)
     assert len(blocks) == (stream.length - 1) // context
     labels = torch.cat([blocks[i]["labels"] for i in range(len(blocks))]).tolist()
     inputs = torch.cat([blocks[i]["input_ids"] for i in range(len(blocks))]).tolist()
@@ -52,7 +52,7 @@ def test_windows_count_every_target_once(stream: TokenStream, context: int, stri
 
 
 def test_ranks_share_an_order_without_overlap(stream: TokenStream) -> None:
-    blocks = TrainBlocks(stream, 16)
+    blocks = TrainBlocks([stream], 16)
     alone = list(EpochOrder(blocks, seed=3))
     assert sorted(alone) == list(range(len(blocks)))
     ranks = next(n for n in range(3, 9) if len(alone) % n)
@@ -64,7 +64,7 @@ def test_ranks_share_an_order_without_overlap(stream: TokenStream) -> None:
 def test_orders_of_seeds_and_epochs_are_all_different(stream: TokenStream) -> None:
     orders = []
     for seed in range(3):
-        order = EpochOrder(TrainBlocks(stream, 16), seed)
+        order = EpochOrder(TrainBlocks([stream], 16), seed)
         for epoch in range(3):
             order.set_epoch(epoch)
             orders.append(tuple(order))
@@ -73,12 +73,12 @@ def test_orders_of_seeds_and_epochs_are_all_different(stream: TokenStream) -> No
 
 
 def test_an_order_resumes_in_its_epoch(stream: TokenStream) -> None:
-    order = EpochOrder(TrainBlocks(stream, 16), 1)
+    order = EpochOrder(TrainBlocks([stream], 16), 1)
     order.set_epoch(5)
     whole = list(order)
     iterator = iter(order)
     begun = [next(iterator) for _ in range(4)]
     state = order.state_dict()
-    resumed = EpochOrder(TrainBlocks(stream, 16), 1)
+    resumed = EpochOrder(TrainBlocks([stream], 16), 1)
     resumed.load_state_dict(state)
     assert begun + list(resumed) == whole

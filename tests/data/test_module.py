@@ -78,11 +78,11 @@ def test_val_is_held_out_of_train(make: Any, corpus: Path) -> None:
     module = fitted(make(train=str(corpus), context=8, max_eval_tokens=None))
     assert module.eval_data["name"] == "corpus.txt, last 5%"
     assert str(corpus.parent) not in module.eval_data["name"]
-    train, val = (bytes(module._streams[split].tokens.tolist()) for split in ("train", "val"))
+    train, val = (bytes(module._streams[split][0].tokens.tolist()) for split in ("train", "val"))
     assert train + val == corpus.read_bytes()
     assert val.startswith(b"line ")
     given = fitted(make(train=str(corpus), val=str(corpus)))
-    assert given._streams["train"].text_bytes == given._streams["val"].text_bytes == corpus.stat().st_size
+    assert given._streams["train"][0].text_bytes == given._streams["val"][0].text_bytes == corpus.stat().st_size
 
 
 def test_documents_within_a_file(make: Any, tmp_path: Path) -> None:
@@ -187,7 +187,7 @@ def test_lightning_resumes_in_the_second_epoch(make: Any, corpus: Path, tmp_path
     assert 10 < per_epoch < 25
     whole = train(make(**settings), tmp_path / "run", 3 * per_epoch)
     assert not torch.equal(whole.seen[0], whole.seen[per_epoch])
-    assert whole.validated == 3 * (fitted(make(**settings))._streams["val"].text_bytes - 1)
+    assert whole.validated == 3 * (fitted(make(**settings))._streams["val"][0].text_bytes - 1)
     at = per_epoch // 10 * 10 + 10
     resumed = train(make(**settings), tmp_path / "run", 3 * per_epoch, ckpt_path=tmp_path / "run" / f"step={at}.ckpt")
     assert len(resumed.seen) == 3 * per_epoch - at
@@ -206,7 +206,7 @@ def test_ranks_share_training_and_evaluation(make: Any, corpus: Path) -> None:
         blocks += sum(len(batch["labels"]) for batch in windows)
     assert len({len(share) for share in shares}) == 1
     assert len(torch.cat(shares).unique(dim=0)) == sum(map(len, shares))
-    assert total == module._streams["val"].text_bytes - 1
+    assert total == module._streams["val"][0].text_bytes - 1
     assert blocks % 4 == 0
 
 
@@ -234,7 +234,7 @@ def test_every_setting_is_explained_by_help() -> None:
     parser = ArgumentParser()
     parser.add_class_arguments(TextDataModule, "data")
     words = {
-        "tokenizer": "or the path of a Hugging Face tokenizer.json",
+        "tokenizer": "path of a Hugging Face tokenizer.json",
         "seed": "Chooses the order",
         "document_end": "such as <|endoftext|>",
     }

@@ -66,6 +66,31 @@ def test_a_padded_table_is_cut_to_the_datas_vocabulary(teacher_folder, tmp_path)
         load_teacher(tmp_path, 8)
 
 
+def test_a_sliding_window_stays_where_documents_are_kept_apart(tmp_path):
+    torch.manual_seed(0)
+    config = transformers.MistralConfig(
+        **SIZES, num_key_value_heads=1, vocab_size=30, sliding_window=3, initializer_range=0.3
+    )
+    transformers.MistralForCausalLM(config).save_pretrained(tmp_path)
+    teacher = load_teacher(tmp_path)
+    ids = torch.randint(30, (1, 12))
+    one_document = torch.zeros(1, 12, dtype=torch.int32)
+    torch.testing.assert_close(teacher.backbone(ids, seq_idx=one_document), teacher.backbone(ids))
+    two = torch.tensor([[0] * 5 + [1] * 7], dtype=torch.int32)
+    torch.testing.assert_close(teacher.backbone(ids, seq_idx=two)[:, 5:], teacher.backbone(ids[:, 5:]))
+
+
+def test_a_teacher_that_lacks_a_tensor(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    MAKE["llama"](30).save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match="lacks 1 tensors of a LlamaForCausalLM: model.layers.1.mlp.up_proj.weight"):
+        load_teacher(tmp_path)
+
+
 def tokenizer_text():
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
@@ -103,13 +128,15 @@ def test_what_cannot_teach_is_told_in_a_sentence(tmp_path, monkeypatch):
     transformers.BertModel(
         transformers.BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)
     ).save_pretrained(tmp_path / "bert")
-    assert "has no plain output head without bias" in told(tmp_path / "bert") or "causal" in told(tmp_path / "bert")
+    assert "lacks 6 tensors of a BertLMHeadModel" in told(tmp_path / "bert")
+    transformers.PhiForCausalLM(transformers.PhiConfig(**SIZES, vocab_size=30)).save_pretrained(tmp_path / "phi")
+    assert "a PhiForCausalLM, has no plain output head without bias" in told(tmp_path / "phi")
     transformers.T5ForConditionalGeneration(
         transformers.T5Config(d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=1, vocab_size=30)
     ).save_pretrained(tmp_path / "t5")
     assert "as a causal language model" in told(tmp_path / "t5")
     capped = transformers.Gemma2Config(
-        **SIZES, num_key_value_heads=1, head_dim=8, vocab_size=30, final_logit_softcapping=0.001
+        **SIZES, num_key_value_heads=1, head_dim=8, vocab_size=30, final_logit_softcapping=30.0
     )
     transformers.Gemma2ForCausalLM(capped).save_pretrained(tmp_path / "capped")
     assert "does more to its logits" in told(tmp_path / "capped")

@@ -172,7 +172,7 @@ def test_a_folder_without_weights(make, tmp_path):
     ("text", "words"),
     [
         ("{", "is not readable JSON"),
-        ("[]", "a folder of an unknown kind"),
+        ("[]", "holds no mapping of keys to values"),
         ('{"hidden_size": 3}', "a folder of an unknown kind"),
         ('{"model_type": "llama"}', "a transformers folder of the model type 'llama'"),
         ('{"d_model": 768, "ssm_cfg": {}}', "a state-spaces (mamba_ssm) folder"),

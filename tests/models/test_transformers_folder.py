@@ -88,11 +88,11 @@ def change(folder, **values):
 @pytest.mark.parametrize(
     ("change_to", "words"),
     [
-        ({"use_bias": True}, "use_bias = True, and only False"),
-        ({"hidden_act": "gelu"}, "hidden_act = 'gelu', and only 'silu'"),
-        ({"time_step_limit": [0.0, 5.0]}, "time_step_limit = [0.0, 5.0]"),
+        ({"use_bias": True}, "use_bias is True, and models of this project have it as False only"),
+        ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
+        ({"time_step_limit": [0.0, 5.0]}, "time_step_limit is [0.0, 5.0]"),
         ({"hidden_size": None}, "lacks the key 'hidden_size'"),
-        ({"num_heads": 5}, "inner width of 80"),
+        ({"num_heads": 5}, "num_heads is 5, and the other sizes make it 4"),
         ({"state_size": "eight"}, "d_state must be a positive integer"),
         ({"n_groups": 1}, "in the wrong shape"),
         ({"num_hidden_layers": 3}, "lacks backbone.layers.2."),
@@ -113,12 +113,12 @@ def test_files_that_are_missing_damaged_or_elsewhere(folders, tmp_path):
     shards[1].write_bytes(whole[:-20])
     assert f"{shards[1].name} is damaged or cut short" in refused(tmp_path)
     shards[1].unlink()
-    assert f"lacks {shards[1].name}, one of the {len(shards)} files" in refused(tmp_path)
+    assert f"lacks the shard {shards[1].name}, one of {len(shards)}" in refused(tmp_path)
     text = index.read_text()
     index.write_text(text.replace(shards[1].name, "../other.safetensors"))
-    assert "names '../other.safetensors', which is not a file of the folder" in refused(tmp_path)
+    assert "in '../other.safetensors', which is not the name of a file beside it" in refused(tmp_path)
     index.write_text(text[:40])
-    assert "not readable as a list of files" in refused(tmp_path)
+    assert "is not readable JSON of an index of shards" in refused(tmp_path)
     index.unlink()
     (tmp_path / "pytorch_model.bin").touch()
-    assert "pytorch_model.bin is a pickle, which is not opened" in refused(tmp_path)
+    assert "only pytorch_model.bin, a pickle, which is not opened" in refused(tmp_path)
