@@ -164,14 +164,17 @@ def _warn_of_another_lightning() -> None:
 
 
 def _bench_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("what", nargs="?", choices=["all", "accuracy", "cpu"], default="all", help="(default: all)")
+    parser.add_argument(
+        "what", nargs="?", choices=["all", "accuracy", "cpu", "data"], default="all", help="(default: all)"
+    )
     parser.add_argument("--threads", type=int, default=2, help="threads of torch (default: %(default)s)")
+    parser.add_argument("--text", metavar="FILE", help="text that `bench data` tokenizes (default: the offline corpus)")
 
 
 def _bench(chosen: argparse.Namespace) -> None:
     from bimamba_lit.bench import bench
 
-    bench(chosen.what, chosen.threads)
+    bench(chosen.what, chosen.threads, chosen.text)
 
 
 _COMMANDS = {

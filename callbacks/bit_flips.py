@@ -9,6 +9,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from bimamba_lit.binarize import BinaryLinear
+from bimamba_lit.callbacks.sharded import whole
 from bimamba_lit.callbacks.steps import EverySteps, report
 
 
@@ -22,7 +23,8 @@ class BitFlips(pl.Callback):
 
     The snapshots are packed, an eighth of a byte a sign, lie on the layer's device and are part of the checkpoint, so
     that a resumed run logs what an uninterrupted one would. Under DDP every rank holds the same signs, and no rank
-    communicates. A model without binary layers, such as a teacher, logs nothing.
+    communicates; sharded weights (FSDP2) are gathered one layer at a time, and every rank keeps all signs. A model
+    without binary layers, such as a teacher, logs nothing.
 
     Args:
         every_n_steps: Optimizer steps between two logs.
@@ -46,14 +48,14 @@ class BitFlips(pl.Callback):
         for snapshots in (self._start, self._last):
             for name, layer in layers.items():
                 kept = snapshots.get(name)
-                snapshots[name] = layer.packed_signs() if kept is None else kept.to(layer.latent.device)
+                snapshots[name] = whole(layer).packed_signs() if kept is None else kept.to(layer.latent.device)
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         """Compare with the snapshots and log, at the steps that are multiples of ``every_n_steps``."""
         if not self._start or not self._steps.due(trainer):
             return
         layers = _latent_layers(pl_module)
-        now = {name: layer.packed_signs() for name, layer in layers.items()}
+        now = {name: whole(layer).packed_signs() for name, layer in layers.items()}
         flips = {
             "flips/rate": [count_flips(now[name], self._last[name]) for name in layers],
             "flips/since_start": [count_flips(now[name], self._start[name]) for name in layers],

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 
+from bimamba_lit.callbacks.sharded import is_sharded
 from bimamba_lit.errors import UserError
 
 _NAMED = 3
@@ -89,12 +90,12 @@ def _gradient_norm(optimizer: Optimizer) -> list[Tensor]:
 
 
 def _bad_parameters(pl_module: pl.LightningModule) -> str:
-    names = [name for name, parameter in pl_module.named_parameters() if not parameter.isfinite().all()]
+    names = [name for name, parameter in pl_module.named_parameters() if not _local(parameter).isfinite().all()]
     return f"not finite before this step: {_listed(names)}" if names else ""
 
 
 def _bad_gradients(pl_module: pl.LightningModule) -> str:
-    gradients = {name: p.grad for name, p in pl_module.named_parameters() if p.grad is not None}
+    gradients = {name: _local(p.grad) for name, p in pl_module.named_parameters() if p.grad is not None}
     names = [name for name, gradient in reversed(gradients.items()) if not gradient.isfinite().all()]
     if names:
         return f"the gradient is not finite, named from the loss on, in {_listed(names)}"
@@ -103,6 +104,9 @@ def _bad_gradients(pl_module: pl.LightningModule) -> str:
 
 
 def _first_bad_output(trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> str:
+    if any(is_sharded(parameter) for parameter in pl_module.parameters()):
+        # Ranks whose own loss is finite would not take part in gathering the weights.
+        return "run the batch on one device to learn in which module, which sharded weights do not tell"
     first: list[str] = []
 
     def watch(name: str) -> Any:
@@ -122,6 +126,11 @@ def _first_bad_output(trainer: pl.Trainer, pl_module: pl.LightningModule, batch:
     if first:
         return f"run again, the first module whose output is not finite is {first[0]}"
     return "run again, the output of every module is finite: look at the loss, the batch's labels and a teacher, if any"
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """Return this rank's part of a sharded tensor: to wait for other ranks while an error is told could be for ever."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 def _tensors(output: Any) -> Iterator[Tensor]:

@@ -7,6 +7,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 
+from bimamba_lit.callbacks.sharded import gathered
 from bimamba_lit.callbacks.steps import EverySteps
 from bimamba_lit.errors import UserError
 from bimamba_lit.files import replacing
@@ -87,7 +88,8 @@ class Samples(pl.Callback):
         tokenizer = _tokenizer(trainer)
         ids = torch.tensor([tokenizer.encode(prompt)], device=lm.device)
         generator = torch.Generator(lm.device).manual_seed(self.seed)
-        out = generate(lm, ids, self.max_new_tokens, self.temperature, generator)
+        with gathered(pl_module):
+            out = generate(lm, ids, self.max_new_tokens, self.temperature, generator)
         continuation = tokenizer.decode(out[0, ids.shape[1] :].tolist())
         return f"Prompt:\n\n{_as_code(prompt)}\n\nContinuation:\n\n{_as_code(continuation)}\n"
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from bimamba_lit.binarize import BinaryLinear
+from bimamba_lit.callbacks.sharded import whole
 from bimamba_lit.callbacks.steps import EverySteps, report
 
 MULTIPLIERS = ("in_scale", "out_scale", "group_scale")
@@ -43,7 +44,9 @@ class WeightScales(pl.Callback):
             return
         assert isinstance(pl_module.lm, torch.nn.Module)
         layers = {name: layer for name, layer in pl_module.lm.named_modules() if isinstance(layer, BinaryLinear)}
-        found = {name: figures for name, layer in layers.items() if (figures := scale_figures(layer)) is not None}
+        found = {
+            name: figures for name, layer in layers.items() if (figures := scale_figures(whole(layer))) is not None
+        }
         if not found:
             return
         keys = ("mean", "std", "min", "max", "near_zero")

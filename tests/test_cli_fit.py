@@ -1,5 +1,6 @@
 import csv
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -159,6 +160,19 @@ def test_last_with_nothing_to_resume_starts_from_the_beginning(tiny, bimamba, tm
 def test_a_file_where_the_run_folder_should_be(tiny, bimamba):
     answer = bimamba("fit", "-c", tiny.teacher_recipe, f"--trainer.default_root_dir={tiny.text}")
     assert answer.code == 1 and f"{tiny.text} is a file, not a folder" in answer.err
+
+
+def test_a_run_folder_that_cannot_be_made_or_written(tiny, bimamba, tmp_path, monkeypatch):
+    args = ["fit", "-c", tiny.teacher_recipe]
+    answer = bimamba(*args, f"--trainer.default_root_dir={tiny.text / 'runs' / 'one'}")
+    assert answer.code == 1 and f"since {tiny.text} is a file, not a folder" in answer.err
+    locked = tmp_path / "locked"
+    locked.mkdir()
+    allowed = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != locked and allowed(path, mode))
+    answer = bimamba(*args, f"--trainer.default_root_dir={locked / 'run'}")
+    assert answer.code == 1 and f"{locked / 'run'} cannot be written to" in answer.err
+    assert not list(locked.iterdir())
 
 
 def test_validate_measures_again_and_touches_nothing_else(tiny, bimamba):

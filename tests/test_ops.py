@@ -24,7 +24,7 @@ def test_the_fast_forms_are_accurate():
     rows = dict(measured)
     assert len(rows) == len(measured)
     assert {name.split(":")[0].split()[0] for name in rows} == {
-        "ssd", "causal_conv1d", "binary_linear", "distillation_loss", "unpack_signs"
+        "ssd", "causal_conv1d", "selective_scan", "rms_norm", "binary_linear", "distillation_loss", "unpack_signs"
     }  # fmt: skip
     assert {name: error for name, error in rows.items() if not error <= 1e-5} == {}
     half = dict(ops_accuracy(dtype=torch.bfloat16))

@@ -61,6 +61,23 @@ def ops_accuracy(device: torch.device | str = "cpu", dtype: torch.dtype = torch.
             {"activation": "silu", "seq_idx": seq_idx, "return_final_states": True},
         ),
         (
+            "selective_scan",
+            ops.selective_scan,
+            {
+                "u": normal(1, channels, length),
+                "delta": normal(1, channels, length) - 2,
+                "A": -torch.rand(channels, size, generator=generator).to(dtype) * 15 - 1,
+                "B": normal(1, size, length),
+                "C": normal(1, size, length),
+                "D": normal(channels),
+                "z": normal(1, channels, length),
+                "delta_bias": normal(channels),
+                "initial_states": normal(1, channels, size),
+            },
+            {"delta_softplus": True, "seq_idx": seq_idx, "return_last_state": True},
+        ),
+        ("rms_norm", ops.rms_norm, {"x": normal(length, 64), "weight": normal(64), "z": normal(length, 64)}, {}),
+        (
             "binary_linear",
             ops.binary_linear,
             {

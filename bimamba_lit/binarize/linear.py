@@ -44,6 +44,7 @@ class BinaryLinear(nn.Linear, ABC):
         self.in_features = linear.in_features
         self.out_features = linear.out_features
         self.straight_through = straight_through
+        self._kept: tuple[Any, Tensor] | None = None
         self.latent = nn.Parameter(linear.weight.detach().to(torch.float32))
         bias = linear.bias
         self.bias = None if bias is None else nn.Parameter(bias.detach().to(torch.float32))
@@ -65,6 +66,23 @@ class BinaryLinear(nn.Linear, ABC):
         """The binary weight ``(O, I)``."""
         return compose(straight_through_sign(self.centred(), self.straight_through), self.terms())
 
+    def forward(self, x: Tensor) -> Tensor:
+        """Multiply ``x`` ``(..., I)`` by the binary weight and add the bias: ``(..., O)``."""
+        decodes = not (self.training or torch.is_grad_enabled()) and x.numel() <= _FEW * self.in_features
+        return nn.functional.linear(x, self._kept_weight() if decodes else self.weight, self.bias)
+
+    def train(self, mode: bool = True) -> "BinaryLinear":
+        """Set training or evaluation mode; the weight kept while decoding is let go."""
+        self._kept = None
+        return super().train(mode)
+
+    def _kept_weight(self) -> Tensor:
+        """Return the binary weight, formed once for as long as nothing that it is formed of changes."""
+        state = tuple((id(p), p.data_ptr(), p._version, p.device, p.dtype) for p in self.parameters())
+        if self._kept is None or self._kept[0] != state:
+            self._kept = (state, self.weight.detach())
+        return self._kept[1]
+
     def packed_signs(self) -> Tensor:
         """Return the signs as bits, ``(O, ceil(I / 8))`` uint8, as :func:`bimamba_lit.ops.pack_signs` lays them."""
         return ops.pack_signs(self.centred().detach())
@@ -82,6 +100,9 @@ class BinaryLinear(nn.Linear, ABC):
         """Name the sizes and the options when the layer is printed."""
         options = "".join(f", {name}={value!r}" for name, value in self.options().items())
         return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}{options}"
+
+
+_FEW = 4  # tokens; reading a text costs more than forming the weight, decoding a token far less
 
 
 def no_decay(values: Tensor) -> nn.Parameter:

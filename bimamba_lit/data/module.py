@@ -260,7 +260,7 @@ class TextDataModule(LightningDataModule):
         name = " + ".join(source.name for source in sources)
         groups: dict[float, list[Part]] = {}
         for source in sources:
-            groups.setdefault(source.weight, []).extend(source.parts("train", self.streaming))
+            groups.setdefault(source.weight, []).extend(source.parts("train", self.streaming, in_shards=self.streaming))
         if self.texts["val"] is not None:
             return name, list(groups.items())
         if len(groups) > 1 or self.streaming:
@@ -279,8 +279,10 @@ class TextDataModule(LightningDataModule):
         assert chosen is not None
         sources = as_sources(chosen, "train" if held_out else split)
         name = " + ".join(source.name for source in sources)
-        parts = [part for source in sources for part in source.parts("train" if held_out else split)]
-        return (f"{name}, last {HELD_OUT:.0%}", without_held_out(parts)[1]) if held_out else (name, parts)
+        if held_out:
+            parts = [part for source in sources for part in source.parts("train")]
+            return f"{name}, last {HELD_OUT:.0%}", without_held_out(parts)[1]
+        return name, [part for source in sources for part in source.parts(split, streaming=True)]
 
     def _cache(self) -> Path:
         if self.cache_dir is not None:

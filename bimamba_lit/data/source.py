@@ -38,19 +38,21 @@ class Source:
         if not 0 < self.weight < float("inf"):
             raise UserError(f"weight: {self.weight} of {self.text} must be above 0; leave a source out instead of 0")
 
-    def parts(self, key: str, streaming: bool = False) -> list[Part]:
+    def parts(self, key: str, streaming: bool = False, in_shards: bool = False) -> list[Part]:
         """Return what is to be read.
 
         Args:
             key: The setting's name, for messages.
-            streaming: Whether a hub data set is read over the network as it is needed.
+            streaming: Whether a hub data set is read over the network as far as it is needed; else all of it, with its
+                other splits, is fetched and kept by `datasets`.
+            in_shards: Whether a streamed one is read in the parts in which it is stored.
 
         Raises:
             UserError: If nothing is there.
         """
         if (name := hub_name(self.text)) is not None:
             rows = HubRows(name, self.subset, self.split, self.column, streaming=streaming)
-            return [*rows.sharded()] if streaming else [rows]
+            return [*rows.sharded()] if in_shards else [rows]
         return [part_of(path, self.column) for path in find_files(self.text, key)]
 
     @property

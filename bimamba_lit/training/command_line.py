@@ -79,6 +79,9 @@ def run(command: str, args: Sequence[str]) -> None:
         "ignore", r"\s*(By default only one Jsonargparse|``instantiate_classes``)", DeprecationWarning
     )
     warnings.filterwarnings("ignore", ".*does not have many workers.*")
+    warnings.filterwarnings(
+        "ignore", ".*It is recommended to use `self.log.*sync_dist=True.*"
+    )  # summed by torchmetrics
     warnings.filterwarnings("ignore", ".*callbacks used to create the checkpoint need to be provided.*")
     warnings.filterwarnings("ignore", "The dirpath has changed from.*")  # one run's checkpoint, another run's folder
     warnings.filterwarnings("ignore", ".*exists and is not empty.*")  # the run folder is ours: see run_folder
@@ -105,8 +108,8 @@ class CommandLine(LightningCLI):
     run_folder: RunFolder
 
     def __init__(self, args: Sequence[str]) -> None:
-        # Else Lightning warns that the arguments are given twice.
-        sys.argv = sys.argv[:1]
+        # Else Lightning warns that the arguments are given twice; the processes of other devices are started with them.
+        self._argv, sys.argv = sys.argv, sys.argv[:1]
         options = {"exit_on_error": False, "allow_abbrev": False}
         super().__init__(
             save_config_callback=None,
@@ -135,6 +138,7 @@ class CommandLine(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         """Choose the run folder and point everything that writes to it."""
+        sys.argv = self._argv
         config = self.config[self.command]
         base = Path(config.trainer.default_root_dir or Path("runs") / "unnamed")
         parser = self._subcommand_parsers[self.command]

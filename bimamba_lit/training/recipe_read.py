@@ -112,7 +112,7 @@ def _set(settings: Settings, path: list[str], value: Any, append: bool) -> None:
     if append:
         present = [] if present is None else present
         value = [*(present if isinstance(present, list) else [present]), value]
-    elif isinstance(value, str) and isinstance(present, dict):
+    elif isinstance(value, str) and isinstance(present, dict) and "class_path" in present:
         value = {"class_path": value}
     settings[key] = value
 

@@ -4,6 +4,7 @@ A folder belongs to the configuration in its ``config.yaml``. What does not chan
 and what to log, on which devices) does not make another configuration, so a run can go on longer than first planned.
 """
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,9 +55,11 @@ def choose_run_folder(base: Path, config: dict[str, Any], command: str, ckpt_pat
         ckpt_path: A checkpoint's path, ``last`` for the newest of this run, or ``None``.
 
     Raises:
-        UserError: If the run is finished, or has a checkpoint that was not asked for, or a path is not there.
+        UserError: If the run is finished, or has a checkpoint that was not asked for, or a path is not there, or the
+            folder cannot be written to.
     """
     folder = _first_free_or_own(base, config)
+    _refuse_unwritable(folder)
     notice = None if folder == base else f"{base} holds a run of another configuration: this one goes to {folder}"
     last = folder / LAST_CHECKPOINT
     if command == "fit":
@@ -97,6 +100,17 @@ def _first_free_or_own(base: Path, config: dict[str, Any]) -> Path:
         if not (folder / CONFIG).exists() or _identity(_read(folder / CONFIG)) == _identity(config):
             return folder
         number += 1
+
+
+def _refuse_unwritable(folder: Path) -> None:
+    """Raise if nothing could be written to ``folder``, before any training."""
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise UserError(f"trainer.default_root_dir: {folder} cannot be made, since {there} is a file, not a folder")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise UserError(
+            f"trainer.default_root_dir: {folder} cannot be written to: give a folder in which you may write"
+        )
 
 
 def _read(path: Path) -> dict[str, Any]:

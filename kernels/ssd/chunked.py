@@ -3,7 +3,8 @@
 The backward pass is written by hand. Autograd on the chunked form keeps (L/Q, H, Q, Q) decays and (L, H, P)
 intermediates of the whole batch and streams each of them through memory several times; here one chunk of one sequence
 is worked on at a time, so that its decays, its products and the running state stay in cache, and the backward pass
-computes them again from the inputs. Only the states between chunks are kept, (B, L/Q, H, P, N) in float32. Products
+computes them again from the inputs. Only the states between chunks are kept, (B, L/Q, H, P, N) in the inputs' dtype,
+which is what their products take; the running state and all decays are float32. Products
 that all heads of a group share (C B^T, and everything with a state) are one matrix product a group.
 
 A chunk of 64 does the least work: the work on states does not depend on the chunk Q, that inside chunks grows with it.
@@ -118,6 +119,12 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
         total += torch.bmm(left, right)
 
 
+def _dot(left: Tensor, right_nHPN: Tensor) -> Tensor:
+    """Return the sum over P and N of the products of two states, (n, H)."""
+    heads = right_nHPN.shape[:2]
+    return torch.bmm(left.reshape(heads.numel(), 1, -1), right_nHPN.reshape(heads.numel(), -1, 1)).view(heads)
+
+
 def _heads_first(t_nQHP: Tensor, dtype: torch.dtype) -> Tensor:
     """(n, Q, H, P) -> (n * H, Q, P) in `dtype`."""
     return t_nQHP.transpose(1, 2).to(dtype, memory_format=torch.contiguous_format).flatten(0, 1)
@@ -137,8 +144,9 @@ def _forward(
         for c in range(decays.count):
             span = decays.span(c)
             tokens = span.stop - span.start
-            if states is not None and s is not None:
-                states[rows, c] = s
+            s_narrow = None if s is None else s.to(narrow)
+            if states is not None and s_narrow is not None:
+                states[rows, c] = s_narrow
             maps = _Maps(B, C, rows, span)
             x_nQHP = x[rows, span].to(wide)
             scaled = x_nQHP * dt[rows, span, :, None]
@@ -146,8 +154,8 @@ def _forward(
             mix.unflatten(1, (maps.groups, -1)).mul_(maps.product(wide))
             y_nHQP = torch.bmm(mix.to(narrow).flatten(0, 1), _heads_first(scaled, narrow)).unflatten(0, (-1, heads))
             y_nQHP = y_nHQP.to(wide).transpose(1, 2)
-            if s is not None:
-                read = maps.by_head(torch.bmm(maps.C, maps.states(s).transpose(1, 2)), width, wide)
+            if s_narrow is not None:
+                read = maps.by_head(torch.bmm(maps.C, maps.states(s_narrow).transpose(1, 2)), width, wide)
                 y_nQHP.addcmul_(read, decays.from_start[rows, c, :tokens, :, None])
             if D is not None:
                 y_nQHP.addcmul_(x_nQHP, D)
@@ -177,7 +185,7 @@ def _backward(
     wide, narrow = dt.dtype, x.dtype
     gx, gdt, gB, gC = torch.empty_like(x), torch.empty_like(dt), torch.empty_like(B), torch.empty_like(C)
     gD = None if D is None else torch.zeros_like(D)
-    g_initial = None if first else torch.zeros_like(states[:, 0])
+    g_initial = None if first else dt.new_zeros(states[:, 0].shape)
     upto = torch.zeros_like(decays.total_BCHQ)  # gradients of the logs of decays that end at a token
     since = torch.zeros_like(decays.from_start)  # of those that begin after it
     through = torch.zeros_like(decays.whole)  # of those that span the chunk
@@ -217,11 +225,11 @@ def _backward(
                 torch.sum(g_written.mul_(scaled), -1, out=since[rows, c, :tokens])
                 _add_product(g_B, maps.grouped(scaled.mul_(to_end)), into)
                 if s is not None:
-                    torch.sum((gs * s).flatten(2), -1, out=through[rows, c])
+                    through[rows, c] = _dot(into, s)
                     gs *= decays.whole[rows, c, :, None, None]
             if s is not None:
                 g_read = gy_nQHP * decays.from_start[rows, c, :tokens, :, None]
-                g_keys = torch.bmm(_heads_first(g_read, narrow), s.to(narrow).flatten(0, 1)).to(wide)
+                g_keys = torch.bmm(_heads_first(g_read, narrow), s.flatten(0, 1)).to(wide)
                 g_keys = g_keys.unflatten(0, (-1, heads // maps.groups))  # n * G, K, Q, N
                 g_C += g_keys.sum(1)
                 g_keys *= maps.C[:, None]
@@ -254,7 +262,7 @@ class _Scan(torch.autograd.Function):
         initial: Tensor | None, documents: Tensor | None, chunk: int, final: bool, dtype: torch.dtype,
     ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         decays = Decays(log_decay, chunk, documents)
-        states = dt.new_empty(x.shape[0], decays.count, *x.shape[2:], B.shape[-1])
+        states = x.new_empty(x.shape[0], decays.count, *x.shape[2:], B.shape[-1])
         y, end = _forward(x, dt, decays, B, C, D, initial, states, final, dtype)
         ctx.save_for_backward(x, dt, log_decay, B, C, D, documents, states)
         ctx.chunk = chunk

@@ -183,3 +183,28 @@ def test_a_wrong_description_is_refused(entry, message):
 def test_a_description_that_lacks_a_key_is_refused():
     with pytest.raises(UserError, match="must hold scheme, options, targets and packed"):
         apply_binarization_(small_lm(), [{"scheme": "FBI"}])
+
+
+def test_a_weight_kept_while_decoding_follows_every_change():
+    torch.manual_seed(0)
+    layer = FBI(nn.Linear(16, 8, bias=False)).eval()
+    token = torch.randn(1, 16)
+
+    def changed(change):
+        with torch.no_grad():
+            layer(token)
+            change()
+            return torch.equal(layer(token), token @ layer.weight.t())
+
+    assert changed(lambda: layer.latent.neg_())
+    assert changed(lambda: layer.load_state_dict({k: v * 2 for k, v in layer.state_dict().items()}))
+    assert changed(lambda: setattr(layer.latent, "data", -layer.latent.data))
+    assert changed(lambda: layer.train().eval())
+    optimizer = torch.optim.SGD(layer.parameters(), 1.0)
+    layer(token).sum().backward()
+    assert changed(optimizer.step)
+    with torch.no_grad():
+        kept = layer._kept
+        assert layer(token) is not None and layer._kept is kept
+    layer.train()
+    assert layer._kept is None

@@ -104,7 +104,8 @@ def test_a_hub_data_set_is_read_whole_held_out_and_in_shards(hub: Dataset) -> No
     assert documents(source.parts("train")) == hub["text"][:]
     kept, held = without_held_out(source.parts("train"))
     assert documents(kept) + documents(held) == hub["text"][:] and len(documents(held)) == 2
-    shards = source.parts("train", streaming=True)
+    assert documents(source.parts("val", streaming=True)) == hub["text"][:]
+    shards = source.parts("train", streaming=True, in_shards=True)
     assert len(shards) == 4
     assert sorted(text for shard in shards for text in documents([shard])) == sorted(hub["text"][:])
     with pytest.raises(UserError, match=r"hub:owner/name: there is no column 'txt' .*did you mean 'text'"):

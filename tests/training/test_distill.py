@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from bimamba_lit import MambaConfig, MambaLM
 from bimamba_lit.binarize import FBI, binary_layers
 from bimamba_lit.data import TextDataModule
+from bimamba_lit.errors import UserError
 from bimamba_lit.models.checkpoint import load_lm
 from bimamba_lit.training import AdamW, Distill
 
@@ -48,6 +49,50 @@ def test_a_student_of_its_own_shape_starts_at_random(path):
     module = built(path, student=MambaConfig(d_model=16, n_layer=2, headdim=8, d_state=8, chunk_size=8))
     assert (module.lm.config.d_model, module.lm.config.vocab_size) == (16, module.teacher.config.vocab_size)
     assert len(list(binary_layers(module.lm))) == 4
+
+
+def test_a_student_of_a_teacher_in_half_precision_is_in_fp32(path, batch, monkeypatch):
+    half = load_lm(path).to(torch.bfloat16).requires_grad_(False)
+    monkeypatch.setattr("bimamba_lit.training.distill.load_teacher", lambda *_: half)
+    module = built(path)
+    assert module.teacher is half and half.head_weight.dtype == torch.bfloat16
+    assert {parameter.dtype for parameter in module.lm.parameters()} == {torch.float32}
+    assert torch.isfinite(module.training_step(batch))
+
+
+def test_documents_in_a_row_do_not_see_each_other(path, batch):
+    ids = batch["input_ids"]
+    documents = torch.tensor([[0] * 6 + [1] * 7] * 2, dtype=torch.int32)
+    apart = {"input_ids": ids, "seq_idx": documents}
+    module = built(path)
+    for output in (module.student_output, module.teacher_output):
+        with torch.no_grad():
+            together, _ = output(apart)
+            second, _ = output({"input_ids": ids[:, 6:]})
+            joined, _ = output({"input_ids": ids})
+        assert torch.allclose(together[:, 6:], second, atol=1e-5)
+        assert not torch.allclose(joined[:, 6:], second, atol=1e-5)
+
+
+class OtherTeacher:
+    """What any teacher looks like that is no Mamba model."""
+
+    def __init__(self, vocab_size: int) -> None:
+        self.head_weight = torch.randn(vocab_size, 6)
+        self.config = MambaConfig(d_model=64, n_layer=1, vocab_size=vocab_size)
+        self.device = torch.device("cpu")
+
+    def backbone(self, input_ids, seq_idx=None):
+        return self.head_weight[input_ids]
+
+
+def test_a_teacher_of_another_kind_teaches_a_student_of_its_own_shape(path, batch, monkeypatch):
+    monkeypatch.setattr("bimamba_lit.training.distill.load_teacher", lambda *_: OtherTeacher(256))
+    with pytest.raises(UserError, match="no student can start from its weights"):
+        built(path)
+    module = built(path, student=MambaConfig(d_model=16, n_layer=1, headdim=8, d_state=8, chunk_size=8))
+    module.training_step(batch).backward()
+    assert module.lm.backbone.layers[0].mixer.in_proj.latent.grad.abs().sum() > 0
 
 
 def test_the_teacher_is_frozen_and_nobodys_child(path):

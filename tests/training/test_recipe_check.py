@@ -1,0 +1,59 @@
+"""Settings inside lists and unions are checked like any others."""
+
+from dataclasses import dataclass
+
+import pytest
+
+from bimamba_lit.errors import UserError
+from bimamba_lit.training.recipe_check import check_settings
+
+
+@dataclass
+class Text:
+    path: str
+    weight: float = 1.0
+
+
+class Reader:
+    def __init__(self, train: str | Text | list[str | Text], more: list[Text] | None = None) -> None: ...
+
+
+GROUPS = {"data": type[Reader]}
+
+
+def check(**settings: object) -> None:
+    name = f"{__name__}.Reader" if "." in __name__ else "Reader"
+    check_settings({"data": {"class_path": name, "init_args": settings}}, GROUPS)
+
+
+@pytest.mark.parametrize(
+    "train",
+    [
+        "a.txt",
+        {"path": "a.txt"},
+        ["a.txt", {"path": "b.txt", "weight": 2}],
+        [{"path": "a.txt", "weight": 0.5}],
+    ],
+)
+def test_what_fits_passes(train):
+    check(train=train)
+    check(train=train, more=None)
+    check(train=train, more=[{"path": "a.txt"}])
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"train": {"path": "a", "wieght": 2}}, r"data.init_args.train has no key 'wieght'; did you mean 'weight'\?"),
+        ({"train": ["a", {"path": "b", "wieght": 2}]}, r"train\[1\] has no key 'wieght'; did you mean 'weight'\?"),
+        ({"train": [{"weight": 2}]}, r"train\[0\] has no 'path', which Text needs"),
+        ({"train": ["a", {"path": "b", "weight": "much"}]}, r"train\[1\].weight: 'much' is not right.*a number"),
+        ({"train": [3.5, "a"]}, r"train\[0\]: 3.5 is not right"),
+        ({"train": "a", "more": [{"pth": "b"}]}, r"more\[0\] has no key 'pth'; did you mean 'path'\?"),
+        ({"train": "a", "more": "b"}, "more"),
+        ({"trian": "a"}, r"data.init_args has no key 'trian'; did you mean 'train'\?"),
+    ],
+)
+def test_what_does_not_is_named(settings, told):
+    with pytest.raises(UserError, match=told):
+        check(**settings)
