@@ -121,7 +121,7 @@ def _import(module: str) -> None:
 def _compare_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("runs", nargs="+", metavar="RUN_DIR", help="folders of finished runs")
     parser.add_argument(
-        "--out", default="runs/comparison", help="folder for report.md, .csv and .png (default: %(default)s)"
+        "--out", default="runs/comparison", help="folder for report.md, .csv, .tex and .png (default: %(default)s)"
     )
 
 
@@ -130,7 +130,28 @@ def _compare(chosen: argparse.Namespace) -> None:
 
     comparison = compare([Path(run) for run in chosen.runs], Path(chosen.out))
     print_comparison(comparison)
-    print(f"\nWritten: {chosen.out}/report.md, report.csv and report.png")
+    print(f"\nWritten: {chosen.out}/report.md, report.csv, report.tex and report.png")
+
+
+def _ablate_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("-c", "--config", required=True, metavar="RECIPE", help="the recipe that all runs share")
+    parser.add_argument(
+        "--grid", required=True, metavar="FILE", help="YAML: recipe keys and the values of each; all combinations run"
+    )
+    parser.add_argument("--seeds", type=_whole_numbers, default=[], metavar="0,1,2", help="(default: the recipe's)")
+    parser.add_argument("--out", help="folder of the runs and the report (default: runs/ablation_GRID)")
+
+
+def _whole_numbers(text: str) -> list[int]:
+    return [int(part) for part in text.split(",")]
+
+
+def _ablate(chosen: argparse.Namespace) -> None:
+    from bimamba_lit.training.ablation import ablate
+
+    out = Path(chosen.out or Path("runs") / f"ablation_{Path(chosen.grid).stem}")
+    ablate(Path(chosen.config), Path(chosen.grid), chosen.seeds, out)
+    print(f"\nWritten: {out}/report.md, report.csv, report.tex and report.png")
 
 
 def _recipes_arguments(parser: argparse.ArgumentParser) -> None:
@@ -180,6 +201,7 @@ def _bench(chosen: argparse.Namespace) -> None:
 _COMMANDS = {
     "generate": ("continue a text with a trained model", _generate_arguments, _generate),
     "compare": ("lay finished runs side by side: a table and a plot", _compare_arguments, _compare),
+    "ablate": ("run a grid of settings and seeds, then lay the runs side by side", _ablate_arguments, _ablate),
     "recipes": ("list the recipes, or copy one", _recipes_arguments, _recipes),
     "bench": ("measure accuracy and speed beside the peers", _bench_arguments, _bench),
 }
