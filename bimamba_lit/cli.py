@@ -177,6 +177,17 @@ def _ablate(chosen: argparse.Namespace) -> None:
     print(f"\nWritten: {out}/report.md, report.csv, report.tex and report.png")
 
 
+def _check_scheme_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("scheme", metavar="CLASS", help="the class by its dotted name, such as my_module.MyScheme")
+
+
+def _check_scheme(chosen: argparse.Namespace) -> None:
+    from bimamba_lit.training.check_scheme import check_scheme
+
+    if not check_scheme(chosen.scheme):
+        sys.exit(1)
+
+
 def _recipes_arguments(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", metavar="ls | cp NAME DIR")
     actions.add_parser("ls", help="list the recipes that come with the package (the default)")
@@ -226,6 +237,11 @@ _COMMANDS = {
     "export": ("write a trained model in the form that another program runs", _export_arguments, _export),
     "compare": ("lay finished runs side by side: a table and a plot", _compare_arguments, _compare),
     "ablate": ("run a grid of settings and seeds, then lay the runs side by side", _ablate_arguments, _ablate),
+    "check-scheme": (
+        "check that a binarization scheme trains, packs, is stored and comes back as it should",
+        _check_scheme_arguments,
+        _check_scheme,
+    ),
     "recipes": ("list the recipes, or copy one", _recipes_arguments, _recipes),
     "bench": ("measure accuracy and speed beside the peers", _bench_arguments, _bench),
 }
