@@ -194,9 +194,9 @@ def _slope_error(layer: BinaryLinear, name: str) -> float:
     (grad,) = torch.autograd.grad(result(), [parameter])
     step = 1e-5
     with torch.no_grad():
-        parameter += step * way
+        parameter.add_(step * way)
         above = result()
-        parameter -= 2 * step * way
+        parameter.sub_(2 * step * way)
         below = result()
     slope = (above - below) / (2 * step)
     return float(((grad * way).sum() - slope).abs() / slope.abs().clamp(min=1e-12))
