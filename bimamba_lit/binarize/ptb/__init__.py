@@ -6,6 +6,7 @@ stored. ``hessian`` is that of the layer's squared output error, ``(2 / N) X^T X
 
 from bimamba_lit.binarize.ptb.gptq import GPTQ
 from bimamba_lit.binarize.ptb.hessian import proxy_error
+from bimamba_lit.binarize.ptb.pbllm import PBLLM
 from bimamba_lit.binarize.ptb.result import PTBResult
 from bimamba_lit.binarize.ptb.scaled_sign import ScaledSign
 from bimamba_lit.binarize.ptb.scheme import PTBScheme
@@ -13,6 +14,7 @@ from bimamba_lit.binarize.ptb.sign import Sign
 
 __all__ = [
     "GPTQ",
+    "PBLLM",
     "PTBResult",
     "PTBScheme",
     "ScaledSign",
