@@ -4,6 +4,10 @@ Every scheme is a :class:`PTBScheme`: plain options, ``fit(weight, hessian)`` fo
 stored. ``hessian`` is that of the layer's squared output error, ``(2 / N) X^T X`` over N calibration inputs X.
 """
 
+from bimamba_lit.binarize.ptb.arb import ARB
+from bimamba_lit.binarize.ptb.arb_rc import ARBRC
+from bimamba_lit.binarize.ptb.arb_x import ARBX
+from bimamba_lit.binarize.ptb.billm import BiLLM
 from bimamba_lit.binarize.ptb.gptq import GPTQ
 from bimamba_lit.binarize.ptb.hessian import proxy_error
 from bimamba_lit.binarize.ptb.pbllm import PBLLM
@@ -13,6 +17,10 @@ from bimamba_lit.binarize.ptb.scheme import PTBScheme
 from bimamba_lit.binarize.ptb.sign import Sign
 
 __all__ = [
+    "ARB",
+    "ARBRC",
+    "ARBX",
+    "BiLLM",
     "GPTQ",
     "PBLLM",
     "PTBResult",

@@ -39,9 +39,9 @@ def unpack_codes(planes: Tensor, in_features: int) -> Tensor:
 
 def pack_bits(bits: Tensor) -> Tensor:
     """Pack zeros and ones ``(O, I)`` to ``(O, ceil(I / 8))`` uint8, as :func:`bimamba_lit.ops.pack_signs` does."""
-    return ops.pack_signs(bits.float())
+    return ops.pack_signs(bits.float()) if bits.numel() else bits.new_zeros(len(bits), 0, dtype=torch.uint8)
 
 
 def unpack_bits(packed: Tensor, in_features: int) -> Tensor:
     """Return the bits ``(O, in_features)`` as booleans."""
-    return ops.unpack_signs(packed, in_features) > 0
+    return ops.unpack_signs(packed, in_features) > 0 if in_features else packed.new_zeros(len(packed), 0).bool()
