@@ -1,4 +1,4 @@
-"""Uniform grids of b-bit codes, one for each row and group of inputs, and codes packed to bits."""
+"""Uniform grids of b-bit codes, one for each row and group of inputs, and bits packed to bytes."""
 
 import torch
 from torch import Tensor
@@ -26,11 +26,22 @@ def encode(values: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
 def pack_codes(codes: Tensor, bits: int) -> Tensor:
     """Pack codes ``(O, I)`` as bit planes, ``(bits, O, ceil(I / 8))`` uint8, the least significant first."""
     codes = codes.to(torch.uint8)
-    return torch.stack([ops.pack_signs((codes >> bit & 1).float()) for bit in range(bits)])
+    return torch.stack([pack_bits(codes >> bit & 1) for bit in range(bits)])
 
 
 def unpack_codes(planes: Tensor, in_features: int) -> Tensor:
     """Return the codes ``(O, I)`` in fp32 that :func:`pack_codes` packed."""
-    bits = torch.stack([ops.unpack_signs(plane, in_features) > 0 for plane in planes])
-    weights = 2.0 ** torch.arange(len(planes), device=planes.device)
-    return (bits * weights[:, None, None]).sum(0)
+    codes = unpack_bits(planes[0], in_features).float()
+    for bit, plane in enumerate(planes[1:], 1):
+        codes.add_(unpack_bits(plane, in_features), alpha=1 << bit)
+    return codes
+
+
+def pack_bits(bits: Tensor) -> Tensor:
+    """Pack zeros and ones ``(O, I)`` to ``(O, ceil(I / 8))`` uint8, as :func:`bimamba_lit.ops.pack_signs` does."""
+    return ops.pack_signs(bits.float()) if bits.numel() else bits.new_zeros(len(bits), 0, dtype=torch.uint8)
+
+
+def unpack_bits(packed: Tensor, in_features: int) -> Tensor:
+    """Return the bits ``(O, in_features)`` as booleans."""
+    return ops.unpack_signs(packed, in_features) > 0 if in_features else packed.new_zeros(len(packed), 0).bool()

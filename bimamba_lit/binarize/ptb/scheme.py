@@ -4,7 +4,6 @@ import inspect
 from abc import ABC, abstractmethod
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 
 from bimamba_lit.binarize.ptb.hessian import Calibrated, calibrated
@@ -76,15 +75,10 @@ def _check_weight(weight: Tensor) -> None:
         )
 
 
-def divides(size: int | None, total: int, what: str) -> int:
-    """Return ``size``, or ``total`` for None; one sentence if it does not divide ``total`` inputs."""
+def group_of(size: int | None, features: int) -> int:
+    """Return the inputs of a group: ``size``, or all ``features`` for None; one sentence if it does not divide them."""
     if size is None:
-        return total
-    if total % size:
-        raise UserError(f"{what}={size} does not divide the layer's {total} inputs: take a divisor of them, or null")
+        return features
+    if size < 1 or features % size:
+        raise UserError(f"group_size={size} does not divide the layer's {features} inputs: take a divisor, or null")
     return size
-
-
-def fp16(values: Tensor) -> Tensor:
-    """Return values rounded to fp16, as they are stored, in fp32."""
-    return values.to(torch.float16).float()
