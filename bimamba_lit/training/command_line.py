@@ -22,6 +22,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import yaml
+from jsonargparse import get_loader, set_loader
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
@@ -54,6 +55,15 @@ GROUPS: dict[str, Any] = {
     "seed_everything": bool | int,
     "ckpt_path": str | None,
 }
+_load_yaml = get_loader("yaml")
+
+
+def _load(text: str) -> Any:
+    """Read a value; jsonargparse 4.53 hands null on as the word None where a class is an argument of another."""
+    return None if text.strip() == "None" else _load_yaml(text)
+
+
+set_loader("yaml", _load, (yaml.YAMLError,))
 _HELP = ("-h", "--help", "--print_config")
 
 

@@ -88,14 +88,22 @@ def test_validate_generate_and_compare_work_on_a_run(run, tiny, recipe, bimamba,
 
 def test_a_scheme_is_swapped_on_the_command_line(recipe, bimamba, tmp_path):
     args = ["fit", "-c", recipe, f"--trainer.default_root_dir={tmp_path / 'run'}"]
-    assert bimamba(*args, "--model.scheme=bimamba_lit.binarize.ptb.GPTQ", "--model.scheme.bits=4").code == 0
+    assert (
+        bimamba(
+            *args,
+            "--model.scheme=bimamba_lit.binarize.ptb.GPTQ",
+            "--model.scheme.bits=1",
+            "--model.scheme.group_size=null",
+        ).code
+        == 0
+    )
     assert bimamba(*args, "--model.scheme=ARBRC").code == 0
     answer = bimamba(*args, "--model.scheme=Sign", "--trainer.max_steps=7")
     assert answer.code == 0 and "after 1 step;" in answer.out
     schemes = [summary(folder)["scheme"] for folder in sorted(tmp_path.iterdir())]
     assert schemes == ["ptb.GPTQ", "ptb.ARBRC", "ptb.Sign"]
     config = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
-    assert config["model"]["init_args"]["scheme"]["init_args"] == {"bits": 4, "group_size": 32}
+    assert config["model"]["init_args"]["scheme"]["init_args"] == {"bits": 1, "group_size": None}
 
 
 WRONG = {
