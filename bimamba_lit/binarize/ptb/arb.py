@@ -1,10 +1,12 @@
 """BiLLM's groups, their shifts, scales and signs refined in turn."""
 
+from itertools import combinations
+
 import torch
 from torch import Tensor
 
 from bimamba_lit.binarize.ptb.blocks import BlockScheme
-from bimamba_lit.binarize.ptb.half import Binary, Half, nearest_signs, residual_binary
+from bimamba_lit.binarize.ptb.half import Binary, Half, nearest_signs, residual_binary, set_in_turn
 
 ROUNDS = 15
 
@@ -12,10 +14,10 @@ ROUNDS = 15
 class ARB(BlockScheme):
     """Alternating refined binarization: ARB-LLM (arXiv 2410.03129, section 3.2), in BiLLM's loop over blocks.
 
-    15 rounds of ``mu += mean(W - W^)``, ``alpha_n = mean(B_n (W - mu - alpha_m B_m))`` and the nearest signs.
+    15 rounds of ``mu += mean(W - W^)``, ``alpha_n = sum B_n (W - mu - alpha_m B_m) / sum B_n^2`` and the nearest signs.
 
     Args:
-        column_groups: Whether salient columns are parted by magnitude too (the column-group bitmap, section 3.5).
+        column_groups: Whether salient columns are parted by magnitude too (the column-group bitmap).
     """
 
     def __init__(self, column_groups: bool = True) -> None:
@@ -28,13 +30,24 @@ class ARB(BlockScheme):
 
 def _refined(w: Tensor, half: Half) -> Binary:
     binary = residual_binary(w, half)
-    assert binary.shift is not None
-    signs, scales, shift = binary.signs, binary.scales, binary.shift
+    signs, numbers = binary.signs, numbers_of(binary)
+    gram = half.sum(torch.ones_like(w)).repeat(len(numbers), len(numbers), 1, 1, 1)
     for _ in range(ROUNDS):
-        shift = shift + half.mean(w - Binary(signs, scales, shift).dense(half))
-        centred = w - half.spread(shift)
-        for n in range(half.order):
-            terms = Binary(signs, scales).terms(half)
-            scales[n] = half.mean((centred - terms.sum(0) + terms[n]) * signs[n])
-        signs = nearest_signs(centred, torch.stack([half.spread(scale).expand_as(w) for scale in scales]))
-    return Binary(signs, scales, shift)
+        planes = [torch.ones_like(w), *signs]
+        for i, j in combinations(range(len(planes)), 2):
+            gram[i, j] = gram[j, i] = half.sum(planes[i] * planes[j])
+        set_in_turn(numbers, gram, torch.stack([half.sum(plane * w) for plane in planes]))
+        shift, *scales = numbers
+        signs = nearest_signs(w - half.spread(shift), torch.stack([half.spread(scale) for scale in scales]))
+    return with_numbers(signs, numbers)
+
+
+def numbers_of(binary: Binary) -> Tensor:
+    """Return the shift and then the scales of a form, ``(1 + N, G, O, 1)``."""
+    assert binary.shift is not None
+    return torch.cat([binary.shift.unsqueeze(0), binary.scales])
+
+
+def with_numbers(signs: Tensor, numbers: Tensor) -> Binary:
+    """Return the form of signs ``(N, O, K)`` with the numbers that :func:`numbers_of` took apart."""
+    return Binary(signs, numbers[1:], numbers[0])

@@ -7,7 +7,7 @@ from bimamba_lit.binarize.ptb.arb import ROUNDS
 from bimamba_lit.binarize.ptb.blocks import BlockScheme
 from bimamba_lit.binarize.ptb.half import Binary, Half, nearest_signs, sign
 
-_LEAST = 1e-30  # a divisor of an all-zero row or column
+_LEAST = 1e-30  # to divide by in an all-zero row or column
 
 
 class ARBRC(BlockScheme):
@@ -17,7 +17,7 @@ class ARBRC(BlockScheme):
     squares and, to second order, the signs to the nearest.
 
     Args:
-        column_groups: Whether salient columns are parted by magnitude too (the column-group bitmap, section 3.5).
+        column_groups: Whether salient columns are parted by magnitude too (the column-group bitmap).
     """
 
     def __init__(self, column_groups: bool = True) -> None:
@@ -32,17 +32,20 @@ def _refined(w: Tensor, half: Half) -> Binary:
     signs, rows, columns = _start(w, half)
     for _ in range(ROUNDS):
         for n in range(half.order):
-            terms = Binary(signs, rows, column_scales=columns).terms(half)
-            part = (w - terms.sum(0) + terms[n]) * signs[n]
-            rows[n] = _least_squares(part, columns[n], half, 2)
-            columns[n] = _least_squares(part, rows[n], half, 1)
+            part = w * signs[n]
+            for m in range(half.order):
+                if m != n:
+                    part -= half.spread(rows[m]) * half.spread(columns[m]) * signs[m] * signs[n]
+            part = half.masks * part
+            rows[n] = (part @ columns[n].mT) / (half.masks @ columns[n].square().mT).clamp(min=_LEAST)
+            columns[n] = (rows[n].mT @ part) / (rows[n].square().mT @ half.masks).clamp(min=_LEAST)
         if half.order > 1:  # to first order the signs of W stay the nearest
-            ones = torch.ones_like(signs)
-            signs = nearest_signs(w, Binary(ones, rows, column_scales=columns).terms(half))
+            signs = nearest_signs(w, Binary(signs, rows, column_scales=columns).magnitudes(half))
     return Binary(signs, rows, column_scales=columns)
 
 
 def _start(w: Tensor, half: Half) -> tuple[Tensor, Tensor, Tensor]:
+    """Return signs ``(N, O, K)``, row scales ``(N, G, O, 1)`` and column scales ``(N, G, 1, K)`` to refine."""
     signs, rows, columns = [], [], []
     for _ in range(half.order):
         rows.append(half.mean(w.abs()))
@@ -50,11 +53,3 @@ def _start(w: Tensor, half: Half) -> tuple[Tensor, Tensor, Tensor]:
         signs.append(sign(w))
         w = w - half.spread(rows[-1]) * half.spread(columns[-1]) * signs[-1]
     return torch.stack(signs), torch.stack(rows), torch.stack(columns)
-
-
-def _least_squares(part: Tensor, scale: Tensor, half: Half, axis: int) -> Tensor:
-    """Return the scale along ``axis`` that, times ``scale`` along the other, is nearest to ``part`` ``(O, K)``."""
-    other = half.spread(scale).expand_as(part)
-    return half.parted(other * part).sum(axis, keepdim=True) / half.parted(other.square()).sum(
-        axis, keepdim=True
-    ).clamp(min=_LEAST)

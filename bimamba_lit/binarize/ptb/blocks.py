@@ -62,10 +62,12 @@ class BlockScheme(PTBScheme):
         salient = salient_columns(target, (w / diagonal).square().sum(0))
         halves = []
         for columns, order in ((~salient, 1), (salient, 2)):
-            values, large = target[:, columns], None
+            values = target[:, columns]
+            masks = torch.ones_like(values).unsqueeze(0)
             if order == 1 or self.column_groups:
-                large = values.abs() >= break_point(values, order)
-            halves.append(Half(columns, order, large))
+                large = (values.abs() >= break_point(values, order)).float()
+                masks = torch.stack([1 - large, large])
+            halves.append(Half(columns, order, masks))
         return halves
 
     def target(self, w: Tensor, diagonal: Tensor) -> Tensor:

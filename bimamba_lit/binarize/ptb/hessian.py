@@ -33,7 +33,8 @@ def calibrated(weight: Tensor, hessian: Tensor | None) -> Calibrated:
     """Check a Hessian ``(I, I)`` against a weight ``(O, I)``, damp it and factor its inverse.
 
     Raises:
-        UserError: If there is no Hessian, its shape does not fit, it is not finite, or no damping makes it positive.
+        UserError: If there is no Hessian, its shape does not fit, it is not finite or zero, or no damping makes it
+            positive.
     """
     features = weight.shape[1]
     if hessian is None:
@@ -46,6 +47,8 @@ def calibrated(weight: Tensor, hessian: Tensor | None) -> Calibrated:
     double = hessian.detach().to(weight.device, torch.float64, copy=True)
     diagonal = double.diagonal()
     dead = diagonal == 0
+    if dead.all():
+        raise UserError("every calibration input of this layer was zero: calibrate on text that reaches it")
     diagonal[dead] = 1.0
     weight[:, dead] = 0.0
     mean = diagonal.mean().item()

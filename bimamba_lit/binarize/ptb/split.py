@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from bimamba_lit.binarize.ptb.half import sign
+
 MOST_SALIENT = 49
 _QUANTILES = torch.linspace(0.10, 0.90, 81, dtype=torch.float64)
-_ROWS = 8192  # at a time, to bound memory
+_ROWS = 512  # at a time, so that they stay in a cache
 
 
 def salient_columns(target: Tensor, saliency: Tensor) -> Tensor:
@@ -39,7 +41,7 @@ def _gain(w: Tensor, order: int) -> Tensor:
         scale = w.abs().mean(1, keepdim=True)
         gain += w.shape[1] * (mean.double().square().sum() + scale.double().square().sum())
         if order > 1:
-            w = w - scale * torch.where(w > 0, 1.0, -1.0)
+            w = w - scale * sign(w)
     return gain
 
 
@@ -66,8 +68,8 @@ class _SortedRows:
     """
 
     def __init__(self, rows: Tensor) -> None:
-        self.values = rows.double().sort(1).values
-        self.sums = pad(self.values.cumsum(1), (1, 0))
+        self.values = rows.sort(1).values
+        self.sums = pad(self.values.double().cumsum(1), (1, 0))
 
     def gains(self, points: Tensor, order: int) -> Tensor:
         """Return the gain ``(Q,)`` of parting the rows at each magnitude of ``points`` ``(Q,)``."""
@@ -80,22 +82,25 @@ class _SortedRows:
     def _gain(self, low: Tensor, high: Tensor, order: int) -> Tensor:
         """Return the gain ``(Q,)`` of the groups of sorted entries from ``low`` to ``high`` ``(O, P, Q)``."""
         count = (high - low).sum(1).clamp(min=1)
-        centre = torch.zeros_like(low, dtype=torch.float64)  # of each range; what is left of an entry is value - centre
+        low_sum, high_sum = self._sum(low), self._sum(high)
+        centre = torch.zeros_like(low_sum)  # of each range; what is left of an entry is its value less this
         gain = torch.zeros_like(centre[0, 0])
         for _ in range(order):
-            mean = (self._sum(low, high) - centre * (high - low)).sum(1) / count
+            mean = (high_sum - low_sum - centre * (high - low)).sum(1) / count
             centre = centre + mean.unsqueeze(1)
             middle = self._place(centre).clamp(low, high)
-            above = self._sum(middle, high) - centre * (high - middle)
-            below = self._sum(low, middle) - centre * (middle - low)
-            scale = (above - below).sum(1) / count
+            middle_sum = self._sum(middle)
+            scale = (low_sum + high_sum - 2 * middle_sum - centre * (low + high - 2 * middle)).sum(1) / count
             gain += (count * (mean.square() + scale.square())).sum(0)
             low, high = torch.cat([low, middle], 1), torch.cat([middle, high], 1)
+            low_sum, high_sum = torch.cat([low_sum, middle_sum], 1), torch.cat([middle_sum, high_sum], 1)
             centre = torch.cat([centre - scale.unsqueeze(1), centre + scale.unsqueeze(1)], 1)
         return gain
 
     def _place(self, values: Tensor, right: bool = False) -> Tensor:
-        return torch.searchsorted(self.values, values.flatten(1).contiguous(), right=right).view(values.shape)
+        return torch.searchsorted(self.values, values.to(self.values.dtype).flatten(1).contiguous(), right=right).view(
+            values.shape
+        )
 
-    def _sum(self, low: Tensor, high: Tensor) -> Tensor:
-        return (self.sums.gather(1, high.flatten(1)) - self.sums.gather(1, low.flatten(1))).view(low.shape)
+    def _sum(self, places: Tensor) -> Tensor:
+        return self.sums.gather(1, places.flatten(1)).view(places.shape)

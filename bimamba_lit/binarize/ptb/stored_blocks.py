@@ -27,9 +27,8 @@ def pack_blocks(blocks: list[Block]) -> dict[str, Tensor]:
         fitted = [block[1][index] for block in blocks]
         signs = torch.cat([binary.signs > 0 for binary in fitted], 2)
         parts[f"{prefix}signs"] = torch.stack([pack_bits(plane) for plane in signs])
-        large = [half.large for half in halves if half.large is not None]
-        if large:
-            parts[f"{prefix}groups"] = pack_bits(torch.cat(large, 1))
+        if len(halves[0].masks) == 2:
+            parts[f"{prefix}groups"] = pack_bits(torch.cat([half.masks[1] for half in halves], 1))
         parts[f"{prefix}scales"] = torch.stack([binary.scales.squeeze(3) for binary in fitted]).half()
         shifts = [binary.shift.squeeze(2) for binary in fitted if binary.shift is not None]
         if shifts:
@@ -49,19 +48,20 @@ def unpack_blocks(parts: dict[str, Tensor], in_features: int) -> Iterator[Block]
         yield [half, salient_half], [binary, salient_binary]
 
 
-def _unpack_half(parts: dict[str, Tensor], prefix: str, masks: tuple[Tensor, ...]) -> Iterator[tuple[Half, Binary]]:
-    widths = [int(mask.sum()) for mask in masks]
-    planes = [unpack_bits(plane, sum(widths)) for plane in parts[f"{prefix}signs"]]
-    signs = sign(torch.stack(planes).float()).split(widths, 2)
-    groups, shifts, columns = (parts.get(prefix + name) for name in ("groups", "shifts", "column_scales"))
-    large = None if groups is None else unpack_bits(groups, sum(widths)).split(widths, 1)
-    column_scales = None if columns is None else columns.float().unsqueeze(2).split(widths, 3)
-    for i, mask in enumerate(masks):
-        half = Half(mask, len(planes), None if large is None else large[i])
+def _unpack_half(parts: dict[str, Tensor], prefix: str, columns: tuple[Tensor, ...]) -> Iterator[tuple[Half, Binary]]:
+    widths = [int(mask.sum()) for mask in columns]
+    signs = sign(torch.stack([unpack_bits(plane, sum(widths)) for plane in parts[f"{prefix}signs"]]).float())
+    masks = torch.ones_like(signs[:1])
+    if f"{prefix}groups" in parts:
+        large = unpack_bits(parts[f"{prefix}groups"], sum(widths)).float()
+        masks = torch.stack([1 - large, large])
+    shifts, by_column = parts.get(f"{prefix}shifts"), parts.get(f"{prefix}column_scales")
+    column_scales = None if by_column is None else by_column.float().unsqueeze(2).split(widths, 3)
+    for i, (own, planes) in enumerate(zip(masks.split(widths, 2), signs.split(widths, 2), strict=True)):
         yield (
-            half,
+            Half(columns[i], len(planes), own),
             Binary(
-                signs[i],
+                planes,
                 parts[f"{prefix}scales"][i].float().unsqueeze(3),
                 None if shifts is None else shifts[i].float().unsqueeze(2),
                 None if column_scales is None else column_scales[i],
