@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from bimamba_lit import ops
 from bimamba_lit.binarize.straight_through import StraightThrough, straight_through_sign
+from bimamba_lit.kernels.linear import FEW, linear
 
 TERMS = ("in_scale", "out_scale", "group_scale", "in_shift", "out_shift")
 DEPLOYED_BITS = 16
@@ -69,8 +70,9 @@ class BinaryLinear(nn.Linear, ABC):
 
     def forward(self, x: Tensor) -> Tensor:
         """Multiply ``x`` ``(..., I)`` by the binary weight and add the bias: ``(..., O)``."""
-        decodes = not (self.training or torch.is_grad_enabled()) and x.numel() <= _FEW * self.in_features
-        return nn.functional.linear(x, self._kept_weight() if decodes else self.weight, self.bias)
+        # Reading a text costs more than forming the weight, decoding a token far less.
+        decodes = not (self.training or torch.is_grad_enabled()) and x.numel() <= FEW * self.in_features
+        return linear(x, self._kept_weight() if decodes else self.weight, self.bias)
 
     def train(self, mode: bool = True) -> "BinaryLinear":
         """Set training or evaluation mode; the weight kept while decoding is let go."""
@@ -105,9 +107,6 @@ class BinaryLinear(nn.Linear, ABC):
         """Name the sizes and the options when the layer is printed."""
         options = "".join(f", {name}={value!r}" for name, value in self.options().items())
         return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}{options}"
-
-
-_FEW = 4  # tokens; reading a text costs more than forming the weight, decoding a token far less
 
 
 def fingerprint(tensors: Iterable[Tensor]) -> tuple[Any, ...]:

@@ -4,12 +4,12 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bimamba_lit.binarize.linear import DEPLOYED_BITS, fingerprint
 from bimamba_lit.binarize.ptb.scheme import PTBScheme
 from bimamba_lit.errors import UserError
+from bimamba_lit.kernels.linear import linear
 
 PREFIX = "ptb."
 """What tells a post-training scheme's name from that of a trained one: ``ptb.ScaledSign``, ``ScaledSign``."""
@@ -21,24 +21,24 @@ class PTBLinear(nn.Module):
     The dense weight is formed when it is first needed and kept for as long as the parts stay the same.
 
     Args:
-        linear: The layer that was fitted; its sizes, its bias and the dtype of its weight are taken over.
+        fitted: The layer that was fitted; its sizes, its bias and the dtype of its weight are taken over.
         scheme: The scheme that fitted it.
         parts: What the scheme stores, by name; see :class:`PTBResult`.
     """
 
     bias: Tensor | None
 
-    def __init__(self, linear: nn.Linear, scheme: PTBScheme, parts: Mapping[str, Tensor]) -> None:
+    def __init__(self, fitted: nn.Linear, scheme: PTBScheme, parts: Mapping[str, Tensor]) -> None:
         super().__init__()
-        self.in_features = linear.in_features
-        self.out_features = linear.out_features
+        self.in_features = fitted.in_features
+        self.out_features = fitted.out_features
         self._scheme = scheme
         self._names = tuple(parts)
-        self._dtype = linear.weight.dtype
+        self._dtype = fitted.weight.dtype
         self._kept: tuple[Any, Tensor] | None = None
         for name, part in parts.items():
             self.register_buffer(name, part)
-        self.register_buffer("bias", None if linear.bias is None else linear.bias.detach().clone())
+        self.register_buffer("bias", None if fitted.bias is None else fitted.bias.detach().clone())
 
     @property
     def parts(self) -> dict[str, Tensor]:
@@ -56,7 +56,7 @@ class PTBLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Multiply ``x`` ``(..., I)`` by the weight and add the bias: ``(..., O)``."""
-        return F.linear(x, self.weight, self.bias)
+        return linear(x, self.weight, self.bias)
 
     def train(self, mode: bool = True) -> "PTBLinear":
         """Set training or evaluation mode; the dense weight is let go."""
@@ -73,11 +73,11 @@ class PTBLinear(nn.Module):
 
     def dense(self) -> nn.Linear:
         """Return an ``nn.Linear`` of the same weight and bias."""
-        linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
-        linear.weight = nn.Parameter(self.weight.detach().clone())
+        dense = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
+        dense.weight = nn.Parameter(self.weight.detach().clone())
         if self.bias is not None:
-            linear.bias = nn.Parameter(self.bias.detach().clone())
-        return linear.train(self.training)
+            dense.bias = nn.Parameter(self.bias.detach().clone())
+        return dense.train(self.training)
 
     def storage(self) -> dict[str, int]:
         """Return the bits that the layer is stored in, by part: those of the parts' own bytes; the bias in 16 bits."""
