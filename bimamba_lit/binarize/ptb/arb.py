@@ -23,23 +23,19 @@ class ARB(BlockScheme):
     def __init__(self, column_groups: bool = True) -> None:
         self.column_groups = column_groups
 
-    def binarize(self, weights: list[Tensor], halves: list[Half], hessian: Tensor) -> list[Binary]:
-        """Return the refined form of each half."""
-        return [_refined(w, half) for w, half in zip(weights, halves, strict=True)]
-
-
-def _refined(w: Tensor, half: Half) -> Binary:
-    binary = residual_binary(w, half)
-    signs, numbers = binary.signs, numbers_of(binary)
-    gram = half.sum(torch.ones_like(w)).repeat(len(numbers), len(numbers), 1, 1, 1)
-    for _ in range(ROUNDS):
-        planes = [torch.ones_like(w), *signs]
-        for i, j in combinations(range(len(planes)), 2):
-            gram[i, j] = gram[j, i] = half.sum(planes[i] * planes[j])
-        set_in_turn(numbers, gram, torch.stack([half.sum(plane * w) for plane in planes]))
-        shift, *scales = numbers
-        signs = nearest_signs(w - half.spread(shift), torch.stack([half.spread(scale) for scale in scales]))
-    return with_numbers(signs, numbers)
+    def binarize(self, w: Tensor, half: Half) -> Binary:
+        """Return the refined form of a half."""
+        binary = residual_binary(w, half)
+        signs, numbers = binary.signs, numbers_of(binary)
+        gram = half.sum(torch.ones_like(w)).repeat(len(numbers), len(numbers), 1, 1, 1)
+        for _ in range(ROUNDS):
+            planes = [torch.ones_like(w), *signs]
+            for i, j in combinations(range(len(planes)), 2):
+                gram[i, j] = gram[j, i] = half.sum(planes[i] * planes[j])
+            set_in_turn(numbers, gram, torch.stack([half.sum(plane * w) for plane in planes]))
+            shift, *scales = numbers
+            signs = nearest_signs(w - half.spread(shift), torch.stack([half.spread(scale) for scale in scales]))
+        return with_numbers(signs, numbers)
 
 
 def numbers_of(binary: Binary) -> Tensor:

@@ -23,25 +23,21 @@ class ARBRC(BlockScheme):
     def __init__(self, column_groups: bool = True) -> None:
         self.column_groups = column_groups
 
-    def binarize(self, weights: list[Tensor], halves: list[Half], hessian: Tensor) -> list[Binary]:
-        """Return the refined form of each half."""
-        return [_refined(w, half) for w, half in zip(weights, halves, strict=True)]
-
-
-def _refined(w: Tensor, half: Half) -> Binary:
-    signs, rows, columns = _start(w, half)
-    for _ in range(ROUNDS):
-        for n in range(half.order):
-            part = w * signs[n]
-            for m in range(half.order):
-                if m != n:
-                    part -= half.spread(rows[m]) * half.spread(columns[m]) * signs[m] * signs[n]
-            part = half.masks * part
-            rows[n] = (part @ columns[n].mT) / (half.masks @ columns[n].square().mT).clamp(min=_LEAST)
-            columns[n] = (rows[n].mT @ part) / (rows[n].square().mT @ half.masks).clamp(min=_LEAST)
-        if half.order > 1:  # to first order the signs of W stay the nearest
-            signs = nearest_signs(w, Binary(signs, rows, column_scales=columns).magnitudes(half))
-    return Binary(signs, rows, column_scales=columns)
+    def binarize(self, w: Tensor, half: Half) -> Binary:
+        """Return the refined form of a half."""
+        signs, rows, columns = _start(w, half)
+        for _ in range(ROUNDS):
+            for n in range(half.order):
+                part = w * signs[n]
+                for m in range(half.order):
+                    if m != n:
+                        part -= half.spread(rows[m]) * half.spread(columns[m]) * signs[m] * signs[n]
+                part = half.masks * part
+                rows[n] = (part @ columns[n].mT) / (half.masks @ columns[n].square().mT).clamp(min=_LEAST)
+                columns[n] = (rows[n].mT @ part) / (rows[n].square().mT @ half.masks).clamp(min=_LEAST)
+            if half.order > 1:  # to first order the signs of W stay the nearest
+                signs = nearest_signs(w, Binary(signs, rows, column_scales=columns).magnitudes(half))
+        return Binary(signs, rows, column_scales=columns)
 
 
 def _start(w: Tensor, half: Half) -> tuple[Tensor, Tensor, Tensor]:

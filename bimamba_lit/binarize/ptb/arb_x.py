@@ -17,9 +17,9 @@ class ARBX(ARB):
         column_groups: Whether salient columns are parted by magnitude too (the column-group bitmap).
     """
 
-    def binarize(self, weights: list[Tensor], halves: list[Half], hessian: Tensor) -> list[Binary]:
+    def binarize_block(self, weights: list[Tensor], halves: list[Half], hessian: Tensor) -> list[Binary]:
         """Return the form of each half, refined for both together."""
-        fitted = super().binarize(weights, halves, hessian)
+        fitted = super().binarize_block(weights, halves, hessian)
         w = weights[0].new_empty(len(weights[0]), len(hessian))
         for half, values in zip(halves, weights, strict=True):
             w[:, half.columns] = values

@@ -28,6 +28,6 @@ class BiLLM(BlockScheme):
         """Return what the searches measure their errors on, ``(O, C)``."""
         return w if self.metric == "paper" else (w / diagonal).square()
 
-    def binarize(self, weights: list[Tensor], halves: list[Half], hessian: Tensor) -> list[Binary]:
-        """Return the residual approximation of each half."""
-        return [residual_binary(w, half) for w, half in zip(weights, halves, strict=True)]
+    def binarize(self, w: Tensor, half: Half) -> Binary:
+        """Return the residual approximation of a half."""
+        return residual_binary(w, half)

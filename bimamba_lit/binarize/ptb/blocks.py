@@ -32,14 +32,18 @@ class BlockScheme(PTBScheme):
     column_groups = False
 
     @abstractmethod
-    def binarize(self, weights: list[Tensor], halves: list[Half], hessian: Tensor) -> list[Binary]:
-        """Return the binary form of each half.
+    def binarize(self, w: Tensor, half: Half) -> Binary:
+        """Return the binary form of the columns ``w`` ``(O, K)`` of a half, as corrected so far."""
+
+    def binarize_block(self, weights: list[Tensor], halves: list[Half], hessian: Tensor) -> list[Binary]:
+        """Return the binary form of both halves: each by itself, unless a scheme looks at the block as a whole.
 
         Args:
-            weights: The columns of each half, ``(O, K)``, as corrected so far.
+            weights: The columns of each half, ``(O, K)``.
             halves: The columns that are not salient, to first order, and the salient ones, to second.
             hessian: The block of the Hessian, ``(C, C)``.
         """
+        return [self.binarize(w, half) for w, half in zip(weights, halves, strict=True)]
 
     def _fit(self, weight: Tensor, data: Calibrated | None) -> dict[str, Tensor]:
         assert data is not None
@@ -50,7 +54,7 @@ class BlockScheme(PTBScheme):
             w, own = rest[:, block], factor[block, block]
             halves = self._halves(w, own.diagonal())
             weights = [w[:, half.columns] for half in halves]
-            fitted = [binary.stored() for binary in self.binarize(weights, halves, data.hessian[block, block])]
+            fitted = [binary.stored() for binary in self.binarize_block(weights, halves, data.hessian[block, block])]
             blocks.append((halves, fitted))
             errors = torch.linalg.solve_triangular(own, w - _assembled(halves, fitted), upper=True, left=False)
             rest[:, block.stop :].addmm_(errors, factor[block, block.stop :], alpha=-1)

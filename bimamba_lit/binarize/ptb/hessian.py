@@ -53,7 +53,8 @@ def calibrated(weight: Tensor, hessian: Tensor | None) -> Calibrated:
     weight[:, dead] = 0.0
     mean = diagonal.mean().item()
     for damping in DAMPINGS:
-        damped = double + damping * mean * torch.eye(features, dtype=double.dtype, device=double.device)
+        damped = double.clone()
+        damped.diagonal().add_(damping * mean)
         factor = _inverse_factor(damped)
         if factor is not None:
             break

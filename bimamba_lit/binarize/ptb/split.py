@@ -98,9 +98,8 @@ class _SortedRows:
         return gain
 
     def _place(self, values: Tensor, right: bool = False) -> Tensor:
-        return torch.searchsorted(self.values, values.to(self.values.dtype).flatten(1).contiguous(), right=right).view(
-            values.shape
-        )
+        flat = values.to(self.values.dtype).flatten(1).contiguous()
+        return torch.searchsorted(self.values, flat, right=right).view(values.shape)
 
     def _sum(self, places: Tensor) -> Tensor:
         return self.sums.gather(1, places.flatten(1)).view(places.shape)
