@@ -118,10 +118,33 @@ def _import(module: str) -> None:
         raise UserError(f"--import: {error}; give a module on PYTHONPATH, by its dotted name") from error
 
 
+def _export_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--ckpt", required=True, help="a run folder, a checkpoint, or a saved model's folder")
+    parser.add_argument(
+        "--format", required=True, help="torchscript, pt2, safetensors, gguf or transformers; see the README"
+    )
+    parser.add_argument("--out", required=True, help="the file or the folder to write")
+    parser.add_argument("--dtype", help="of what is not binary: float16, bfloat16 or float32")
+    parser.add_argument("--embedding", help="of the embedding and the head: int8 or int4 instead of --dtype")
+    parser.add_argument(
+        "--import", dest="module", metavar="MODULE", help="import a module first, one that defines the model's scheme"
+    )
+
+
+def _export(chosen: argparse.Namespace) -> None:
+    if chosen.module is not None:
+        _import(chosen.module)
+    from bimamba_lit.export import export
+
+    options = {name: value for name in ("dtype", "embedding") if (value := getattr(chosen, name)) is not None}
+    export(chosen.ckpt, chosen.format, chosen.out, options)
+    print(f"Written: {chosen.out}")
+
+
 def _compare_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("runs", nargs="+", metavar="RUN_DIR", help="folders of finished runs")
     parser.add_argument(
-        "--out", default="runs/comparison", help="folder for report.md, .csv and .png (default: %(default)s)"
+        "--out", default="runs/comparison", help="folder for report.md, .csv, .tex and .png (default: %(default)s)"
     )
 
 
@@ -130,7 +153,28 @@ def _compare(chosen: argparse.Namespace) -> None:
 
     comparison = compare([Path(run) for run in chosen.runs], Path(chosen.out))
     print_comparison(comparison)
-    print(f"\nWritten: {chosen.out}/report.md, report.csv and report.png")
+    print(f"\nWritten: {chosen.out}/report.md, report.csv, report.tex and report.png")
+
+
+def _ablate_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("-c", "--config", required=True, metavar="RECIPE", help="the recipe that all runs share")
+    parser.add_argument(
+        "--grid", required=True, metavar="FILE", help="YAML: recipe keys and the values of each; all combinations run"
+    )
+    parser.add_argument("--seeds", type=_whole_numbers, default=[], metavar="0,1,2", help="(default: the recipe's)")
+    parser.add_argument("--out", help="folder of the runs and the report (default: runs/ablation_GRID)")
+
+
+def _whole_numbers(text: str) -> list[int]:
+    return [int(part) for part in text.split(",")]
+
+
+def _ablate(chosen: argparse.Namespace) -> None:
+    from bimamba_lit.training.ablation import ablate
+
+    out = Path(chosen.out or Path("runs") / f"ablation_{Path(chosen.grid).stem}")
+    ablate(Path(chosen.config), Path(chosen.grid), chosen.seeds, out)
+    print(f"\nWritten: {out}/report.md, report.csv, report.tex and report.png")
 
 
 def _recipes_arguments(parser: argparse.ArgumentParser) -> None:
@@ -179,7 +223,9 @@ def _bench(chosen: argparse.Namespace) -> None:
 
 _COMMANDS = {
     "generate": ("continue a text with a trained model", _generate_arguments, _generate),
+    "export": ("write a trained model in the form that another program runs", _export_arguments, _export),
     "compare": ("lay finished runs side by side: a table and a plot", _compare_arguments, _compare),
+    "ablate": ("run a grid of settings and seeds, then lay the runs side by side", _ablate_arguments, _ablate),
     "recipes": ("list the recipes, or copy one", _recipes_arguments, _recipes),
     "bench": ("measure accuracy and speed beside the peers", _bench_arguments, _bench),
 }

@@ -29,7 +29,7 @@ def runs(run: Run) -> list[Path]:
 def test_the_report_in_files(runs: list[Path], tmp_path: Path) -> None:
     comparison = compare(runs, tmp_path / "out" / "deep")
     folder = tmp_path / "out" / "deep"
-    assert {path.name for path in folder.iterdir()} == {"report.md", "report.csv", "report.png"}
+    assert {path.name for path in folder.iterdir()} == {"report.md", "report.csv", "report.tex", "report.png"}
     text = (folder / "report.md").read_text()
     assert "**offline corpus, val** (SHA-256 abababababab), context 256, stride 128" in text
     assert "![Bits per byte against true size](report.png)" in text
