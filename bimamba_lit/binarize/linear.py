@@ -10,6 +10,7 @@ Every scheme is one formula with some of its terms, so that training, packing an
 
 import inspect
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -80,7 +81,7 @@ class BinaryLinear(nn.Linear, ABC):
 
     def _kept_weight(self) -> Tensor:
         """Return the binary weight, formed once for as long as nothing that it is formed of changes."""
-        state = tuple((id(p), p.data_ptr(), p._version, p.device, p.dtype) for p in self.parameters())
+        state = fingerprint(self.parameters())
         if self._kept is None or self._kept[0] != state:
             self._kept = (state, self.weight.detach())
         return self._kept[1]
@@ -98,10 +99,19 @@ class BinaryLinear(nn.Linear, ABC):
         names = list(inspect.signature(type(self).__init__).parameters)[2:]
         return {name: getattr(self, name) for name in names}
 
+    def kind(self) -> dict[str, Any]:
+        """Return what describes a layer of this kind in a file: ``scheme``, the class's name, and ``options``."""
+        return {"scheme": type(self).__name__, "options": self.options()}
+
     def extra_repr(self) -> str:
         """Name the sizes and the options when the layer is printed."""
         options = "".join(f", {name}={value!r}" for name, value in self.options().items())
         return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}{options}"
+
+
+def fingerprint(tensors: Iterable[Tensor]) -> tuple[Any, ...]:
+    """Return what changes whenever the values of one of the tensors do, without reading them."""
+    return tuple((id(t), t.data_ptr(), t._version, t.device, t.dtype) for t in tensors)
 
 
 def no_decay(values: Tensor) -> nn.Parameter:

@@ -70,6 +70,13 @@ def build(description: Mapping[str, Any]) -> MambaLM:
     return lm
 
 
+def copy_in_fp32(lm: MambaLM) -> MambaLM:
+    """Return a model of the same weights in fp32 that shares none of them."""
+    copy = build(describe(lm)).float()
+    copy.load_state_dict(lm.state_dict())
+    return copy
+
+
 def save_lm(lm: MambaLM, path: str | Path, tokenizer: str | None = None) -> None:
     """Write a model as a folder; see :meth:`MambaLM.save_pretrained`."""
     from safetensors import SafetensorError

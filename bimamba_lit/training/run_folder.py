@@ -140,8 +140,8 @@ def _refuse_finished(folder: Path, config: dict[str, Any]) -> None:
         return
     if all(_length(config, key) <= _length(before, key) for key in ("max_steps", "max_epochs")):
         raise UserError(
-            f"{folder} holds a finished run of this configuration: see {folder / SUMMARY}, resume it with a longer "
-            "--trainer.max_steps and --ckpt_path last, or choose another --trainer.default_root_dir"
+            f"{folder} holds a finished run of this configuration: see {folder / SUMMARY}, choose another "
+            "--trainer.default_root_dir, or train on with a longer --trainer.max_steps and --ckpt_path last"
         )
 
 
