@@ -7,7 +7,10 @@ from torch import Tensor, nn
 from bimamba_lit.binarize import BinaryLinear, known_schemes, no_decay
 from bimamba_lit.training.check_scheme import findings_of
 
-SHIPPED = [scheme for scheme in known_schemes().values() if scheme.__module__.startswith("bimamba_lit.")]
+SHIPPED = sorted(
+    (scheme for scheme in known_schemes().values() if scheme.__module__.startswith("bimamba_lit.")),
+    key=lambda one: one.__name__,
+)
 
 
 @pytest.mark.parametrize("scheme", SHIPPED, ids=lambda scheme: scheme.__name__)
