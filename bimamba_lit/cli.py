@@ -141,6 +141,31 @@ def _export(chosen: argparse.Namespace) -> None:
     print(f"Written: {chosen.out}")
 
 
+def _convert_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--from", dest="source", required=True, metavar="PATH", help="a run folder, a checkpoint, or any model's folder"
+    )
+    parser.add_argument("--to", dest="target", required=True, metavar="PATH", help="the folder to write")
+    parser.add_argument(
+        "--format",
+        default="latent",
+        help="latent, packed (both this project's), transformers, state-spaces or bi-mamba (default: %(default)s)",
+    )
+    parser.add_argument("--dtype", help="of the tensors written: float16, bfloat16 or float32")
+    parser.add_argument(
+        "--import", dest="module", metavar="MODULE", help="import a module first, one that defines the model's scheme"
+    )
+
+
+def _convert(chosen: argparse.Namespace) -> None:
+    if chosen.module is not None:
+        _import(chosen.module)
+    from bimamba_lit.export.convert import convert
+
+    convert(chosen.source, chosen.target, chosen.format, chosen.dtype)
+    print(f"Written: {chosen.target}")
+
+
 def _compare_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("runs", nargs="+", metavar="RUN_DIR", help="folders of finished runs")
     parser.add_argument(
@@ -224,6 +249,7 @@ def _bench(chosen: argparse.Namespace) -> None:
 _COMMANDS = {
     "generate": ("continue a text with a trained model", _generate_arguments, _generate),
     "export": ("write a trained model in the form that another program runs", _export_arguments, _export),
+    "convert": ("read a model in any form and write it in another", _convert_arguments, _convert),
     "compare": ("lay finished runs side by side: a table and a plot", _compare_arguments, _compare),
     "ablate": ("run a grid of settings and seeds, then lay the runs side by side", _ablate_arguments, _ablate),
     "recipes": ("list the recipes, or copy one", _recipes_arguments, _recipes),

@@ -1,8 +1,8 @@
 """How many weights a model has, how many of them are binary, and what it takes to store them.
 
-A size is that of the deployed model: a sign is one bit (rows padded to whole bytes), and everything left in full
-precision, the scales of binary layers included, is counted at 16 bits, the width it is deployed in, whatever the
-width it is trained in. Tied weights count once.
+A size is that of the deployed model: a sign is one bit (rows padded to whole bytes), an entry of a quantized embedding
+has its own bits, and everything left in full precision, all scales included, is counted at 16 bits, the width it is
+deployed in, whatever the width it is trained in. Tied weights count once.
 """
 
 from typing import NamedTuple
@@ -10,6 +10,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from bimamba_lit.binarize import DEPLOYED_BITS, binary_layers
+from bimamba_lit.models.quantized_table import QuantizedTable
 
 
 class ParameterCount(NamedTuple):
@@ -31,16 +32,21 @@ def count_parameters(lm: nn.Module) -> ParameterCount:
         binarized += layer.in_features * layer.out_features
         scales += sum(term.numel() for term in layer.terms().values())
         scales += layer.bias.numel() if isinstance(layer.bias, Tensor) else 0
-    return ParameterCount(binarized + scales + _full_precision(lm), binarized)
+    tables = sum(table.codes.shape[0] * table.width + table.scale.numel() for table in _tables(lm))
+    return ParameterCount(binarized + scales + tables + _full_precision(lm), binarized)
 
 
 def true_bits(lm: nn.Module) -> int:
-    """Return the bits it takes to store a model: signs, scales, and everything else at 16 bits."""
-    binary = sum(sum(layer.storage().values()) for _, layer in binary_layers(lm))
-    return binary + DEPLOYED_BITS * _full_precision(lm)
+    """Return the bits it takes to store a model: signs, scales, quantized tables, and everything else at 16 bits."""
+    parts = [layer.storage() for _, layer in binary_layers(lm)] + [table.storage() for table in _tables(lm)]
+    return sum(sum(part.values()) for part in parts) + DEPLOYED_BITS * _full_precision(lm)
+
+
+def _tables(lm: nn.Module) -> list[QuantizedTable]:
+    return [module for module in lm.modules() if isinstance(module, QuantizedTable)]
 
 
 def _full_precision(lm: nn.Module) -> int:
-    """Count the parameters outside binary layers, tied ones once; packed layers have none, only buffers."""
+    """Count the parameters outside binary layers, tied ones once; packed layers and tables have none."""
     inside = {id(parameter) for _, layer in binary_layers(lm) for parameter in layer.parameters()}
     return sum(parameter.numel() for parameter in lm.parameters() if id(parameter) not in inside)

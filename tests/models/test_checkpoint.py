@@ -165,7 +165,7 @@ def test_a_file_cut_short(make, tmp_path, name, share):
 def test_a_folder_without_weights(make, tmp_path):
     make().save_pretrained(tmp_path)
     (tmp_path / "model.safetensors").unlink()
-    assert "has a config.json and no model.safetensors" in refused(tmp_path)
+    assert "no weights: neither model.safetensors nor pytorch_model.bin" in refused(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -175,7 +175,7 @@ def test_a_folder_without_weights(make, tmp_path):
         ("[]", "holds no mapping of keys to values"),
         ('{"hidden_size": 3}', "a folder of an unknown kind"),
         ('{"model_type": "llama"}', "a transformers folder of the model type 'llama'"),
-        ('{"d_model": 768, "ssm_cfg": {}}', "a state-spaces (mamba_ssm) folder"),
+        ('{"d_model": 768, "n_layer": 2, "attn_layer_idx": [1]}', "attn_layer_idx is [1]"),
         ('{"format": "bimamba-lit", "format_version": 2}', "format version 2"),
         ('{"format": "bimamba-lit", "format_version": 1}', "must hold 'config'"),
     ],

@@ -1,0 +1,57 @@
+"""PyTorch's own files (``torch.save``), opened as plain tensors and values and nothing else.
+
+``weights_only=True`` keeps a pickle from running code, and tensors stay in the memory-mapped file until copied. What is
+left to guard against is a small file that asks for much memory: records are required to lie in the file as they are,
+uncompressed, so that no record is larger than the file, and ``bytearray``, which allocates as many bytes as it is told
+and which no checkpoint needs, is refused.
+"""
+
+import pickle
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bimamba_lit.errors import UserError
+
+_LARGEST_STRUCTURE = 1 << 26  # bytes of a checkpoint's pickle, which holds names and shapes but no tensor
+
+
+def load_plain(file: Path, wanted: str) -> Any:
+    """Return the content of a PyTorch file, its tensors on the CPU and memory-mapped.
+
+    Args:
+        file: The file.
+        wanted: What would be right, told when it is not.
+
+    Raises:
+        UserError: If it holds more than tensors and plain values, is damaged, or is no PyTorch file.
+    """
+    try:
+        _check_archive(file, wanted)
+        return torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+    except UserError:
+        raise
+    except pickle.UnpicklingError as error:
+        raise UserError(
+            f"{file} is not a checkpoint of plain tensors and values, and nothing else is opened; give {wanted}"
+        ) from error
+    except Exception as error:  # a damaged pickle raises whatever its bytes happen to ask for
+        raise UserError(f"{file} is no checkpoint, or is damaged or cut short; give {wanted}") from error
+
+
+def _check_archive(file: Path, wanted: str) -> None:
+    size = file.stat().st_size
+    with zipfile.ZipFile(file) as archive:
+        for record in archive.infolist():
+            if record.compress_type != zipfile.ZIP_STORED or record.file_size > size:
+                raise UserError(
+                    f"{file} is compressed or damaged: PyTorch stores its records as they are; give {wanted}"
+                )
+            if not record.filename.endswith("/data.pkl"):
+                continue
+            if record.file_size > _LARGEST_STRUCTURE or b"bytearray" in archive.read(record):
+                raise UserError(
+                    f"{file} is not a checkpoint of plain tensors and values, and nothing else is opened; give {wanted}"
+                )
