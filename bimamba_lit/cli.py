@@ -126,6 +126,8 @@ def _export_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", required=True, help="the file or the folder to write")
     parser.add_argument("--dtype", help="of what is not binary: float16, bfloat16 or float32")
     parser.add_argument("--embedding", help="of the embedding and the head: int8 or int4 instead of --dtype")
+    parser.add_argument("--group_size", type=int, help="entries of such an embedding that share a scale: else a row")
+    parser.add_argument("--fallback", help="gguf: f16 for binary layers that Q1_0 cannot hold, refused otherwise")
     parser.add_argument(
         "--import", dest="module", metavar="MODULE", help="import a module first, one that defines the model's scheme"
     )
@@ -136,7 +138,8 @@ def _export(chosen: argparse.Namespace) -> None:
         _import(chosen.module)
     from bimamba_lit.export import export
 
-    options = {name: value for name in ("dtype", "embedding") if (value := getattr(chosen, name)) is not None}
+    names = ("dtype", "embedding", "group_size", "fallback")
+    options = {name: value for name in names if (value := getattr(chosen, name)) is not None}
     export(chosen.ckpt, chosen.format, chosen.out, options)
     print(f"Written: {chosen.out}")
 

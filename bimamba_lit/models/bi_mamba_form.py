@@ -61,8 +61,7 @@ def to_bi_mamba(lm: MambaLM) -> dict[str, Tensor]:
     layers = dict(binary_layers(lm))
     if not layers:
         raise UserError("the model has no binary layer, and the Bi-Mamba form is one of binary models")
-    inside = tuple(f"{name}." for name in layers)
-    state = {name: tensor for name, tensor in dense_tensors(lm) if not name.startswith(inside)}
+    state = dict(dense_tensors(lm, leave_out=layers))
     for name, layer in layers.items():
         scale, shift = _scale_and_shift(name, layer)
         state |= {f"{name}.weight": _latent(layer), name + _SCALE: scale, name + _SHIFT: shift}

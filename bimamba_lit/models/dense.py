@@ -1,6 +1,6 @@
 """A model's tensors as programs know them that have never heard of binary layers."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 from torch import Tensor
 
@@ -11,18 +11,23 @@ from bimamba_lit.models.quantized_table import QuantizedEmbedding
 _FORMED = (BinaryLinear, PackedLinear, QuantizedEmbedding)
 
 
-def dense_tensors(lm: MambaLM) -> Iterator[tuple[str, Tensor]]:
+def dense_tensors(lm: MambaLM, leave_out: Collection[str] = ()) -> Iterator[tuple[str, Tensor]]:
     """Yield names and tensors of a model with dense weights, one after the other; a tied head is left out.
 
     The weight of a binary layer or of a quantized table is formed when its turn comes.
+
+    Args:
+        lm: The model.
+        leave_out: Names of layers whose tensors are not wanted.
     """
     formed = {name: module for name, module in lm.named_modules() if isinstance(module, _FORMED)}
-    skipped = (*(f"{name}." for name in formed), *(["lm_head."] if is_tied(lm) else []))
+    left_out = {*leave_out, *(["lm_head"] if is_tied(lm) else [])}
+    skipped = tuple(f"{name}." for name in {*formed, *left_out})
     for name, tensor in lm.state_dict().items():
         if not name.startswith(skipped):
             yield name, tensor
     for name, module in formed.items():
-        if f"{name}." == "lm_head." and is_tied(lm):
+        if name in left_out:
             continue
         yield f"{name}.weight", module.weight.detach()
         bias = getattr(module, "bias", None)

@@ -81,13 +81,15 @@ def test_what_forms_cannot_hold(make, tmp_path):
 
 
 def test_two_scales_do_not_fit_the_bi_mamba_form(make, tmp_path):
-    class TwoSided(BinaryLinear):
+    class BothSides(BinaryLinear):
         def terms(self):
             return {"in_scale": torch.ones(self.in_features), "out_scale": torch.ones(self.out_features)}
 
-    binarize_(lm := make(), TwoSided)
+    binarize_(lm := make(), BothSides)
     lm.save_pretrained(tmp_path / "from")
-    with pytest.raises(UserError, match=r"in_proj \(TwoSided\) has in_scale, out_scale, and the Bi-Mamba form has one"):
+    with pytest.raises(
+        UserError, match=r"in_proj \(BothSides\) has in_scale, out_scale, and the Bi-Mamba form has one"
+    ):
         convert(tmp_path / "from", tmp_path / "to", "bi-mamba")
 
 
