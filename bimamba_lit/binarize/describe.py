@@ -50,6 +50,7 @@ def apply_binarization_(model: nn.Module, description: list[dict[str, Any]]) -> 
                 "the description of the binary layers must hold scheme, options, targets and packed"
             ) from error
         scheme = _scheme(name)
+        _check_targets(model, targets)
         try:
             binarize_(model, partial(scheme, **options), targets)
         except (TypeError, KeyError) as error:
@@ -59,6 +60,15 @@ def apply_binarization_(model: nn.Module, description: list[dict[str, Any]]) -> 
                 layer = model.get_submodule(target)
                 assert isinstance(layer, BinaryLinear)
                 model.set_submodule(target, PackedLinear(layer))
+
+
+def _check_targets(model: nn.Module, targets: object) -> None:
+    if not isinstance(targets, list):
+        raise UserError(f"the targets of a scheme must be a list of layers' names, not {targets!r}")
+    layers = dict(model.named_modules())
+    for target in targets:
+        if not isinstance(target, str) or target not in layers:
+            raise UserError(f"the model has no layer {target!r}, which is said to be binary")
 
 
 def known_schemes() -> dict[str, type[BinaryLinear]]:

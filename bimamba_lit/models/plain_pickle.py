@@ -55,3 +55,5 @@ def _check_archive(file: Path, wanted: str) -> None:
                 raise UserError(
                     f"{file} is not a checkpoint of plain tensors and values, and nothing else is opened; give {wanted}"
                 )
+        if damaged := archive.testzip():
+            raise UserError(f"{file} is damaged: {damaged} in it does not have its checksum; save or copy it again")

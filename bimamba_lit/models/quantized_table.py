@@ -53,7 +53,8 @@ class QuantizedTable(nn.Module):
         if bits == 4 and width % 2:
             raise UserError(f"4-bit entries lie two in a byte, and the embedding's width {width} is odd")
         self.bits, self.group_size, self.width = bits, group_size, width
-        parts = [_quantized(rows, bits, group, dtype) for rows in weight.detach().split(max(1, _SLICE // width))]
+        rows = weight.shape[0] if weight.is_meta else max(1, _SLICE // width)
+        parts = [_quantized(part, bits, group, dtype) for part in weight.detach().split(rows)]
         self.register_buffer("codes", torch.cat([codes for codes, _ in parts]))
         self.register_buffer("scale", torch.cat([scale for _, scale in parts]))
 

@@ -62,7 +62,7 @@ def state_spaces_config(values: Mapping[str, Any]) -> MambaConfig:
     mixer = _MIXERS[layer]
     ours = _MIXER_OURS[mixer]
     _check(options, ["layer", *ours, *_MIXER_ONLY, *_MIXER_WITHOUT_EFFECT, "dt_limit"], _MIXER_ONLY)
-    if list(options.get("dt_limit", _NO_LIMIT)) != _NO_LIMIT:
+    if options.get("dt_limit", _NO_LIMIT) != _NO_LIMIT:
         raise UserError(f"ssm_cfg.dt_limit is {options['dt_limit']!r}, and models of this project have no limit")
     chosen = {name: values.get(name, default) for name, default in _OURS.items()}
     chosen |= {name: options[name] for name in ours if name in options}

@@ -36,7 +36,8 @@ _INFINITY = (float("inf"), {"__float__": "Infinity"})  # the second since transf
 
 def is_transformers_mamba(values: Mapping[str, Any]) -> bool:
     """Tell whether the content of a ``config.json`` is that of transformers' Mamba or Mamba2."""
-    return values.get("model_type") in _MIXER_FIELDS
+    kind = values.get("model_type")
+    return isinstance(kind, str) and kind in _MIXER_FIELDS
 
 
 def transformers_config(values: Mapping[str, Any]) -> MambaConfig:
