@@ -35,22 +35,39 @@ _LAYER_NAMES = {
     "mixer.out_proj": "ssm_out",
 }
 _MATRICES = ("token_embd", "output", "ssm_in", "ssm_x", "ssm_dt", "ssm_out")
+_TABLES = ("token_embd.weight", "output.weight")
+_TABLE_TYPES = {"int8": "Q8_0", "int4": "Q4_0"}
+_TABLE_BLOCK = 32
 _CONTEXT = 1 << 20  # llama.cpp's converter: any length, for a model that has no limit
 
 
-def export_gguf(lm: MambaLM, out: str | Path, tokenizer_json: str | None, *, fallback: str | None = None) -> None:
+def export_gguf(
+    lm: MambaLM,
+    out: str | Path,
+    tokenizer_json: str | None,
+    *,
+    embedding: str | None = None,
+    fallback: str | None = None,
+) -> None:
     """Write a GGUF file that llama.cpp runs as the architecture ``mamba`` or ``mamba2``.
 
     Args:
         lm: The model, latent or packed, its mixers all of one kind.
         out: The file.
         tokenizer_json: The tokenizer's JSON: bytes, or a byte-level BPE that splits as GPT-2's; None writes none.
+        embedding: "int8" or "int4" writes the embedding and a dense head as Q8_0 or Q4_0, whose blocks are 32 wide;
+            None as F16.
         fallback: "f16" writes binary layers that Q1_0 cannot hold as dense F16; None refuses them.
 
     Raises:
         UserError: If the package ``gguf`` is missing, a layer or the tokenizer does not fit, or the file cannot be
             written.
     """
+    if embedding is not None and (embedding not in _TABLE_TYPES or lm.config.d_model % _TABLE_BLOCK):
+        raise UserError(
+            f"the embedding can be {' or '.join(_TABLE_TYPES)} where its width is a multiple of {_TABLE_BLOCK}, not "
+            f"'{embedding}' with the width {lm.config.d_model}"
+        )
     if fallback not in (None, "f16"):
         raise UserError(f"the fallback can be f16, not '{fallback}'")
     gguf = _package()
@@ -67,7 +84,11 @@ def export_gguf(lm: MambaLM, out: str | Path, tokenizer_json: str | None, *, fal
         writer.add_tensor(f"{_their_name(name)}.weight", blocks, raw_dtype=gguf.GGMLQuantizationType.Q1_0)
     for name, tensor in dense_tensors(lm, leave_out=fits):
         theirs, values = _converted(lm.config, name, tensor.float(), gains)
-        writer.add_tensor(theirs, values)
+        if embedding is not None and theirs in _TABLES:
+            kind = gguf.GGMLQuantizationType[_TABLE_TYPES[embedding]]
+            writer.add_tensor(theirs, gguf.quantize(values.astype(np.float32), kind), raw_dtype=kind)
+        else:
+            writer.add_tensor(theirs, values)
     with replacing(out) as file:
         try:
             writer.write_header_to_file(file)

@@ -34,13 +34,14 @@ def add_vocabulary(writer: Any, definition: str | None, vocab_size: int) -> None
     tokenizer = SubwordTokenizer(definition)
     if tokenizer.vocab_size > vocab_size:
         raise UserError(f"the tokenizer has {tokenizer.vocab_size} tokens and the model knows {vocab_size}")
-    special = {token["id"] for token in fields.get("added_tokens", []) if token.get("special")}
+    # Tokens that are looked for before text is split: marks, and runs of spaces in GPT-NeoX's vocabulary.
+    added = {
+        token["id"]: gguf.TokenType.CONTROL if token.get("special") else gguf.TokenType.USER_DEFINED
+        for token in fields.get("added_tokens", [])
+    }
     spelled = tokenizer.tokens()
-    tokens, kinds = [], []
-    for i in range(vocab_size):
-        tokens.append(spelled.get(i, f"[PAD{i}]"))
-        control = gguf.TokenType.CONTROL if i in special else gguf.TokenType.NORMAL
-        kinds.append(control if i in spelled else gguf.TokenType.UNUSED)
+    tokens = [spelled.get(i, f"[PAD{i}]") for i in range(vocab_size)]
+    kinds = [added.get(i, gguf.TokenType.NORMAL) if i in spelled else gguf.TokenType.UNUSED for i in range(vocab_size)]
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("gpt-2")
     writer.add_token_list(tokens)

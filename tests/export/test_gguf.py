@@ -194,6 +194,19 @@ def test_a_vanishing_scale_is_refused(make, tmp_path):
         export_gguf(lm, tmp_path / "lm.gguf", None)
 
 
+@pytest.mark.parametrize(("embedding", "kind", "off"), [("int8", "Q8_0", 0.01), ("int4", "Q4_0", 0.2)])
+def test_an_embedding_in_few_bits(make, error, tmp_path, embedding, kind, off):
+    lm = binary(make, tie_embeddings=False)
+    export_gguf(lm, tmp_path / "lm.gguf", None, embedding=embedding)
+    _, tensors = read(tmp_path / "lm.gguf")
+    for name, weight in (("token_embd.weight", lm.backbone.embedding.weight), ("output.weight", lm.lm_head.weight)):
+        assert tensors[name].tensor_type.name == kind
+        found = gguf.dequantize(np.asarray(tensors[name].data), tensors[name].tensor_type)
+        assert 0 < error(torch.from_numpy(found), weight[:61]) < off
+    with pytest.raises(UserError, match="the embedding can be int8 or int4 where its width is a multiple of 32"):
+        export_gguf(lm, tmp_path / "lm.gguf", None, embedding="int3")
+
+
 def bpe():
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -208,15 +221,16 @@ def bpe():
 
 def test_a_vocabulary(make, tmp_path):
     tokenizer = bpe()
+    tokenizer.add_tokens(["    "])
     size = tokenizer.get_vocab_size()
     export_gguf(binary(make, vocab_size=size + 5), tmp_path / "lm.gguf", tokenizer.to_str())
     fields, _ = read(tmp_path / "lm.gguf")
     assert fields["tokenizer.ggml.model"] == "gpt2" and fields["tokenizer.ggml.pre"] == "gpt-2"
     tokens = fields["tokenizer.ggml.tokens"]
     assert tokens[:size] == [tokenizer.id_to_token(i) for i in range(size)] and tokens[-1] == f"[PAD{size + 4}]"
-    assert fields["tokenizer.ggml.token_type"] == [3, *[1] * (size - 1), *[5] * 5]
+    assert fields["tokenizer.ggml.token_type"] == [3, *[1] * (size - 2), 4, *[5] * 5]
     merged = {"".join(merge.split(" ")) for merge in fields["tokenizer.ggml.merges"]}
-    assert merged <= set(tokens) and len(merged) == size - 257
+    assert merged <= set(tokens) and len(merged) == size - 258
     assert fields["tokenizer.ggml.eos_token_id"] == 0
 
 

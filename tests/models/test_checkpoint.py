@@ -218,6 +218,11 @@ def test_a_pickle_that_runs_code_is_not_run(make, tmp_path):
     assert not (tmp_path / "trapped").exists()
 
 
+def test_a_word_for_what_is_refused_is_only_a_word(make, tmp_path):
+    file = write_lightning(lm := make(), tmp_path / "a.ckpt", tokenizer='{"model": {"vocab": {"bytearray": 3}}}')
+    assert_same(load_lm(file), lm)
+
+
 @pytest.mark.parametrize("content", [{"state_dict": {}}, [1], {"lm": {}, "state_dict": []}])
 def test_a_pytorch_file_of_another_program(tmp_path, content):
     torch.save(content, tmp_path / "a.pt")
