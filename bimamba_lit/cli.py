@@ -126,6 +126,8 @@ def _export_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", required=True, help="the file or the folder to write")
     parser.add_argument("--dtype", help="of what is not binary: float16, bfloat16 or float32")
     parser.add_argument("--embedding", help="of the embedding and the head: int8 or int4 instead of --dtype")
+    parser.add_argument("--group_size", type=int, help="entries of such an embedding that share a scale: else a row")
+    parser.add_argument("--fallback", help="gguf: f16 for binary layers that Q1_0 cannot hold, refused otherwise")
     parser.add_argument(
         "--import", dest="module", metavar="MODULE", help="import a module first, one that defines the model's scheme"
     )
@@ -136,9 +138,35 @@ def _export(chosen: argparse.Namespace) -> None:
         _import(chosen.module)
     from bimamba_lit.export import export
 
-    options = {name: value for name in ("dtype", "embedding") if (value := getattr(chosen, name)) is not None}
+    names = ("dtype", "embedding", "group_size", "fallback")
+    options = {name: value for name in names if (value := getattr(chosen, name)) is not None}
     export(chosen.ckpt, chosen.format, chosen.out, options)
     print(f"Written: {chosen.out}")
+
+
+def _convert_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--from", dest="source", required=True, metavar="PATH", help="a run folder, a checkpoint, or any model's folder"
+    )
+    parser.add_argument("--to", dest="target", required=True, metavar="PATH", help="the folder to write")
+    parser.add_argument(
+        "--format",
+        default="latent",
+        help="latent, packed (both this project's), transformers, state-spaces or bi-mamba (default: %(default)s)",
+    )
+    parser.add_argument("--dtype", help="of the tensors written: float16, bfloat16 or float32")
+    parser.add_argument(
+        "--import", dest="module", metavar="MODULE", help="import a module first, one that defines the model's scheme"
+    )
+
+
+def _convert(chosen: argparse.Namespace) -> None:
+    if chosen.module is not None:
+        _import(chosen.module)
+    from bimamba_lit.export.convert import convert
+
+    convert(chosen.source, chosen.target, chosen.format, chosen.dtype)
+    print(f"Written: {chosen.target}")
 
 
 def _compare_arguments(parser: argparse.ArgumentParser) -> None:
@@ -235,6 +263,7 @@ def _bench(chosen: argparse.Namespace) -> None:
 _COMMANDS = {
     "generate": ("continue a text with a trained model", _generate_arguments, _generate),
     "export": ("write a trained model in the form that another program runs", _export_arguments, _export),
+    "convert": ("read a model in any form and write it in another", _convert_arguments, _convert),
     "compare": ("lay finished runs side by side: a table and a plot", _compare_arguments, _compare),
     "ablate": ("run a grid of settings and seeds, then lay the runs side by side", _ablate_arguments, _ablate),
     "check-scheme": (
