@@ -116,7 +116,7 @@ class DeployedBinary(nn.Module):
     def _multiply_packed(self, x: Tensor) -> Tensor:
         rows = self.signs.shape[0]
         y = torch.empty(x.shape[:-1] + (rows,))
-        block = 65536 // self.in_features + 1  # rows: what unpacked stays in cache
+        block = rows_unpacked(rows, self.in_features)
         for start in range(0, rows, block):
             some = slice(start, start + block)
             weight = unpack_signs(self.signs[some], self.in_features)
@@ -195,7 +195,7 @@ class DeployedTable(nn.Module):
             return multiply_integers(x, self.integers) * self.integer_scale
         rows = self.stored.shape[0]
         y = torch.empty(x.shape[:-1] + (rows,))
-        block = 65536 // self.stored.shape[1] + 1
+        block = rows_unpacked(rows, self.stored.shape[1])
         for start in range(0, rows, block):
             some = slice(start, start + block)
             y[..., some] = F.linear(x, self._rows(self.stored[some], self.scale[some]))
@@ -204,6 +204,11 @@ class DeployedTable(nn.Module):
     def _rows(self, stored: Tensor, scale: Tensor) -> Tensor:
         rows = stored.float()
         return rows * scale.float().unsqueeze(1) if scale.numel() > 0 else rows
+
+
+def rows_unpacked(rows: int, width: int) -> int:
+    """Return how many rows to unpack at a time: what stays in cache, but all in a graph, which loops are written out in."""
+    return 65536 // width + 1 if torch.jit.is_scripting() else rows  # type: ignore[attr-defined]
 
 
 def multiply(x: Tensor, weight: Tensor) -> Tensor:

@@ -1,3 +1,4 @@
+# mypy: disable-error-code="empty-body"
 """A trained model as it is deployed: one module of plain tensor operations that scripts, exports and runs anywhere.
 
 Weights are stored small and unpacked by `prepare`; see :mod:`deployed_linear`. A state is a list of two tensors a
@@ -222,13 +223,13 @@ class AnyBlock(nn.Module):
     def prepare(self, mode: str) -> None:  # noqa: D102
         pass
 
-    def init_state(self, batch: int) -> tuple[Tensor, Tensor]:  # type: ignore[empty-body] # noqa: D102
+    def init_state(self, batch: int) -> tuple[Tensor, Tensor]:  # noqa: D102
         pass
 
-    def forward(self, x: Tensor, past: Tensor, state: Tensor) -> Tensor:  # type: ignore[empty-body] # noqa: D102
+    def forward(self, x: Tensor, past: Tensor, state: Tensor) -> Tensor:  # noqa: D102
         pass
 
-    def step(self, x: Tensor, past: Tensor, state: Tensor) -> Tensor:  # type: ignore[empty-body] # noqa: D102
+    def step(self, x: Tensor, past: Tensor, state: Tensor) -> Tensor:  # noqa: D102
         pass
 
 

@@ -96,6 +96,8 @@ def selective_scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, st
     Returns:
         y (B, L, E).
     """
+    if not torch.jit.is_scripting():  # type: ignore[attr-defined]
+        return _exported_selective_scan(u, delta, A, B, C, state)
     ys: list[Tensor] = []
     last = state
     for start in range(0, u.shape[1], 16):
@@ -110,6 +112,21 @@ def selective_scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, st
     return torch.cat(ys, 1)
 
 
+def _exported_selective_scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor) -> Tensor:
+    """Do what `selective_scan` does with the loop that ``torch.export`` keeps as one, for any length."""
+    from torch._higher_order_ops.scan import scan
+
+    def add(state: Tensor, token: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        state = token[0] * state + token[1]
+        return state, state.clone()
+
+    step = delta.unsqueeze(-1)
+    decay, written = (step * A).exp(), step * u.unsqueeze(-1) * B.unsqueeze(2)
+    last, states = scan(add, state, (decay.transpose(0, 1), written.transpose(0, 1)))
+    state.copy_(last)
+    return (states.transpose(0, 1) @ C.unsqueeze(-1)).squeeze(-1)
+
+
 def selective_scan_step(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor) -> Tensor:
     """Do what `selective_scan` does for one token, u and delta (B, E), B and C (B, N), in the state given."""
     step = delta.unsqueeze(-1)
@@ -120,8 +137,11 @@ def selective_scan_step(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tenso
 def _chunks(t: Tensor) -> Tensor:
     """(B, L, ...) -> (B, C, Q, ...), filled up with zeros: no input, and no decay."""
     chunk = 64
-    padding = [0] * (2 * (t.dim() - 2)) + [0, -t.shape[1] % chunk]
-    return F.pad(t, padding).unflatten(1, [-1, chunk])
+    count = (t.shape[1] + chunk - 1) // chunk
+    if not torch.jit.is_scripting():  # type: ignore[attr-defined]
+        count += 1  # torch.export would take a count that can be one for always one, or for never
+    padding = [0] * (2 * (t.dim() - 2)) + [0, count * chunk - t.shape[1]]
+    return F.pad(t, padding).reshape([t.shape[0], count, chunk] + list(t.shape[2:]))
 
 
 def _decay_between(total: Tensor) -> Tensor:
