@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bimamba_lit.binarize import BinaryLinear, PackedLinear
+from bimamba_lit.binarize import BinaryLinear, PackedLinear, PTBLinear
 from bimamba_lit.binarize.linear import TERMS, compose
 from bimamba_lit.errors import UserError
 from bimamba_lit.kernels.binary_linear.naive import add_terms
@@ -31,7 +31,7 @@ class DeployedLinear(nn.Module):
     stored: Tensor
     bias: Tensor
 
-    def __init__(self, layer: nn.Linear, dtype: torch.dtype) -> None:
+    def __init__(self, layer: nn.Linear | PTBLinear, dtype: torch.dtype) -> None:
         super().__init__()
         self.register_buffer("stored", rounded(layer.weight, dtype))
         self.register_buffer("bias", rounded(layer.bias, dtype))
@@ -51,7 +51,7 @@ class DeployedBinary(nn.Module):
     """A binary matrix, stored as packed signs and the terms of its scheme's formula; see ``BinaryLinear``.
 
     Args:
-        layer: The trained or the packed layer.
+        layer: The layer: trained, packed, or fitted after training with one sign a weight.
         dtype: What to store the terms in.
     """
 
@@ -63,12 +63,12 @@ class DeployedBinary(nn.Module):
     out_shift: Tensor
     bias: Tensor
 
-    def __init__(self, layer: BinaryLinear | PackedLinear, dtype: torch.dtype) -> None:
+    def __init__(self, layer: BinaryLinear | PackedLinear | PTBLinear, dtype: torch.dtype) -> None:
         super().__init__()
         self.in_features = layer.in_features
-        signs = layer.packed_signs() if isinstance(layer, BinaryLinear) else layer.signs
+        signs = layer.signs if isinstance(layer, PackedLinear) else layer.packed_signs()
         self.register_buffer("signs", signs.detach().clone())
-        terms = layer.terms()
+        terms = layer.terms() or {}
         for name in TERMS:
             self.register_buffer(name, rounded(terms.get(name), dtype))
         self.register_buffer("bias", rounded(layer.bias, dtype))
@@ -207,7 +207,7 @@ class DeployedTable(nn.Module):
 
 
 def rows_unpacked(rows: int, width: int) -> int:
-    """Return how many rows to unpack at a time: what stays in cache, but all in a graph, which loops are written out in."""
+    """Return how many rows to unpack at a time: what stays in cache; in a graph, which writes loops out, all."""
     return 65536 // width + 1 if torch.jit.is_scripting() else rows  # type: ignore[attr-defined]
 
 

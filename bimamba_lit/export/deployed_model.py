@@ -10,13 +10,14 @@ V vocabulary.
 """
 
 import json
+import warnings
 from typing import Final
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bimamba_lit.binarize import BinaryLinear, PackedLinear, describe_binarization
+from bimamba_lit.binarize import BinaryLinear, PackedLinear, PTBLinear, describe_binarization
 from bimamba_lit.export.deployed_linear import DeployedBinary, DeployedLinear, DeployedTable, rounded
 from bimamba_lit.export.deployed_ops import (
     causal_conv,
@@ -212,25 +213,28 @@ class DeployedBlock(nn.Module):
         return x + self.mixer.step(rms_norm(x, self.norm, self.eps, 1), past, state)
 
 
-@torch.jit.interface
-class AnyBlock(nn.Module):
-    """What the model calls a block through.
+with warnings.catch_warnings():
+    warnings.filterwarnings("ignore", ".*torch.jit.interface.*deprecated", DeprecationWarning)
 
-    A script writes a loop over modules out, block by block, and optimizes the whole; a call through an interface is a
-    call, so that all blocks share one small graph: seconds and hundreds of megabytes less where the model runs.
-    """
+    @torch.jit.interface
+    class AnyBlock(nn.Module):
+        """What the model calls a block through.
 
-    def prepare(self, mode: str) -> None:  # noqa: D102
-        pass
+        A script writes a loop over modules out, block by block, and optimizes the whole; a call through an interface is a
+        call, so that all blocks share one small graph: seconds and hundreds of megabytes less where the model runs.
+        """
 
-    def init_state(self, batch: int) -> tuple[Tensor, Tensor]:  # noqa: D102
-        pass
+        def prepare(self, mode: str) -> None:  # noqa: D102
+            pass
 
-    def forward(self, x: Tensor, past: Tensor, state: Tensor) -> Tensor:  # noqa: D102
-        pass
+        def init_state(self, batch: int) -> tuple[Tensor, Tensor]:  # noqa: D102
+            pass
 
-    def step(self, x: Tensor, past: Tensor, state: Tensor) -> Tensor:  # noqa: D102
-        pass
+        def forward(self, x: Tensor, past: Tensor, state: Tensor) -> Tensor:  # noqa: D102
+            pass
+
+        def step(self, x: Tensor, past: Tensor, state: Tensor) -> Tensor:  # noqa: D102
+            pass
 
 
 class DeployedLM(nn.Module):
@@ -375,7 +379,7 @@ class DeployedLM(nn.Module):
 
 def deployed(layer: nn.Module, dtype: torch.dtype) -> DeployedBinary | DeployedLinear:
     """Return the deployed form of a projection."""
-    if isinstance(layer, BinaryLinear | PackedLinear):
+    if isinstance(layer, BinaryLinear | PackedLinear) or (isinstance(layer, PTBLinear) and layer.terms() is not None):
         return DeployedBinary(layer, dtype)
-    assert isinstance(layer, nn.Linear)
+    assert isinstance(layer, nn.Linear | PTBLinear)
     return DeployedLinear(layer, dtype)

@@ -4,7 +4,6 @@ A graph cannot choose how to unpack, so it unpacks its 1-bit weights in every ca
 compiler may fold that away. Batch and length are dynamic.
 """
 
-import json
 import warnings
 from contextlib import ExitStack
 from pathlib import Path
@@ -14,10 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
-import bimamba_lit
 from bimamba_lit.errors import UserError
+from bimamba_lit.export.deployable import deployable, extra_files
 from bimamba_lit.export.deployed_model import DeployedLM
-from bimamba_lit.export.options import check_is_file, stored_dtype
+from bimamba_lit.export.options import check_is_file
 from bimamba_lit.files import replacing
 from bimamba_lit.models import MambaLM
 
@@ -61,20 +60,10 @@ def export_pt2(
     files = [out, out.with_name(f"{out.stem}.step.pt2")]
     for file in files:
         check_is_file(file, "pt2")
-    if embedding not in (None, "int8"):
-        raise UserError(f"pt2 stores the embedding in --dtype or as int8, not as '{embedding}'")
-    model = DeployedLM(lm, stored_dtype(dtype), embedding == "int8").eval()
+    model = deployable(lm, dtype, embedding)
     model.prepare("small")
-    about = {
-        "format": "bimamba-lit",
-        "version": bimamba_lit.__version__,
-        "dtype": dtype,
-        "embedding": embedding,
-        "config": json.loads(model.config),
-        "scheme": json.loads(model.scheme),
-        "state": [list(memory.shape[1:]) for memory in model.init_state(1)],
-    }
-    extra = {"model.json": json.dumps(about)} | ({} if tokenizer_json is None else {"tokenizer.json": tokenizer_json})
+    shapes_of_state = [list(memory.shape[1:]) for memory in model.init_state(1)]
+    extra = extra_files(model, tokenizer_json, dtype=dtype, embedding=embedding, state=shapes_of_state)
     ids = torch.zeros(_EXAMPLE, dtype=torch.int64)
     state = model.init_state(len(ids))
     with ExitStack() as stack:  # both are written before the first is moved into place

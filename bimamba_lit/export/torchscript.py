@@ -5,16 +5,14 @@ registers, so the model is written once more in plain tensor operations (:mod:`d
 weights by itself where it is loaded.
 """
 
-import json
 import warnings
 from pathlib import Path
 
 import torch
 
-import bimamba_lit
 from bimamba_lit.errors import UserError
-from bimamba_lit.export.deployed_model import DeployedLM
-from bimamba_lit.export.options import check_is_file, stored_dtype
+from bimamba_lit.export.deployable import deployable, extra_files
+from bimamba_lit.export.options import check_is_file
 from bimamba_lit.files import replacing
 from bimamba_lit.models import MambaLM
 
@@ -39,12 +37,8 @@ def export_torchscript(
         UserError: If an option is wrong, a weight does not fit ``dtype``, or the file cannot be written.
     """
     check_is_file(out, "torchscript")
-    if embedding not in (None, "int8"):
-        raise UserError(f"torchscript stores the embedding in --dtype or as int8, not as '{embedding}'")
-    deployed = DeployedLM(lm, stored_dtype(dtype), embedding == "int8").eval()
-    about = {"format": "bimamba-lit", "version": bimamba_lit.__version__, "dtype": dtype, "embedding": embedding}
-    about |= {"config": json.loads(deployed.config), "scheme": json.loads(deployed.scheme)}
-    files = {"model.json": json.dumps(about)} | ({} if tokenizer_json is None else {"tokenizer.json": tokenizer_json})
+    deployed = deployable(lm, dtype, embedding)
+    files = extra_files(deployed, tokenizer_json, dtype=dtype, embedding=embedding)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*torch.jit.*deprecated.*", DeprecationWarning)
         scripted = torch.jit.script(deployed)

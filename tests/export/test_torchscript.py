@@ -18,6 +18,7 @@ from bimamba_lit.errors import UserError
 from bimamba_lit.export.deployed_linear import multiply_integers, to_integers
 from bimamba_lit.export.torchscript import export_torchscript
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.*deprecated:DeprecationWarning")
 IDS = torch.randint(61, (2, 83), generator=torch.Generator().manual_seed(1))
 
 
@@ -253,7 +254,7 @@ def test_what_cannot_be_written(tmp_path):
         export_torchscript(lm, tmp_path, None)
     with pytest.raises(UserError, match="not 'float61'; did you mean 'float16'"):
         export_torchscript(lm, out, None, dtype="float61")
-    with pytest.raises(UserError, match="not as 'int3'"):
+    with pytest.raises(UserError, match="or as int8 here, not as 'int3'"):
         export_torchscript(lm, out, None, embedding="int3")
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))  # as a full disk
