@@ -11,7 +11,7 @@ Every scheme is one formula with some of its terms, so that training, packing an
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
-from typing import Any, get_args
+from typing import Any, ClassVar, get_args
 
 import torch
 from torch import Tensor, nn
@@ -40,7 +40,11 @@ class BinaryLinear(nn.Linear, ABC):
     Attributes:
         latent: ``(O, I)`` fp32 parameter that the optimizer sees.
         weight: ``(O, I)`` fp32 binary weight, differentiable to ``latent`` and to the scales.
+        formats: What ``bimamba export`` can write of the scheme. All that :meth:`terms` can say fits every format, but
+            ``gguf``, which looks at the terms themselves; a scheme whose layer does more than its terms names fewer.
     """
+
+    formats: ClassVar[tuple[str, ...]] = ("torchscript", "pt2", "safetensors", "gguf", "transformers")
 
     def __init__(self, linear: nn.Linear, straight_through: StraightThrough = "identity") -> None:
         if straight_through not in get_args(StraightThrough):
