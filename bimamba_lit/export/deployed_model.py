@@ -220,8 +220,8 @@ with warnings.catch_warnings():
     class AnyBlock(nn.Module):
         """What the model calls a block through.
 
-        A script writes a loop over modules out, block by block, and optimizes the whole; a call through an interface is a
-        call, so that all blocks share one small graph: seconds and hundreds of megabytes less where the model runs.
+        A script writes a loop over modules out, block by block, and optimizes the whole; a call through an interface is
+        a call, so that all blocks share one small graph: seconds and hundreds of megabytes less where the model runs.
         """
 
         def prepare(self, mode: str) -> None:  # noqa: D102

@@ -98,6 +98,12 @@ def export_gguf(
             writer.close()
 
 
+def check_gguf(lm: MambaLM) -> None:
+    """Raise a UserError that names the first layer of a model that a GGUF file cannot hold."""
+    _only_mixer(lm.config)
+    _fits(lm, None)
+
+
 def _package() -> Any:
     try:
         import gguf
