@@ -11,6 +11,7 @@ V vocabulary.
 """
 
 import math
+import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
@@ -583,6 +584,10 @@ def _pick(backend: str, tensor: Tensor, naive: Op, chunked: Op | None = None, pa
         module = naive.__module__.removesuffix("naive") + "triton"
         kernel: Op | None = getattr(import_module(module), naive.__name__, None) if _importable(module) else None
         if kernel is not None:
+            if tensor.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+                raise ValueError(
+                    "backend='triton' needs tensors on a GPU (or TRITON_INTERPRET=1 set before the start)."
+                )
             return kernel
         if backend == "triton":
             raise ValueError(f"{naive.__name__} has no Triton form here; take backend='auto'.")
