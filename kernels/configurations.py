@@ -81,7 +81,12 @@ TABLE: dict[str, tuple[Row, ...]] = {
     # causal_conv1d
     # rms_norm
     # signs and binary_linear
-    # distillation_loss
+    # distillation_loss: the size is the vocabulary's
+    "distillation_loss/rows": (
+        Row(Configuration({"BLOCK": 32}), architectures=(INTERPRETER,)),
+        Row(Configuration({"BLOCK": 512}, num_warps=2), up_to=4096),
+        Row(Configuration({"BLOCK": 4096}, num_warps=8)),
+    ),
 }
 
 _overrides: dict[str, Configuration] = {}
