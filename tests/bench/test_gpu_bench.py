@@ -184,3 +184,14 @@ def test_the_search_ends_at_the_fastest_that_is_right(monkeypatch):
     found = list(search("op/k", case, H200))
     assert [ms for _, ms in found] == sorted((ms for _, ms in found), reverse=True)
     assert found[-1][0] == Configuration({"M": 256}, num_warps=8)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.filterwarnings("default")
+def test_a_table_on_a_gpu(bimamba, tmp_path):
+    answer = bimamba("bench", "gpu", "--only", "norm", "gemv", "--shapes", "780M", "--out", tmp_path)
+    assert answer.code == 0, answer.err
+    rows = list(csv.DictReader(io.StringIO((tmp_path / "gpu.csv").read_text())))
+    ours = [row for row in rows if row["by"] == "bimamba-lit"]
+    assert ours and all(float(row["ms"]) > 0 and float(row["error"]) < 0.01 and not row["note"] for row in ours)
