@@ -194,7 +194,7 @@ def _bench(chosen: argparse.Namespace) -> None:
             raise UserError("bench tune needs --kernel, a name in kernels/configurations.py")
         tune(chosen.kernel, chosen.shapes)
         return
-    from bimamba_lit.bench import bench
+    from bimamba_lit.bench.tables import bench
 
     bench(chosen.what, chosen.threads, chosen.text)
 
