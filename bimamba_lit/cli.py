@@ -248,14 +248,36 @@ def _warn_of_another_lightning() -> None:
 
 def _bench_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "what", nargs="?", choices=["all", "accuracy", "cpu", "data"], default="all", help="(default: all)"
+        "what",
+        nargs="?",
+        choices=["all", "accuracy", "cpu", "data", "gpu", "tune"],
+        default="all",
+        help="(default: all that needs no GPU)",
     )
     parser.add_argument("--threads", type=int, default=2, help="threads of torch (default: %(default)s)")
     parser.add_argument("--text", metavar="FILE", help="text that `bench data` tokenizes (default: the offline corpus)")
+    gpu = parser.add_argument_group("bench gpu, bench tune")
+    gpu.add_argument("--only", nargs="+", default=[], metavar="OP", help="ops to measure (default: all)")
+    gpu.add_argument("--shapes", nargs="+", default=[], metavar="TEXT", help="cases to measure, by a part of the shape")
+    gpu.add_argument("--layers", type=int, default=8, help="most blocks of a training step (default: %(default)s)")
+    gpu.add_argument("--out", metavar="DIR", help="folder for gpu.md and gpu.csv")
+    gpu.add_argument("--kernel", help="the kernel that `bench tune` searches a configuration for, as ssd/chunk_scan")
 
 
 def _bench(chosen: argparse.Namespace) -> None:
-    from bimamba_lit.bench import bench
+    if chosen.what == "gpu":
+        from bimamba_lit.bench.gpu import gpu
+
+        gpu(chosen.only, chosen.out, chosen.layers, chosen.shapes)
+        return
+    if chosen.what == "tune":
+        from bimamba_lit.bench.gpu import tune
+
+        if chosen.kernel is None:
+            raise UserError("bench tune needs --kernel, a name in kernels/configurations.py")
+        tune(chosen.kernel, chosen.shapes)
+        return
+    from bimamba_lit.bench.tables import bench
 
     bench(chosen.what, chosen.threads, chosen.text)
 
