@@ -1,0 +1,188 @@
+"""SSD in Triton as `torch.library` ops: what runs on a GPU.
+
+The kernels are in `triton_forward` and `triton_backward`. Nothing but the inputs is kept for the backward pass. Products
+take factors of the inputs' dtype; decays, states while they are carried, and all sums are float32. Every sum has a fixed
+order, so repeated runs are equal bit for bit, with or without ``torch.use_deterministic_algorithms``.
+
+Legend: B batch, L length, H heads, P head width, G groups, N state size.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from bimamba_lit.kernels.causal_conv1d.naive import document_numbers
+from bimamba_lit.kernels.ssd import parallel, triton_backward, triton_forward
+from bimamba_lit.kernels.ssd.triton_forward import Shape, readable
+
+DIFFERENTIABLE = ("x", "dt", "A", "B", "C", "D", "z", "dt_bias", "initial_states")
+WIDEST = (128, 256)  # head width and state size, whose tiles fit a program
+
+
+def ssd(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    chunk_size: int = 256,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    dt_softplus: bool = False,
+    dt_limit: tuple[float, float] = (0.0, math.inf),
+    initial_states: Tensor | None = None,
+    seq_idx: Tensor | None = None,
+    return_final_states: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Compute what `naive.ssd` computes; `chunk_size` plays no part: the table of configurations has the chunk.
+
+    Inputs in float64, heads wider than 128 and states of more than 256 take the `parallel` form.
+    """
+    if x.dtype == torch.float64 or x.shape[-1] > WIDEST[0] or B.shape[-1] > WIDEST[1]:
+        return parallel.ssd(
+            x, dt, A, B, C, chunk_size, D, z, dt_bias, dt_softplus, dt_limit, initial_states, seq_idx,
+            return_final_states,
+        )  # fmt: skip
+    documents = None if seq_idx is None else document_numbers(seq_idx).to(torch.int32)
+    y, states = torch.ops.bimamba.ssd(
+        x, dt, A, B, C, D, z, dt_bias, initial_states, documents, dt_softplus, *map(float, dt_limit)
+    )
+    return (y, states) if return_final_states else y
+
+
+class Call(NamedTuple):
+    """The arguments of a call as the kernels take them: small vectors in float32, documents numbered in int32."""
+
+    x: Tensor
+    dt: Tensor
+    A: Tensor
+    B: Tensor
+    C: Tensor
+    D: Tensor | None
+    z: Tensor | None
+    dt_bias: Tensor | None
+    initial_states: Tensor | None
+    documents: Tensor | None
+    dt_softplus: bool
+    limit: tuple[float, float]
+
+    @classmethod
+    def of(
+        cls, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None,
+        dt_bias: Tensor | None, initial_states: Tensor | None, documents: Tensor | None, dt_softplus: bool, low: float,
+        high: float,
+    ) -> "Call":  # fmt: skip
+        """Convert and copy only what kernels cannot read as it is."""
+        return cls(
+            readable(x), readable(dt), A.float().contiguous(), readable(B), readable(C),
+            None if D is None else D.float().reshape(x.shape[2], -1).expand(x.shape[2:]),
+            None if z is None else readable(z),
+            None if dt_bias is None else dt_bias.float().contiguous(),
+            None if initial_states is None else initial_states.contiguous(),
+            None if documents is None else documents.contiguous(),
+            dt_softplus, (low, high),
+        )  # fmt: skip
+
+
+def forward(call: Call) -> tuple[Tensor, Tensor]:
+    """Return y (B, L, H, P) and the final states (B, H, P, N) in float32."""
+    shape = Shape.of(call.x, call.B)
+    decays, states, last = _carried(shape, call)
+    y = triton_forward.outputs(shape, call.x, call.B, call.C, call.D, call.z, call.documents, decays, states)
+    return y, last
+
+
+def _carried(shape: Shape, call: Call) -> tuple[Tensor, Tensor, Tensor]:
+    decays = triton_forward.decays(
+        shape, call.dt, call.A, call.dt_bias, call.documents, call.dt_softplus, call.limit
+    )
+    return decays, *triton_forward.carry(shape, call.x, call.B, decays, call.initial_states)
+
+
+def backward(dy: Tensor, dlast: Tensor | None, call: Call) -> dict[str, Tensor]:
+    """Return the gradients by name, in float32 or the input's dtype, of the tensors that were given."""
+    shape = Shape.of(call.x, call.B)
+    x, B, C, D, z, documents = call.x, call.B, call.C, call.D, call.z, call.documents
+    dy = readable(dy)
+    decays, states, _ = _carried(shape, call)
+    found = {}
+    if z is not None:
+        y = triton_forward.outputs(shape, x, B, C, D, None, documents, decays, states)
+        dy, found["z"] = triton_backward.gate_gradients(shape, dy, z, y)
+    after, first = triton_forward.carry(shape, dy, C, decays, dlast, reverse=True)
+    if call.initial_states is not None:
+        found["initial_states"] = first
+    of_inputs = triton_backward.input_gradients(shape, x, dy, B, C, D, documents, decays, states, after)
+    found["x"] = of_inputs.dx
+    if of_inputs.dD is not None:
+        found["D"] = of_inputs.dD.sum(0)
+    dscores = of_inputs.dscores
+    found["B"] = triton_backward.map_gradient(shape, x, C, decays, after, dscores, B)
+    found["C"] = triton_backward.map_gradient(shape, dy, B, decays, states, dscores, C, reverse=True)
+    found["dt"], found["A"], dbias = triton_backward.decay_gradients(
+        shape, call.dt, call.A, call.dt_bias, call.dt_softplus, call.limit, decays, of_inputs
+    )
+    if dbias is not None:
+        found["dt_bias"] = dbias
+    return found
+
+
+@torch.library.custom_op("bimamba::ssd", mutates_args=())
+def _ssd(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None,
+    dt_bias: Tensor | None, initial_states: Tensor | None, documents: Tensor | None, dt_softplus: bool, low: float,
+    high: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    return forward(Call.of(x, dt, A, B, C, D, z, dt_bias, initial_states, documents, dt_softplus, low, high))
+
+
+@_ssd.register_fake
+def _(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
+    batch, _, heads, width = x.shape
+    return x.new_empty(x.shape), x.new_empty(batch, heads, width, B.shape[-1], dtype=torch.float32)
+
+
+@torch.library.custom_op("bimamba::ssd_backward", mutates_args=())
+def _ssd_backward(
+    dy: Tensor, dlast: Tensor | None, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None,
+    z: Tensor | None, dt_bias: Tensor | None, initial_states: Tensor | None, documents: Tensor | None,
+    dt_softplus: bool, low: float, high: float,
+) -> list[Tensor]:  # fmt: skip
+    call = Call.of(x, dt, A, B, C, D, z, dt_bias, initial_states, documents, dt_softplus, low, high)
+    dlast = None if dlast is None else dlast.contiguous()
+    found = backward(dy, dlast, call)
+    if D is not None and D.ndim == 1:
+        found["D"] = found["D"].sum(1)
+    given = _given(x, dt, A, B, C, D, z, dt_bias, initial_states)
+    return [found[name].to(t.dtype) for name, t in given.items()]
+
+
+@_ssd_backward.register_fake
+def _(dy: Tensor, dlast: Tensor | None, *inputs: Any) -> list[Tensor]:
+    return [t.new_empty(t.shape) for t in _given(*inputs[: len(DIFFERENTIABLE)]).values()]
+
+
+def _given(*tensors: Tensor | None) -> dict[str, Tensor]:
+    return {name: t for name, t in zip(DIFFERENTIABLE, tensors, strict=True) if t is not None}
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    tensors = len(DIFFERENTIABLE) + 1
+    ctx.save_for_backward(*inputs[:tensors])
+    ctx.options = inputs[tensors:]
+    ctx.set_materialize_grads(False)
+
+
+def _gradients(ctx: Any, dy: Tensor | None, dlast: Tensor | None) -> tuple[Tensor | None, ...]:
+    inputs = ctx.saved_tensors
+    if dy is None:
+        dy = torch.zeros_like(inputs[0])
+    found = iter(torch.ops.bimamba.ssd_backward(dy, dlast, *inputs, *ctx.options))
+    given = [None if t is None else next(found) for t in inputs[: len(DIFFERENTIABLE)]]
+    return *given, None, *(None for _ in ctx.options)
+
+
+_ssd.register_autograd(_gradients, setup_context=_setup_context)
