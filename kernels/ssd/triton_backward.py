@@ -29,6 +29,7 @@ from bimamba_lit.kernels.ssd.triton_forward import (
     TOTAL,
     Shape,
     block,
+    bounded_exp2,
     load_tile,
     place,
     product,
@@ -61,20 +62,20 @@ def input_gradients_kernel(
     B_rn = load_tile(B_ptr + b * B_b + mine * B_l + group * B_g, rows, n, B_l, B_n, left, N).to(dtype)
     maps = C_ptr + b * C_b + group * C_g
     C_rn = load_tile(maps + mine * C_l, rows, n, C_l, C_n, left, N).to(dtype)
-    scores = product(B_rn, tl.trans(C_rn), None, PRECISION)
-    dscores = tl.zeros((R, R), tl.float32)
     allowed = rows[:, None] <= rows[None, :]
     if HAS_DOCUMENTS:
         documents = documents_ptr + b * length + rows
         here = tl.load(documents + mine, mask=rows < left, other=-1)
         allowed = allowed & (here[:, None] == tl.load(documents + mine, mask=rows < left, other=-1)[None, :])
+    scores = tl.where(allowed, product(B_rn, tl.trans(C_rn), None, PRECISION), 0.0)
+    dscores = tl.zeros((R, R), tl.float32)
     if Q > R:
         C_later = load_tile(maps + (first + R) * C_l, rows, n, C_l, C_n, later_left, N).to(dtype)
         later_scores = product(B_rn, tl.trans(C_later), None, PRECISION)
         later_dscores = tl.zeros((R, R), tl.float32)
         if HAS_DOCUMENTS:
             there = tl.load(documents + first + R, mask=rows < later_left, other=-1)
-            later_allowed = here[:, None] == there[None, :]
+            later_scores = tl.where(here[:, None] == there[None, :], later_scores, 0.0)
     for head in range(begin, end):
         h = tl.cast(head, tl.int64)
         place_of_head = (b * heads + h) * chunks + chunk
@@ -85,7 +86,7 @@ def input_gradients_kernel(
         dy = load_tile(gradients + mine * dy_l, rows, p, dy_l, dy_p, left, P)
         by_token = by_token_ptr + place_of_head * (3 * Q) + part * R + rows
 
-        decay = tl.where(allowed, tl.exp2(tl.load(decays + TOTAL * Q)[None, :] - total[:, None]), 0.0)
+        decay = bounded_exp2(tl.load(decays + TOTAL * Q)[None, :] - total[:, None])
         products = product(x, tl.trans(dy), None, PRECISION) * decay
         dscores += products * dt[:, None]
         flow = products * scores
@@ -94,9 +95,7 @@ def input_gradients_kernel(
         if Q > R:
             if part == 0:
                 dy_later = load_tile(gradients + (first + R) * dy_l, rows, p, dy_l, dy_p, later_left, P)
-                decay = tl.exp2(tl.load(decays + TOTAL * Q + R)[None, :] - total[:, None])
-                if HAS_DOCUMENTS:
-                    decay = tl.where(later_allowed, decay, 0.0)
+                decay = bounded_exp2(tl.load(decays + TOTAL * Q + R)[None, :] - total[:, None])
                 products = product(x, tl.trans(dy_later), None, PRECISION) * decay
                 later_dscores += products * dt[:, None]
                 flow = products * later_scores
@@ -128,10 +127,13 @@ def input_gradients_kernel(
         tl.store(by_token + Q, read)
         tl.store(by_part_ptr + place_of_head * (Q // R) + part, through)
     # Of (programs / parts, Q, Q); what a half cannot reach is not written.
+    dscores = tl.where(allowed, dscores, 0.0)
     square = dscores_ptr + (tl.program_id(0) // (Q // R)).to(tl.int64) * (Q * Q) + part * (R * Q)
     square += rows[:, None] * Q + rows[None, :]
     tl.store(square + part * R, dscores)
     if Q > R:
+        if HAS_DOCUMENTS:
+            later_dscores = tl.where(here[:, None] == there[None, :], later_dscores, 0.0)
         tl.store(square + R, later_dscores, mask=(rows[:, None] >= 0) & (part == 0))
 
 

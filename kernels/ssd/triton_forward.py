@@ -113,6 +113,12 @@ def product(left, right, sums, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def bounded_exp2(x):
+    """Return 2^x, finite where the tokens' order forbids that it counts; masks in a loop would take registers."""
+    return tl.exp2(tl.minimum(x, 64.0))
+
+
+@triton.jit
 def step_size(raw, low, high, SOFTPLUS: tl.constexpr):
     """Softplus, exact for the smallest values too, and clamp."""
     if SOFTPLUS:
@@ -234,12 +240,12 @@ def outputs_kernel(
     C_rn = load_tile(C_ptr + b * C_b + mine * C_l + group * C_g, rows, n, C_l, C_n, left, N).to(dtype)
     maps = B_ptr + b * B_b + group * B_g
     B_rn = load_tile(maps + mine * B_l, rows, n, B_l, B_n, left, N).to(dtype)
-    scores = product(C_rn, tl.trans(B_rn), None, PRECISION)
     allowed = rows[:, None] >= rows[None, :]
     if HAS_DOCUMENTS:
         documents = documents_ptr + b * length + rows
         here = tl.load(documents + mine, mask=rows < left, other=-1)
         allowed = allowed & (here[:, None] == tl.load(documents + mine, mask=rows < left, other=-1)[None, :])
+    scores = tl.where(allowed, product(C_rn, tl.trans(B_rn), None, PRECISION), 0.0)
     if Q > R:  # the second half of a chunk reads the first
         B_rn = load_tile(maps + first * B_l, rows, n, B_l, B_n, part * R, N).to(dtype)
         earlier_scores = product(C_rn, tl.trans(B_rn), None, PRECISION)
@@ -255,14 +261,14 @@ def outputs_kernel(
         y *= tl.load(decays + FROM_START * Q + part * R)[:, None]
         inputs = x_ptr + b * x_b + h * x_h
         x = load_tile(inputs + mine * x_l, rows, p, x_l, x_p, left, P)
-        decay = tl.exp2(total[:, None] - tl.load(decays + ORIGIN * Q + part * R)[None, :])
-        y = product(tl.where(allowed, scores * decay, 0.0).to(dtype), x, y, PRECISION)
+        decay = bounded_exp2(total[:, None] - tl.load(decays + ORIGIN * Q + part * R)[None, :])
+        y = product((scores * decay).to(dtype), x, y, PRECISION)
         if HAS_D:
             y += tl.load(D_ptr + h * D_h + p * D_p, mask=p < P, other=0.0)[None, :] * x.to(tl.float32)
         if Q > R:
             if part > 0:
                 x = load_tile(inputs + first * x_l, rows, p, x_l, x_p, R, P)
-                decay = tl.exp2(total[:, None] - tl.load(decays + ORIGIN * Q)[None, :])
+                decay = bounded_exp2(total[:, None] - tl.load(decays + ORIGIN * Q)[None, :])
                 y = product((earlier_scores * decay).to(dtype), x, y, PRECISION)
         if HAS_Z:
             z = load_tile(z_ptr + b * z_b + mine * z_l + h * z_h, rows, p, z_l, z_p, left, P).to(tl.float32)
