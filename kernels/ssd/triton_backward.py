@@ -215,7 +215,7 @@ def decay_gradients_kernel(
     size = step_size(raw, float("-inf"), float("inf"), SOFTPLUS)
     ddt = tl.where(inside & (size >= low) & (size <= high), ddt, 0.0)
     if SOFTPLUS:
-        ddt *= tl.sigmoid(raw)
+        ddt *= tl.sigmoid(tl.maximum(raw, -80.0))
     out = ddt_ptr + ((b.to(tl.int64) * length + chunk * Q + rows)[:, None] * heads) + h[None, :]
     tl.store(out, ddt.to(ddt_ptr.dtype.element_ty), mask=inside)
     sums = tl.program_id(0).to(tl.int64) * heads + h

@@ -77,7 +77,8 @@ class Shape(NamedTuple):
     def split(self, most: int, device: torch.device) -> tuple[int, int]:
         """Return how many heads a program serves, `most` or fewer where chunks are few, and programs of a group."""
         per_group = self.heads // self.groups
-        heads = max(1, min(most, per_group * self.programs(1) // (4 * multiprocessors(device))))
+        enough = 4 * multiprocessors(device) if device.type != "cpu" else 1
+        heads = max(1, min(most, per_group * self.programs(1) // enough))
         return heads, -(-per_group // heads)
 
     def programs(self, splits: int) -> int:
