@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from bimamba_lit.kernels.causal_conv1d.naive import document_numbers
+from bimamba_lit.kernels.configurations import CompileCase
 from bimamba_lit.kernels.ssd import parallel, triton_backward, triton_forward
 from bimamba_lit.kernels.ssd.triton_forward import Shape, readable
 
@@ -87,19 +88,29 @@ class Call(NamedTuple):
         )  # fmt: skip
 
 
+class Prepared(NamedTuple):
+    """What both passes start from: decays, the states before every chunk and after the last, and C B^T."""
+
+    decays: Tensor
+    before: Tensor
+    last: Tensor
+    scores: Tensor
+
+    @classmethod
+    def of(cls, shape: Shape, call: Call) -> "Prepared":
+        """Launch what makes it."""
+        decays = triton_forward.decays(
+            shape, call.dt, call.A, call.dt_bias, call.documents, call.dt_softplus, call.limit
+        )
+        before, last = triton_forward.carry(shape, call.x, call.B, decays, call.initial_states)
+        return cls(decays, before, last, triton_forward.scores(shape, call.B, call.C, call.documents, call.x.dtype))
+
+
 def forward(call: Call) -> tuple[Tensor, Tensor]:
     """Return y (B, L, H, P) and the final states (B, H, P, N) in float32."""
     shape = Shape.of(call.x, call.B)
-    decays, states, last = _carried(shape, call)
-    y = triton_forward.outputs(shape, call.x, call.B, call.C, call.D, call.z, call.documents, decays, states)
-    return y, last
-
-
-def _carried(shape: Shape, call: Call) -> tuple[Tensor, Tensor, Tensor]:
-    decays = triton_forward.decays(
-        shape, call.dt, call.A, call.dt_bias, call.documents, call.dt_softplus, call.limit
-    )
-    return decays, *triton_forward.carry(shape, call.x, call.B, decays, call.initial_states)
+    decays, before, last, scores = Prepared.of(shape, call)
+    return triton_forward.outputs(shape, call.x, call.C, call.D, call.z, scores, decays, before), last
 
 
 def backward(dy: Tensor, dlast: Tensor | None, call: Call) -> dict[str, Tensor]:
@@ -107,23 +118,22 @@ def backward(dy: Tensor, dlast: Tensor | None, call: Call) -> dict[str, Tensor]:
     shape = Shape.of(call.x, call.B)
     x, B, C, D, z, documents = call.x, call.B, call.C, call.D, call.z, call.documents
     dy = readable(dy)
-    decays, states, _ = _carried(shape, call)
+    decays, before, _, scores = Prepared.of(shape, call)
     found = {}
     if z is not None:
-        y = triton_forward.outputs(shape, x, B, C, D, None, documents, decays, states)
+        y = triton_forward.outputs(shape, x, C, D, None, scores, decays, before)
         dy, found["z"] = triton_backward.gate_gradients(shape, dy, z, y)
-    after, first = triton_forward.carry(shape, dy, C, decays, dlast, reverse=True)
+    after, first, passed = triton_forward.carry_back(shape, dy, C, decays, dlast, before)
     if call.initial_states is not None:
         found["initial_states"] = first
-    of_inputs = triton_backward.input_gradients(shape, x, dy, B, C, D, documents, decays, states, after)
-    found["x"] = of_inputs.dx
-    if of_inputs.dD is not None:
-        found["D"] = of_inputs.dD.sum(0)
-    dscores = of_inputs.dscores
-    found["B"] = triton_backward.map_gradient(shape, x, C, decays, after, dscores, B)
-    found["C"] = triton_backward.map_gradient(shape, dy, B, decays, states, dscores, C, reverse=True)
+    inputs = triton_backward.input_gradients(shape, x, dy, B, D, scores, decays, after)
+    found["x"] = inputs.dx
+    if inputs.dD is not None:
+        found["D"] = inputs.dD.sum(0)
+    found["B"] = triton_backward.gradient_of_B(shape, x, B, C, documents, decays, after, inputs.dscores)
+    found["C"], read = triton_backward.gradient_of_C(shape, dy, B, C, documents, decays, before, inputs.dscores)
     found["dt"], found["A"], dbias = triton_backward.decay_gradients(
-        shape, call.dt, call.A, call.dt_bias, call.dt_softplus, call.limit, decays, of_inputs
+        shape, call.dt, call.A, call.dt_bias, call.dt_softplus, call.limit, decays, inputs, read, passed
     )
     if dbias is not None:
         found["dt_bias"] = dbias
@@ -186,3 +196,48 @@ def _gradients(ctx: Any, dy: Tensor | None, dlast: Tensor | None) -> tuple[Tenso
 
 
 _ssd.register_autograd(_gradients, setup_context=_setup_context)
+
+
+def compile_cases() -> list[CompileCase]:
+    """Return launches of each shape class and with each option."""
+
+    def case(
+        name: str, dtype: torch.dtype, width: int, size: int, groups: int = 1, optional: bool = False,
+        representative: bool = False,
+    ) -> CompileCase:  # fmt: skip
+        def call() -> object:
+            def empty(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+                return torch.empty(*shape, dtype=dtype, device="meta")
+
+            batch, length, heads = 8, 2048, 48
+            vector, state = empty(heads, dtype=torch.float32), empty(batch, heads, width, size, dtype=torch.float32)
+            # x, B and C are parts of one projection, as in the model.
+            inner, maps = heads * width, groups * size
+            whole = empty(batch, length, inner + 2 * maps)
+            x, B, C = (
+                t.unflatten(-1, sizes)
+                for t, sizes in zip(
+                    whole.split([inner, maps, maps], dim=-1),
+                    ((heads, width), (groups, size), (groups, size)),
+                    strict=True,
+                )
+            )
+            given = Call.of(
+                x, empty(batch, length, heads, dtype=torch.float32), vector, B, C, vector,
+                empty(batch, length, heads, width) if optional else None, vector, state if optional else None,
+                empty(batch, length, dtype=torch.int32) if optional else None, True, 0.0, math.inf,
+            )  # fmt: skip
+            dy = empty(batch, length, heads, width)
+            return forward(given), backward(dy, state if optional else None, given)
+
+        return CompileCase(name, call, representative)
+
+    bf16, fp32 = torch.bfloat16, torch.float32
+    return [
+        case("bf16", bf16, 64, 128, representative=True),
+        case("bf16 with all options", bf16, 64, 128, groups=2, optional=True),
+        case("fp16 wide", torch.float16, 128, 256, optional=True),
+        case("bf16 odd", bf16, 40, 24, groups=3),
+        case("fp32", fp32, 64, 128, optional=True),
+        case("fp32 wide", fp32, 128, 256),
+    ]

@@ -180,7 +180,7 @@ def decays_kernel(
 
 @triton.jit
 def carry_kernel(
-    value_ptr, map_ptr, decays_ptr, start_ptr, states_ptr, end_ptr,
+    value_ptr, map_ptr, decays_ptr, start_ptr, states_ptr, end_ptr, before_ptr, passed_ptr,
     length, heads, per_group, chunks,
     value_b, value_l, value_h, value_p, map_b, map_l, map_g, map_n,
     REVERSE: tl.constexpr, HAS_START: tl.constexpr, P: tl.constexpr, N: tl.constexpr, Q: tl.constexpr,
@@ -189,7 +189,8 @@ def carry_kernel(
     """Walk over the chunks of one head and write the state before each, (B, c, H, P, N), and after the last.
 
     Forward, values are x, maps B, and a token counts with its step size and its decay to the chunk's end. In reverse,
-    values are gradients of y, maps C, and a token counts with its decay from the chunk's start.
+    values are gradients of y, maps C, and a token counts with its decay from the chunk's start; and from the states
+    before every chunk, the gradient of the chunk's whole log decay through the state is written, by block of the state.
     """
     b, h = tl.program_id(0) // heads, tl.program_id(0) % heads
     p = tl.program_id(1) * BLOCK_P + tl.arange(0, BLOCK_P)
@@ -203,7 +204,7 @@ def carry_kernel(
     state = tl.zeros((BLOCK_P, BLOCK_N), tl.float32)
     if HAS_START:
         state = tl.load(start_ptr + whole * (P * N) + cells, mask=inside, other=0.0).to(tl.float32)
-    for step in range(chunks):
+    for step in tl.range(0, chunks, disable_licm=True):
         chunk = chunks - 1 - step if REVERSE else step
         first = tl.cast(chunk, tl.int64) * Q
         left = length - chunk * Q
@@ -217,17 +218,50 @@ def carry_kernel(
         value = load_tile(values + first * value_l, p, rows, value_p, value_l, P, left)
         value = (value.to(tl.float32) * weight[None, :]).to(states_ptr.dtype.element_ty)
         mapped = load_tile(maps + first * map_l, rows, n, map_l, map_n, left, N).to(states_ptr.dtype.element_ty)
-        state = product(value, mapped, state * tl.load(decays + FROM_START * Q + Q - 1), PRECISION)
+        state *= tl.load(decays + FROM_START * Q + Q - 1)
+        if REVERSE:
+            before = before_ptr + ((b.to(tl.int64) * chunks + chunk) * heads + h) * (P * N) + cells
+            before = tl.load(before, mask=inside, other=0.0).to(tl.float32)
+            blocks = tl.num_programs(1) * tl.num_programs(2)
+            passed = passed_ptr + (whole * chunks + chunk) * blocks
+            tl.store(passed + tl.program_id(1) * tl.num_programs(2) + tl.program_id(2), tl.sum(before * state))
+        state = product(value, mapped, state, PRECISION)
     tl.store(end_ptr + whole * (P * N) + cells, state, mask=inside)
 
 
 @triton.jit
+def scores_kernel(
+    B_ptr, C_ptr, documents_ptr, scores_ptr,
+    length, groups, chunks, B_b, B_l, B_g, B_n, C_b, C_l, C_g, C_n,
+    DTYPE: tl.constexpr, HAS_DOCUMENTS: tl.constexpr, N: tl.constexpr, Q: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_Q: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Write C B^T of a chunk and group (B, c, G, Q, Q): the token that reads in rows, zero where it must not."""
+    program = tl.program_id(0).to(tl.int64)
+    group, chunk, b = program % groups, program // groups % chunks, program // groups // chunks
+    rows, columns = tl.program_id(1) * BLOCK_Q + tl.arange(0, BLOCK_Q), tl.arange(0, Q)
+    n = tl.arange(0, BLOCK_N)
+    first, left = chunk * Q, (length - chunk * Q).to(tl.int32)
+    B_qn = load_tile(B_ptr + b * B_b + first * B_l + group * B_g, columns, n, B_l, B_n, left, N).to(DTYPE)
+    C_qn = load_tile(C_ptr + b * C_b + first * C_l + group * C_g, rows, n, C_l, C_n, left, N).to(DTYPE)
+    allowed = rows[:, None] >= columns[None, :]
+    if HAS_DOCUMENTS:
+        documents = documents_ptr + b * length + first
+        here = tl.load(documents + rows, mask=rows < left, other=-1)
+        there = tl.load(documents + columns, mask=columns < left, other=-1)
+        allowed = allowed & (here[:, None] == there[None, :])
+    scores = tl.where(allowed, product(C_qn, tl.trans(B_qn), None, PRECISION), 0.0)
+    out = scores_ptr + program * (Q * Q) + rows[:, None] * Q + columns[None, :]
+    tl.store(out, scores.to(scores_ptr.dtype.element_ty))
+
+
+@triton.jit
 def outputs_kernel(
-    x_ptr, B_ptr, C_ptr, D_ptr, z_ptr, documents_ptr, decays_ptr, states_ptr, y_ptr,
+    x_ptr, C_ptr, D_ptr, z_ptr, scores_ptr, decays_ptr, states_ptr, y_ptr,
     length, heads, per_group, chunks, splits, heads_each,
-    x_b, x_l, x_h, x_p, B_b, B_l, B_g, B_n, C_b, C_l, C_g, C_n, z_b, z_l, z_h, z_p, D_h, D_p,
-    HAS_D: tl.constexpr, HAS_Z: tl.constexpr, HAS_DOCUMENTS: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
-    Q: tl.constexpr, R: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+    x_b, x_l, x_h, x_p, C_b, C_l, C_g, C_n, z_b, z_l, z_h, z_p, D_h, D_p,
+    HAS_D: tl.constexpr, HAS_Z: tl.constexpr, P: tl.constexpr, N: tl.constexpr, Q: tl.constexpr, R: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Write y of R tokens of a chunk for some heads of a group: from the state before, and from the chunk's tokens."""
     part, chunk, b, group, begin, end = place(heads, per_group, chunks, splits, heads_each, Q // R)
@@ -239,21 +273,9 @@ def outputs_kernel(
         return
     dtype = y_ptr.dtype.element_ty
     C_rn = load_tile(C_ptr + b * C_b + mine * C_l + group * C_g, rows, n, C_l, C_n, left, N).to(dtype)
-    maps = B_ptr + b * B_b + group * B_g
-    B_rn = load_tile(maps + mine * B_l, rows, n, B_l, B_n, left, N).to(dtype)
-    allowed = rows[:, None] >= rows[None, :]
-    if HAS_DOCUMENTS:
-        documents = documents_ptr + b * length + rows
-        here = tl.load(documents + mine, mask=rows < left, other=-1)
-        allowed = allowed & (here[:, None] == tl.load(documents + mine, mask=rows < left, other=-1)[None, :])
-    scores = tl.where(allowed, product(C_rn, tl.trans(B_rn), None, PRECISION), 0.0)
-    if Q > R:  # the second half of a chunk reads the first
-        B_rn = load_tile(maps + first * B_l, rows, n, B_l, B_n, part * R, N).to(dtype)
-        earlier_scores = product(C_rn, tl.trans(B_rn), None, PRECISION)
-        if HAS_DOCUMENTS:
-            there = tl.load(documents + first, mask=rows < part * R, other=-1)
-            earlier_scores = tl.where(here[:, None] == there[None, :], earlier_scores, 0.0)
-    for head in range(begin, end):
+    square = scores_ptr + ((b * chunks + chunk) * (heads // per_group) + group) * (Q * Q) + part * R * Q
+    square += rows[:, None] * Q + rows[None, :]
+    for head in tl.range(begin, end, disable_licm=True):
         h = tl.cast(head, tl.int64)
         decays = decays_ptr + ((b * heads + h) * chunks + chunk) * (PLANES * Q) + rows
         total = tl.load(decays + TOTAL * Q + part * R)
@@ -262,15 +284,16 @@ def outputs_kernel(
         y *= tl.load(decays + FROM_START * Q + part * R)[:, None]
         inputs = x_ptr + b * x_b + h * x_h
         x = load_tile(inputs + mine * x_l, rows, p, x_l, x_p, left, P)
-        decay = bounded_exp2(total[:, None] - tl.load(decays + ORIGIN * Q + part * R)[None, :])
-        y = product((scores * decay).to(dtype), x, y, PRECISION)
+        weights = bounded_exp2(total[:, None] - tl.load(decays + ORIGIN * Q + part * R)[None, :])
+        weights *= tl.load(square + part * R)
+        y = product(weights.to(dtype), x, y, PRECISION)
         if HAS_D:
             y += tl.load(D_ptr + h * D_h + p * D_p, mask=p < P, other=0.0)[None, :] * x.to(tl.float32)
         if Q > R:
-            if part > 0:
+            if part > 0:  # the second half of a chunk reads the first
                 x = load_tile(inputs + first * x_l, rows, p, x_l, x_p, R, P)
-                decay = bounded_exp2(total[:, None] - tl.load(decays + ORIGIN * Q)[None, :])
-                y = product((earlier_scores * decay).to(dtype), x, y, PRECISION)
+                weights = bounded_exp2(total[:, None] - tl.load(decays + ORIGIN * Q)[None, :]) * tl.load(square)
+                y = product(weights.to(dtype), x, y, PRECISION)
         if HAS_Z:
             z = load_tile(z_ptr + b * z_b + mine * z_l + h * z_h, rows, p, z_l, z_p, left, P).to(tl.float32)
             y *= z * tl.sigmoid(z)
@@ -294,41 +317,75 @@ def decays(
 
 
 def carry(
-    shape: Shape, values: Tensor, maps: Tensor, decays: Tensor, start: Tensor | None, reverse: bool = False
+    shape: Shape, values: Tensor, maps: Tensor, decays: Tensor, start: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Return the states before every chunk in walking order (B, c, H, P, N), and the last in float32 (B, H, P, N)."""
+    """Return the states before every chunk (B, c, H, P, N), and after the last in float32 (B, H, P, N)."""
+    states, end, _ = _carry(shape, values, maps, decays, start, None)
+    return states, end
+
+
+def carry_back(
+    shape: Shape, dy: Tensor, C: Tensor, decays: Tensor, start: Tensor | None, before: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of the states after every chunk, and before the first, as `carry` does for states.
+
+    Last comes the gradient of every chunk's whole log decay through the state before it (B, H, c, blocks of a state).
+    """
+    return _carry(shape, dy, C, decays, start, before)
+
+
+def _carry(
+    shape: Shape, values: Tensor, maps: Tensor, decays: Tensor, start: Tensor | None, before: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
     cells = (shape.heads, shape.width, shape.size)
     states = values.new_empty(shape.batch, shape.chunks, *cells)
     end = values.new_empty(shape.batch, *cells, dtype=torch.float32)
     options = shape.launch("carry", values)
-    constants = {**shape.constants, **options}
-    for name, most in (("BLOCK_P", block(shape.width)), ("BLOCK_N", block(shape.size))):
-        constants[name] = min(options[name], most)
+    blocks = {"BLOCK_P": min(options["BLOCK_P"], block(shape.width)), "BLOCK_N": min(options["BLOCK_N"], block(shape.size))}
+    constants = {**shape.constants, **options, **blocks}
     grid = (
         shape.batch * shape.heads,
-        triton.cdiv(shape.width, constants["BLOCK_P"]),
-        triton.cdiv(shape.size, constants["BLOCK_N"]),
+        triton.cdiv(shape.width, blocks["BLOCK_P"]),
+        triton.cdiv(shape.size, blocks["BLOCK_N"]),
     )
+    passed = None
+    if before is not None:
+        passed = decays.new_empty(shape.batch, shape.heads, shape.chunks, grid[1] * grid[2])
     carry_kernel[grid](
-        values, maps, decays, start, states, end, shape.length, shape.heads, shape.heads // shape.groups, shape.chunks,
-        *values.stride(), *maps.stride(), REVERSE=reverse, HAS_START=start is not None, **constants,
+        values, maps, decays, start, states, end, before, passed, shape.length, shape.heads,
+        shape.heads // shape.groups, shape.chunks, *values.stride(), *maps.stride(), REVERSE=before is not None,
+        HAS_START=start is not None, **constants,
     )  # fmt: skip
-    return states, end
+    return states, end, passed
+
+
+def scores(shape: Shape, B: Tensor, C: Tensor, documents: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Return C B^T inside chunks (B, c, G, Q, Q), the token that reads in rows, zero where it must not."""
+    # The range of float16 may not hold a product of float16 factors.
+    kept = torch.float32 if dtype == torch.float32 else torch.bfloat16
+    out = B.new_empty(shape.batch, shape.chunks, shape.groups, shape.chunk, shape.chunk, dtype=kept)
+    options = shape.launch("scores", out)
+    options["BLOCK_Q"] = min(options["BLOCK_Q"], shape.chunk)
+    scores_kernel[(shape.batch * shape.chunks * shape.groups, shape.chunk // options["BLOCK_Q"])](
+        B, C, documents, out, shape.length, shape.groups, shape.chunks, *B.stride(), *C.stride(),
+        DTYPE=getattr(tl, str(dtype).split(".")[1]), HAS_DOCUMENTS=documents is not None, N=shape.size, Q=shape.chunk,
+        BLOCK_N=block(shape.size), PRECISION=shape.precision, **options,
+    )  # fmt: skip
+    return out
 
 
 def outputs(
-    shape: Shape, x: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None, documents: Tensor | None,
-    decays: Tensor, states: Tensor,
+    shape: Shape, x: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None, scores: Tensor, decays: Tensor,
+    states: Tensor,
 ) -> Tensor:  # fmt: skip
     """Return y (B, L, H, P)."""
     y = x.new_empty(x.shape)
     options = shape.launch("outputs", x)
     heads_each, splits = shape.split(options.pop("HEADS"), x.device)
     outputs_kernel[(shape.programs(splits),)](
-        x, B, C, D, z, documents, decays, states, y, shape.length, shape.heads, shape.heads // shape.groups,
-        shape.chunks, splits, heads_each, *x.stride(), *B.stride(), *C.stride(),
-        *(x if z is None else z).stride(), *((0, 0) if D is None else D.stride()), HAS_D=D is not None,
-        HAS_Z=z is not None, HAS_DOCUMENTS=documents is not None, R=shape.part, **shape.constants,
-        **options,
+        x, C, D, z, scores, decays, states, y, shape.length, shape.heads, shape.heads // shape.groups, shape.chunks,
+        splits, heads_each, *x.stride(), *C.stride(), *(x if z is None else z).stride(),
+        *((0, 0) if D is None else D.stride()), HAS_D=D is not None, HAS_Z=z is not None, R=shape.part,
+        **shape.constants, **options,
     )  # fmt: skip
     return y
