@@ -53,7 +53,8 @@ def apply_binarization_(model: nn.Module, description: list[dict[str, Any]]) -> 
             raise UserError(
                 "the description of the binary layers must hold scheme, options, targets and packed"
             ) from error
-        _check_targets(model, targets)
+        if not isinstance(targets, list) or not all(isinstance(target, str) for target in targets):
+            raise UserError(f"the targets of a scheme must be a list of layers' names, not {targets!r}")
         try:
             if str(name).startswith(PREFIX):
                 scheme = _named(name, PTBScheme, PREFIX)(**options)  # type: ignore[type-abstract]
@@ -65,19 +66,12 @@ def apply_binarization_(model: nn.Module, description: list[dict[str, Any]]) -> 
         except (TypeError, KeyError) as error:
             raise UserError(f"scheme '{name}' does not take the options {options}") from error
         if packed:
+            layers = dict(model.named_modules())
             for target in targets:
-                layer = model.get_submodule(target)
-                assert isinstance(layer, BinaryLinear | PTBLinear)
+                layer = layers.get(target)
+                if not isinstance(layer, BinaryLinear | PTBLinear):
+                    raise UserError(f"the model has no binary layer {target!r}, which is said to be packed")
                 model.set_submodule(target, PackedLinear(layer))
-
-
-def _check_targets(model: nn.Module, targets: object) -> None:
-    if not isinstance(targets, list):
-        raise UserError(f"the targets of a scheme must be a list of layers' names, not {targets!r}")
-    layers = dict(model.named_modules())
-    for target in targets:
-        if not isinstance(target, str) or target not in layers:
-            raise UserError(f"the model has no layer {target!r}, which is said to be binary")
 
 
 def known_schemes(base: type[Base] = BinaryLinear) -> dict[str, type[Base]]:  # type: ignore[assignment]

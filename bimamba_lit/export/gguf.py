@@ -12,9 +12,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from bimamba_lit.binarize import BinaryLinear, PackedLinear, binary_layers
+from bimamba_lit.binarize import quantized_layers
 from bimamba_lit.errors import UserError
 from bimamba_lit.export.gguf_vocabulary import add_vocabulary
+from bimamba_lit.export.options import check_is_file
 from bimamba_lit.export.q1_0 import Fit, as_blocks, fit
 from bimamba_lit.files import replacing
 from bimamba_lit.models import MambaConfig, MambaLM
@@ -70,6 +71,7 @@ def export_gguf(
         )
     if fallback not in (None, "f16"):
         raise UserError(f"the fallback can be f16, not '{fallback}'")
+    check_is_file(Path(out), "gguf")
     gguf = _package()
     mixer = _only_mixer(lm.config)
     fits = _fits(lm, fallback)
@@ -78,7 +80,7 @@ def export_gguf(
     _add_sizes(writer, lm.config, mixer)
     add_vocabulary(writer, tokenizer_json, lm.config.known_vocab_size)
     gains = {_norm_before(name): found.gain for name, found in fits.items() if found.gain is not None}
-    layers = dict(binary_layers(lm))
+    layers = dict(quantized_layers(lm))
     for name, found in fits.items():
         blocks = as_blocks(name, layers[name], found.scale)
         writer.add_tensor(f"{_their_name(name)}.weight", blocks, raw_dtype=gguf.GGMLQuantizationType.Q1_0)
@@ -123,21 +125,17 @@ def _fits(lm: MambaLM, fallback: str | None) -> dict[str, Fit]:
     """Return the binary layers that Q1_0 holds, by name."""
     fits: dict[str, Fit] = {}
     modules = dict(lm.named_modules())
-    for name, layer in binary_layers(lm):
+    for name, layer in quantized_layers(lm):
         found = fit(layer, after_norm=_norm_before(name) in modules)
         if isinstance(found, Fit):
             fits[name] = found
         elif fallback is None:
             raise UserError(
-                f"{name} ({_scheme(layer)}) does not fit Q1_0: {found}; what fits is one scale by row or by 128 inputs "
-                "of a row, as ScaledSign has, and by input where a norm comes before, all without shifts; or give "
-                "--fallback f16 to write such layers as F16"
+                f"{name} ({layer.kind()['scheme']}) does not fit Q1_0: {found}; what fits is one scale by row or by 128 "
+                "inputs of a row, as ScaledSign has, and by input where a norm comes before, all without shifts; or "
+                "give --fallback f16 to write such layers as F16"
             )
     return fits
-
-
-def _scheme(layer: BinaryLinear | PackedLinear) -> str:
-    return layer.scheme if isinstance(layer, PackedLinear) else type(layer).__name__
 
 
 def _norm_before(name: str) -> str:

@@ -6,20 +6,24 @@ from typing import TypeVar
 
 from torch import nn
 
-from bimamba_lit.binarize import BinaryLinear, pack_
+from bimamba_lit.binarize import BinaryLinear, PackedLinear, PTBLinear
 
 Model = TypeVar("Model", bound=nn.Module)
 
 
 def packed_copy(lm: Model) -> Model:
-    """Return a copy of a model with every binary layer packed; all else is the model's own tensors, not copied.
+    """Return a copy of a model with its binary layers packed; all else is the model's own tensors, not copied.
 
     Args:
-        lm: The model; it stays as it is, latent weights included. One without binary layers is copied as it is.
+        lm: The model; it stays as it is, latent weights included. Post-training results of more than one sign a weight
+            and layers in full precision are copied as they are.
     """
     shared: dict[int, object] = {id(tensor): tensor for tensor in chain(lm.parameters(), lm.buffers())}
-    layers = [module for module in lm.modules() if isinstance(module, BinaryLinear)]
+    layers = {name: layer for name, layer in lm.named_modules() if isinstance(layer, BinaryLinear | PTBLinear)}
     # The weight that a layer keeps while it decodes would be copied too, dense.
-    shared |= {id(layer._kept): None for layer in layers if layer._kept is not None}
+    shared |= {id(layer._kept): None for layer in layers.values() if layer._kept is not None}
     clone = copy.deepcopy(lm, shared)
-    return pack_(clone) if layers else clone
+    for name, layer in layers.items():
+        if layer.terms() is not None:
+            clone.set_submodule(name, PackedLinear(layer).train(layer.training))
+    return clone

@@ -12,7 +12,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from bimamba_lit.binarize import BinaryLinear, PackedLinear
+from bimamba_lit.binarize import PackedLinear
+from bimamba_lit.binarize.apply import QuantizedLinear
 from bimamba_lit.errors import UserError
 from bimamba_lit.models.checkpoint import rounded
 
@@ -31,14 +32,17 @@ class Fit(NamedTuple):
     gain: Tensor | None
 
 
-def fit(layer: BinaryLinear | PackedLinear, after_norm: bool) -> Fit | str:
+def fit(layer: QuantizedLinear, after_norm: bool) -> Fit | str:
     """Return a layer's scales as Q1_0 holds them, or what keeps it from that type.
 
     Args:
         layer: The layer.
         after_norm: Whether a norm with a gain is all that comes before it.
     """
-    terms = {name: term.detach() for name, term in layer.terms().items()}
+    held = layer.terms()
+    if held is None:
+        return "it holds more than one sign a weight"
+    terms = {name: term.detach() for name, term in held.items()}
     blocks, rest = divmod(layer.in_features, BLOCK)
     if rest:
         return f"it has {layer.in_features} inputs, not a multiple of {BLOCK}"
@@ -66,7 +70,7 @@ def fit(layer: BinaryLinear | PackedLinear, after_norm: bool) -> Fit | str:
     return Fit(scale * by_block[:, 0], None)
 
 
-def as_blocks(name: str, layer: BinaryLinear | PackedLinear, scale: Tensor) -> NDArray[np.uint8]:
+def as_blocks(name: str, layer: QuantizedLinear, scale: Tensor) -> NDArray[np.uint8]:
     """Return the bytes of a layer, (O, 18 K): the scale of a block, fp16, before its signs, as `pack_signs` lays them.
 
     Raises:

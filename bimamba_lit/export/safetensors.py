@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from bimamba_lit.errors import UserError
-from bimamba_lit.export.dtypes import dtype_named
+from bimamba_lit.export.options import stored_dtype
 from bimamba_lit.export.packed_copy import packed_copy
 from bimamba_lit.models import MambaLM
 from bimamba_lit.models.checkpoint import save_lm
@@ -34,7 +34,7 @@ def export_safetensors(
     Raises:
         UserError: If an option is wrong, a value does not fit ``dtype``, or the folder cannot be written.
     """
-    stored = dtype_named(dtype)
+    stored = stored_dtype(dtype)
     packed = packed_copy(lm)
     if embedding is not None:
         if embedding not in _BITS:

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from bimamba_lit.export.dtypes import dtype_named
+from bimamba_lit.export.options import stored_dtype
 from bimamba_lit.files import replacing_all
 from bimamba_lit.models import MambaLM
 from bimamba_lit.models.bi_mamba_form import to_bi_mamba
@@ -49,7 +49,7 @@ def export_bi_mamba(lm: MambaLM, out: str | Path, tokenizer_json: str | None, *,
 
 
 def _write(lm: MambaLM, tensors: dict[str, Tensor], out: str | Path, tokenizer_json: str | None, dtype: str) -> None:
-    stored = dtype_named(dtype)
+    stored = stored_dtype(dtype)
     tied = is_tied(lm)
     config = to_state_spaces(lm.config) | {"tie_embeddings": tied}
     state = {name: rounded(tensor, stored, name) for name, tensor in tensors.items() if not (tied and name == _HEAD)}

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from bimamba_lit.data.tokenizer import SubwordTokenizer
-from bimamba_lit.export.dtypes import dtype_named
+from bimamba_lit.export.options import stored_dtype
 from bimamba_lit.export.tokenizer_json import as_tokenizer_json
 from bimamba_lit.files import replacing_all
 from bimamba_lit.models import MambaLM
@@ -31,7 +31,7 @@ def export_transformers(lm: MambaLM, out: str | Path, tokenizer_json: str | None
     Raises:
         UserError: If transformers has no such model, a value does not fit ``dtype``, or the folder cannot be written.
     """
-    stored = dtype_named(dtype)
+    stored = stored_dtype(dtype)
     config = to_transformers(lm.config, is_tied(lm)) | {"dtype": dtype}
     texts, special = _tokenizer_files(tokenizer_json)
     texts[CONFIG_FILE] = json.dumps(config | special, indent=2) + "\n"

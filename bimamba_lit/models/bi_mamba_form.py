@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from bimamba_lit import ops
-from bimamba_lit.binarize import FBI, BinaryLinear, PackedLinear, binary_layers
+from bimamba_lit.binarize import FBI, BinaryLinear, PackedLinear, quantized_layers
+from bimamba_lit.binarize.apply import QuantizedLinear
 from bimamba_lit.errors import UserError
 from bimamba_lit.models.dense import dense_tensors
 from bimamba_lit.models.lm import MambaLM
@@ -58,7 +59,7 @@ def to_bi_mamba(lm: MambaLM) -> dict[str, Tensor]:
     Raises:
         UserError: If nothing is binary, or a layer needs more than one scale and one shift by column, row or matrix.
     """
-    layers = dict(binary_layers(lm))
+    layers = dict(quantized_layers(lm))
     if not layers:
         raise UserError("the model has no binary layer, and the Bi-Mamba form is one of binary models")
     state = dict(dense_tensors(lm, leave_out=layers))
@@ -89,14 +90,18 @@ def _flat(read: Reader) -> Tensor:
     return read().reshape(-1)
 
 
-def _latent(layer: BinaryLinear | PackedLinear) -> Tensor:
-    if isinstance(layer, PackedLinear):
-        return ops.unpack_signs(layer.signs, layer.in_features)
-    return layer.centred().detach()
+def _latent(layer: QuantizedLinear) -> Tensor:
+    if isinstance(layer, BinaryLinear):
+        return layer.centred().detach()
+    signs = layer.signs if isinstance(layer, PackedLinear) else layer.packed_signs()
+    return ops.unpack_signs(signs, layer.in_features)
 
 
-def _scale_and_shift(name: str, layer: BinaryLinear | PackedLinear) -> tuple[Tensor, Tensor]:
-    terms = {key: term.detach() for key, term in layer.terms().items()}
+def _scale_and_shift(name: str, layer: QuantizedLinear) -> tuple[Tensor, Tensor]:
+    held, scheme = layer.terms(), layer.kind()["scheme"]
+    if held is None:
+        raise UserError(f"{name} ({scheme}) holds more than one sign a weight, and the Bi-Mamba form one")
+    terms = {key: term.detach().float() for key, term in held.items()}
     for side, shape in (("in", (1, -1)), ("out", (-1, 1))):
         if terms.keys() <= {f"{side}_scale", f"{side}_shift"}:
             scale = terms.get(f"{side}_scale", torch.ones(1))
@@ -105,7 +110,6 @@ def _scale_and_shift(name: str, layer: BinaryLinear | PackedLinear) -> tuple[Ten
                 return scale.reshape(1), shift.reshape(1)
             scale, shift = torch.broadcast_tensors(scale, shift)
             return scale.reshape(shape).contiguous(), shift.reshape(shape).contiguous()
-    scheme = layer.scheme if isinstance(layer, PackedLinear) else type(layer).__name__
     raise UserError(
         f"{name} ({scheme}) has {', '.join(terms)}, and the Bi-Mamba form has one scale and one shift by input, by "
         "output or for the whole matrix"

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bimamba_lit.binarize import apply_binarization_, describe_binarization
+from bimamba_lit.binarize import PTBLinear, apply_binarization_, describe_binarization
 from bimamba_lit.errors import UserError, nearest
 from bimamba_lit.files import replacing_all
 from bimamba_lit.models.bi_mamba_form import from_bi_mamba, is_bi_mamba
@@ -81,8 +81,8 @@ def save_lm(
         lm: The model.
         path: The folder.
         tokenizer: The tokenizer as the JSON text of its ``to_json()``.
-        stored_dtype: What all but signs and whole numbers is rounded to in the file; the model that is loaded from it
-            computes in fp32. None stores and loads every tensor as it is.
+        stored_dtype: What all but signs, whole numbers and post-training results is rounded to in the file; the model
+            that is loaded from it computes in fp32. None stores and loads every tensor as it is.
 
     Raises:
         UserError: If the folder cannot be written, or a value is outside the range of ``stored_dtype``.
@@ -91,7 +91,8 @@ def save_lm(
     tensors = {name: tensor.detach().contiguous() for name, tensor in _stored(lm).items()}
     if stored_dtype is not None:
         description["loads_as"] = _COMPUTE
-        tensors = {name: rounded(tensor, stored_dtype, name) for name, tensor in tensors.items()}
+        kept = _kept_as_stored(lm)
+        tensors = {n: tensor if n in kept else rounded(tensor, stored_dtype, n) for n, tensor in tensors.items()}
     texts = {CONFIG_FILE: json.dumps(description, indent=2) + "\n"}
     if tokenizer is not None:
         texts[TOKENIZER_FILE] = tokenizer
@@ -264,7 +265,8 @@ def _assemble(description: Mapping[str, Any], readers: Mapping[str, Reader], sou
     if any(faults.values()):
         told = "; ".join(f"{fault} {_listed(names)}" for fault, names in faults.items() if names)
         raise UserError(f"{source} does not hold the tensors of the model it describes: it {told}")
-    _fill(lm, {name: _copied(found[name], dtype) for name in targets})
+    kept = _kept_as_stored(lm)
+    _fill(lm, {name: _copied(found[name], None if name in kept else dtype) for name in targets})
     return lm
 
 
@@ -298,6 +300,12 @@ def _stored(lm: nn.Module) -> dict[str, Tensor]:
     """Return what is saved of a model: its state, tied tensors under their first name only."""
     aliases = _aliases(lm)
     return {name: tensor for name, tensor in lm.state_dict(keep_vars=True).items() if name not in aliases}
+
+
+def _kept_as_stored(lm: nn.Module) -> set[str]:
+    """Return the names of the parts of post-training results, which are stored bit for bit."""
+    layers = ((name, layer) for name, layer in lm.named_modules() if isinstance(layer, PTBLinear))
+    return {f"{name}.{part}" for name, layer in layers for part in layer.parts}
 
 
 def _aliases(lm: nn.Module) -> dict[str, str]:

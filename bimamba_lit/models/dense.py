@@ -4,11 +4,11 @@ from collections.abc import Collection, Iterator
 
 from torch import Tensor
 
-from bimamba_lit.binarize import BinaryLinear, PackedLinear
+from bimamba_lit.binarize import BinaryLinear, PackedLinear, PTBLinear
 from bimamba_lit.models.lm import MambaLM
 from bimamba_lit.models.quantized_table import QuantizedEmbedding
 
-_FORMED = (BinaryLinear, PackedLinear, QuantizedEmbedding)
+_FORMED = (BinaryLinear, PackedLinear, PTBLinear, QuantizedEmbedding)
 
 
 def dense_tensors(lm: MambaLM, leave_out: Collection[str] = ()) -> Iterator[tuple[str, Tensor]]:

@@ -1,14 +1,16 @@
 """`bimamba convert`: every form to every other, as a user runs it; and what a form cannot hold."""
 
 import json
+from contextlib import nullcontext
 
 import pytest
 import torch
 
 from bimamba_lit import MambaLM
-from bimamba_lit.binarize import FBI, BinaryLinear, PackedLinear, ScaledSign, Sign, binarize_, pack_
+from bimamba_lit.binarize import FBI, BinaryLinear, PackedLinear, ScaledSign, Sign, binarize_, pack_, ptb
 from bimamba_lit.errors import UserError
-from bimamba_lit.export.convert import convert
+from bimamba_lit.export.convert import FORMS, convert
+from bimamba_lit.export.gguf import export_gguf
 
 IDS = torch.randint(61, (2, 21), generator=torch.Generator().manual_seed(1))
 
@@ -61,6 +63,35 @@ def test_other_schemes_in_the_bi_mamba_form(make, error, tmp_path, scheme, packe
     state = torch.load(tmp_path / "to" / "pytorch_model.bin", weights_only=True)
     assert state["backbone.layers.0.mixer.out_proj.wscale"].shape in [(32, 1), (1,)]
     assert error(logits(MambaLM.from_pretrained(tmp_path / "to")), expected) < 1e-5
+
+
+def calibrated(make, scheme):
+    """A model fitted after training, on random tokens."""
+    lm = make(d_model=128, headdim=32, n_layer=1).eval()
+    batches = [torch.randint(61, (4, 80), generator=torch.Generator().manual_seed(2))]
+    return ptb.calibrate_(lm, scheme, batches, blocks="backbone.layers")
+
+
+@pytest.mark.parametrize("scheme", [ptb.ScaledSign(), ptb.BiLLM()], ids=lambda scheme: type(scheme).__name__)
+def test_a_model_fitted_after_training_in_every_form(make, error, tmp_path, scheme):
+    lm = calibrated(make, scheme)
+    lm.save_pretrained(tmp_path / "latent")
+    parts = {name: tensor for name, tensor in lm.state_dict().items() if "_proj." in name}
+    for form in FORMS[1:]:
+        try:
+            convert(tmp_path / "latent", tmp_path / form, form, "float32")
+        except UserError as told:
+            assert isinstance(scheme, ptb.BiLLM) and form == "bi-mamba"
+            assert "in_proj (ptb.BiLLM) holds more than one sign a weight" in str(told)
+            continue
+        there = MambaLM.from_pretrained(tmp_path / form)
+        assert error(logits(there), logits(lm)) < 1e-5
+    packed = MambaLM.from_pretrained(tmp_path / "packed").state_dict()
+    if isinstance(scheme, ptb.BiLLM):
+        assert all(torch.equal(packed[name], part) and packed[name].dtype == part.dtype for name, part in parts.items())
+    with pytest.raises(UserError) if isinstance(scheme, ptb.BiLLM) else nullcontext():
+        export_gguf(lm, tmp_path / "lm.gguf", None)
+    export_gguf(lm, tmp_path / "lm.gguf", None, fallback="f16")
 
 
 def test_what_forms_cannot_hold(make, tmp_path):

@@ -146,7 +146,7 @@ def test_the_file_is_as_long_as_its_true_bits(make, tmp_path, embedding):
         ({"embedding": "int3"}, "the embedding can be int8 or int4, not 'int3'"),
         ({"embedding": "int8", "group_size": 5}, "the group size must divide the embedding's width 32, and 5 does not"),
         ({"group_size": 8}, "choose int8 or int4 too"),
-        ({"dtype": "int8"}, "dtype is 'int8', and a file holds float16, bfloat16, float32"),
+        ({"dtype": "int8"}, "dtype must be float16, bfloat16, float32, not 'int8'"),
     ],
 )
 def test_wrong_options(make, tmp_path, options, words):

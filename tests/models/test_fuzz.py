@@ -1,5 +1,6 @@
 """Random damage to every file a model is read from: a model comes out, or one sentence, and nothing else."""
 
+import copy
 import json
 import shutil
 from pathlib import Path
@@ -10,14 +11,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from bimamba_lit import MambaConfig, MambaLM
-from bimamba_lit.binarize import FBI, ScaledSign, binarize_, pack_
+from bimamba_lit.binarize import FBI, ScaledSign, binarize_, pack_, ptb
 from bimamba_lit.errors import UserError
 from bimamba_lit.export.convert import FORMS, convert
 from bimamba_lit.export.safetensors import export_safetensors
 from bimamba_lit.models.checkpoint import describe
 
 QUIET = {"deadline": None, "database": None, "suppress_health_check": list(HealthCheck)}
-KINDS = [*FORMS, "int4", "lightning", "shards"]
+KINDS = [*FORMS, "int4", "ptb", "lightning", "shards"]
 
 values = st.recursive(
     st.none()
@@ -39,6 +40,8 @@ def sound(tmp_path_factory):
     torch.manual_seed(0)
     sizes = {"d_model": 16, "n_layer": 1, "vocab_size": 11, "d_state": 4, "headdim": 8, "chunk_size": 8}
     lm = MambaLM(MambaConfig.from_dict(sizes))
+    fitted = ptb.calibrate_(copy.deepcopy(lm), ptb.ScaledSign(), [torch.arange(11)[None]], "backbone.layers")
+    fitted.save_pretrained(folder / "ptb")
     binarize_(lm, FBI, ["in_proj"])
     binarize_(lm, ScaledSign, ["out_proj"])
     lm.save_pretrained(folder / "latent", tokenizer='{"type": "bytes"}')

@@ -89,7 +89,7 @@ CONFIGS = [
     ("packed", [], {"tables": {"bits": 2**70}}, "8 or 4 bits an entry"),
     ("packed", [], {"tables": [8]}, "'tables' must be a mapping"),
     ("packed", ["binarization", 0], {"targets": "*"}, "must be a list of layers' names"),
-    ("packed", ["binarization", 0], {"targets": ["*"]}, "the model has no layer '*'"),
+    ("packed", ["binarization", 0], {"targets": ["*"]}, "the model has no binary layer '*'"),
     ("packed", ["binarization", 0], {"options": {"straight_through": "crooked"}}, "must be one of identity"),
     ("transformers", [], {"num_hidden_layers": 10**9}, "n_layer is 1000000000"),
     ("transformers", [], {"model_type": "mamba3"}, "of the model type 'mamba3'"),
