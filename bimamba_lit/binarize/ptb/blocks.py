@@ -45,7 +45,8 @@ class BlockScheme(PTBScheme):
         """
         return [self.binarize(w, half) for w, half in zip(weights, halves, strict=True)]
 
-    def _fit(self, weight: Tensor, data: Calibrated | None) -> dict[str, Tensor]:
+    def encode(self, weight: Tensor, data: Calibrated | None) -> dict[str, Tensor]:
+        """Return the blocks."""
         assert data is not None
         rest, factor = data.weight.clone(), data.factor
         blocks = []

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from bimamba_lit.binarize.ptb.columns import round_columns
-from bimamba_lit.binarize.ptb.grid import encode, fit_grid, pack_codes, unpack_codes
+from bimamba_lit.binarize.ptb.grid import codes_on, fit_grid, pack_codes, unpack_codes
 from bimamba_lit.binarize.ptb.hessian import Calibrated
 from bimamba_lit.binarize.ptb.scheme import PTBScheme, group_of
 from bimamba_lit.errors import UserError
@@ -27,7 +27,8 @@ class GPTQ(PTBScheme):
         self.bits = bits
         self.group_size = group_size
 
-    def _fit(self, weight: Tensor, data: Calibrated | None) -> dict[str, Tensor]:
+    def encode(self, weight: Tensor, data: Calibrated | None) -> dict[str, Tensor]:
+        """Return the codes, or the signs, and their grids."""
         assert data is not None
         size = group_of(self.group_size, weight.shape[1])
         codes = torch.empty_like(weight.T)
@@ -37,7 +38,7 @@ class GPTQ(PTBScheme):
             if i % size == 0:
                 grids.append(fit_grid(rest[i : i + size], self.bits))
             scale, zero = grids[-1]
-            codes[i] = encode(rest[i], scale, zero, self.bits)
+            codes[i] = codes_on(rest[i], scale, zero, self.bits)
             return scale * (codes[i] - zero)
 
         round_columns(data, rounded)

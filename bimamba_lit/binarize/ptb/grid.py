@@ -18,7 +18,7 @@ def fit_grid(values: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     return scale, (-low / scale).round().clamp(0, 2**bits - 1)
 
 
-def encode(values: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
+def codes_on(values: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
     """Return the codes nearest to ``values``, 0 to 2^b - 1, in fp32."""
     return ((values / scale).round() + zero).clamp(0, 2**bits - 1)
 

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from bimamba_lit import ops
 from bimamba_lit.binarize.ptb.columns import round_columns
-from bimamba_lit.binarize.ptb.grid import encode, fit_grid, pack_bits, pack_codes, unpack_bits, unpack_codes
+from bimamba_lit.binarize.ptb.grid import codes_on, fit_grid, pack_bits, pack_codes, unpack_bits, unpack_codes
 from bimamba_lit.binarize.ptb.hessian import Calibrated
 from bimamba_lit.binarize.ptb.scheme import PTBScheme, group_of
 from bimamba_lit.errors import UserError
@@ -30,7 +30,8 @@ class PBLLM(PTBScheme):
         self.salient_share = salient_share
         self.group_size = group_size
 
-    def _fit(self, weight: Tensor, data: Calibrated | None) -> dict[str, Tensor]:
+    def encode(self, weight: Tensor, data: Calibrated | None) -> dict[str, Tensor]:
+        """Return codes, signs, which entry has which, and their numbers."""
         assert data is not None
         size = group_of(self.group_size, weight.shape[1])
         codes = torch.zeros_like(weight.T)
@@ -43,7 +44,7 @@ class PBLLM(PTBScheme):
                 salient[i : i + size] = self._salient(group / data.factor.diagonal()[i : i + size, None])
                 groups.append((*fit_grid(group, HIGH_BITS), *_binary_levels(group, ~salient[i : i + size])))
             scale, zero, alpha, mu = groups[-1]
-            codes[i] = encode(rest[i], scale, zero, HIGH_BITS)
+            codes[i] = codes_on(rest[i], scale, zero, HIGH_BITS)
             positive[i] = rest[i] > mu
             return torch.where(salient[i], scale * (codes[i] - zero), torch.where(positive[i], mu + alpha, mu - alpha))
 

@@ -21,7 +21,8 @@ class ScaledSign(PTBScheme):
     def __init__(self, centred_rows: bool = False) -> None:
         self.centred_rows = centred_rows
 
-    def _fit(self, weight: Tensor, data: Calibrated | None) -> dict[str, Tensor]:
+    def encode(self, weight: Tensor, data: Calibrated | None) -> dict[str, Tensor]:
+        """Return signs and numbers by row."""
         parts = {}
         if self.centred_rows:
             parts["shifts"] = weight.mean(1).half()

@@ -39,14 +39,14 @@ class PTBScheme(ABC):
         """
         _check_weight(weight)
         data = calibrated(weight, hessian) if self.needs_hessian else None
-        parts = self._fit(data.weight if data else weight.detach().float(), data)
+        parts = self.encode(data.weight if data else weight.detach().float(), data)
         decoded = self.decode(parts, *weight.shape)
         if not decoded.isfinite().all():
             raise UserError(f"a scale of {self!r} is beyond fp16's 65504: the layer's weights are too large")
         return PTBResult(decoded, parts, self.terms(parts), data.damping if data else None)
 
     @abstractmethod
-    def _fit(self, weight: Tensor, data: Calibrated | None) -> dict[str, Tensor]:
+    def encode(self, weight: Tensor, data: Calibrated | None) -> dict[str, Tensor]:
         """Return the parts that ``weight`` ``(O, I)`` fp32 is stored as."""
 
     @abstractmethod

@@ -12,7 +12,8 @@ class Sign(PTBScheme):
 
     needs_hessian = False
 
-    def _fit(self, weight: Tensor, data: Calibrated | None) -> dict[str, Tensor]:
+    def encode(self, weight: Tensor, data: Calibrated | None) -> dict[str, Tensor]:
+        """Return the signs."""
         return {"signs": ops.pack_signs(weight)}
 
     def decode(self, parts: dict[str, Tensor], out_features: int, in_features: int) -> Tensor:
