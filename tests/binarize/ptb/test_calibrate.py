@@ -23,7 +23,7 @@ class Coarse(ptb.PTBScheme):
         self.seen.append((weight.detach().clone(), hessian.clone()))
         return super().fit(weight, hessian)
 
-    def _fit(self, weight, data):
+    def encode(self, weight, data):
         step = weight.abs().max() / 3
         return {"codes": (weight / step).round().to(torch.int8), "steps": step.reshape(1)}
 
