@@ -11,6 +11,8 @@ V vocabulary.
 """
 
 import math
+import os
+import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
@@ -513,8 +515,8 @@ def distillation_loss(
 
     The mean is over counted positions: those with `mask` True, if given, and a label other than -100, if given. With
     none counted the loss and its gradients are 0. Products run in autocast's dtype where autocast is on; softmax and
-    sums in float32 (float64 for float64 inputs). The chunked form never holds logits of more than `chunk_tokens`
-    tokens, neither forward nor backward.
+    sums in float32 (float64 for float64 inputs). The chunked and the Triton form never hold
+    logits of more than `chunk_tokens` tokens, neither forward nor backward.
 
     Args:
         hidden_s: The student's final hidden states (..., D_s).
@@ -528,7 +530,7 @@ def distillation_loss(
         temperature: Positive; the soft term is multiplied by its square.
         hard_share: Weight of the cross-entropy with the labels, 0 to 1.
         mask: Positions that count (...), bool.
-        chunk_tokens: Tokens whose logits exist at a time in the chunked form.
+        chunk_tokens: Tokens whose logits exist at a time in the chunked and the Triton form.
         backend: ``"auto"``, ``"naive"``, ``"chunked"`` or ``"triton"``.
 
     Returns:
@@ -565,7 +567,11 @@ def distillation_loss(
     _shape("mask", mask, "...", tokens)
     if mask is not None and mask.dtype != torch.bool:
         raise TypeError(f"mask has dtype {mask.dtype}, but must be torch.bool.")
-    if labels is not None and bool(((labels != -100) & ((labels < 0) | (labels >= vocabulary))).any()):
+    if (
+        labels is not None
+        and _readable(labels)
+        and bool(((labels != -100) & ((labels < 0) | (labels >= vocabulary))).any())
+    ):
         raise ValueError(f"labels hold a value outside 0 to {vocabulary - 1} that is not -100.")
     run = _pick(backend, hidden_s, naive_distillation.distillation_loss, chunked_distillation.distillation_loss)
     return run(
@@ -581,14 +587,27 @@ def _pick(backend: str, tensor: Tensor, naive: Op, chunked: Op | None = None, pa
         return naive
     if backend == "triton" or (backend == "auto" and tensor.is_cuda):
         module = naive.__module__.removesuffix("naive") + "triton"
-        kernel: Op | None = getattr(import_module(module), naive.__name__, None) if _importable(module) else None
-        if kernel is not None:
+        if _has_triton_form(module, naive.__name__):
+            if tensor.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+                raise ValueError(
+                    "backend='triton' needs tensors on a GPU (or TRITON_INTERPRET=1 set before the start)."
+                )
+            kernel: Op = getattr(sys.modules[module], naive.__name__)
             return kernel
         if backend == "triton":
             raise ValueError(f"{naive.__name__} has no Triton form here; take backend='auto'.")
     if parallel is not None and tensor.device.type != "cpu":
         return parallel
     return naive if chunked is None else chunked
+
+
+def _has_triton_form(module: str, name: str) -> bool:
+    """Import an op's Triton form and say whether there is one."""
+    return _importable(module) and hasattr(import_module(module), name)
+
+
+# As torch.compiler.assume_constant_result does, which imports Triton: torch.compile cannot trace an import by name.
+_has_triton_form._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @cache
@@ -599,6 +618,11 @@ def _importable(module: str) -> bool:
 def _without_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
     device = tensor.device.type
     return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+
+
+def _readable(tensor: Tensor) -> bool:
+    """Say whether values may be read back: not while a graph is traced or captured."""
+    return not torch.compiler.is_compiling() and not (tensor.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
 def _dimensions(name: str, tensor: Tensor, letters: str) -> None:

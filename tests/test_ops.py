@@ -49,6 +49,9 @@ def test_a_triton_file_is_used_when_asked_for_and_not_for_tensors_of_a_cpu(monke
     monkeypatch.setattr(ops, "_importable", lambda name: name == "bimamba_lit.kernels.signs.triton")
     monkeypatch.setitem(sys.modules, "bimamba_lit.kernels.signs.triton", module)
     w = torch.ones(2, 8)
+    with pytest.raises(ValueError, match="backend='triton' needs tensors on a GPU"):
+        ops.pack_signs(w, backend="triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert ops.pack_signs(w, backend="triton") == "by triton"
     assert torch.equal(ops.pack_signs(w), naive.pack_signs(w))
     with pytest.raises(ValueError, match="unpack_signs has no Triton form"):

@@ -53,6 +53,7 @@ def apply_binarization_(model: nn.Module, description: list[dict[str, Any]]) -> 
             raise UserError(
                 "the description of the binary layers must hold scheme, options, targets and packed"
             ) from error
+        _check_targets(model, targets)
         try:
             if str(name).startswith(PREFIX):
                 scheme = _named(name, PTBScheme, PREFIX)(**options)  # type: ignore[type-abstract]
@@ -68,6 +69,15 @@ def apply_binarization_(model: nn.Module, description: list[dict[str, Any]]) -> 
                 layer = model.get_submodule(target)
                 assert isinstance(layer, BinaryLinear | PTBLinear)
                 model.set_submodule(target, PackedLinear(layer))
+
+
+def _check_targets(model: nn.Module, targets: object) -> None:
+    if not isinstance(targets, list):
+        raise UserError(f"the targets of a scheme must be a list of layers' names, not {targets!r}")
+    layers = dict(model.named_modules())
+    for target in targets:
+        if not isinstance(target, str) or target not in layers:
+            raise UserError(f"the model has no layer {target!r}, which is said to be binary")
 
 
 def known_schemes(base: type[Base] = BinaryLinear) -> dict[str, type[Base]]:  # type: ignore[assignment]

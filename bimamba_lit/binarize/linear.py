@@ -11,13 +11,14 @@ Every scheme is one formula with some of its terms, so that training, packing an
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, ClassVar, get_args
 
 import torch
 from torch import Tensor, nn
 
 from bimamba_lit import ops
 from bimamba_lit.binarize.straight_through import StraightThrough, straight_through_sign
+from bimamba_lit.errors import UserError
 from bimamba_lit.kernels.linear import FEW, linear
 
 TERMS = ("in_scale", "out_scale", "group_scale", "in_shift", "out_shift")
@@ -39,9 +40,16 @@ class BinaryLinear(nn.Linear, ABC):
     Attributes:
         latent: ``(O, I)`` fp32 parameter that the optimizer sees.
         weight: ``(O, I)`` fp32 binary weight, differentiable to ``latent`` and to the scales.
+        formats: What ``bimamba export`` can write of the scheme. All that :meth:`terms` can say fits every format, but
+            ``gguf``, which looks at the terms themselves; a scheme whose layer does more than its terms names fewer.
     """
 
+    formats: ClassVar[tuple[str, ...]] = ("torchscript", "pt2", "safetensors", "gguf", "transformers")
+
     def __init__(self, linear: nn.Linear, straight_through: StraightThrough = "identity") -> None:
+        if straight_through not in get_args(StraightThrough):
+            known = ", ".join(get_args(StraightThrough))
+            raise UserError(f"straight_through is {straight_through!r}, and must be one of {known}")
         nn.Module.__init__(self)  # nn.Linear's would register a parameter named ``weight``
         self.in_features = linear.in_features
         self.out_features = linear.out_features

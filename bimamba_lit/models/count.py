@@ -1,8 +1,9 @@
 """How many weights a model has, how many of them are binary, and what it takes to store them.
 
 A size is that of the deployed model: a sign is one bit (rows padded to whole bytes), a post-training result the bytes
-of its parts, and everything left in full precision, the scales of trained binary layers included, is counted at 16
-bits, the width it is deployed in, whatever the width it is trained in. Tied weights count once.
+of its parts, an entry of a quantized embedding has its own bits, and everything left in full precision, the scales of
+trained binary layers included, is counted at 16 bits, the width it is deployed in, whatever the width it is trained in.
+Tied weights count once.
 """
 
 from collections import Counter
@@ -11,6 +12,7 @@ from typing import NamedTuple
 from torch import nn
 
 from bimamba_lit.binarize import DEPLOYED_BITS, PTBLinear, quantized_layers
+from bimamba_lit.models.quantized_table import QuantizedTable
 
 FULL_PRECISION = "full_precision"
 
@@ -35,23 +37,28 @@ def count_parameters(lm: nn.Module) -> ParameterCount:
         scales = layer.parts if isinstance(layer, PTBLinear) else layer.terms()
         beside += sum(values.numel() for values in scales.values() if values.is_floating_point())
         beside += 0 if layer.bias is None else layer.bias.numel()
+    beside += sum(table.codes.shape[0] * table.width + table.scale.numel() for table in _tables(lm))
     return ParameterCount(binarized + beside + _full_precision(lm), binarized)
 
 
 def storage_by_part(lm: nn.Module) -> dict[str, int]:
-    """Return the bits it takes to store a model by part: of its binary layers, and ``full_precision``, all the rest."""
+    """Return the bits it takes to store a model by part: of its binary layers and quantized tables, and the rest."""
     bits: Counter[str] = Counter()
-    for _, layer in quantized_layers(lm):
+    for layer in [*(layer for _, layer in quantized_layers(lm)), *_tables(lm)]:
         bits.update(layer.storage())
     return dict(bits) | {FULL_PRECISION: DEPLOYED_BITS * _full_precision(lm)}
 
 
 def true_bits(lm: nn.Module) -> int:
-    """Return the bits it takes to store a model: signs, scales, and everything else at 16 bits."""
+    """Return the bits it takes to store a model: signs, scales, quantized tables, and everything else at 16 bits."""
     return sum(storage_by_part(lm).values())
 
 
+def _tables(lm: nn.Module) -> list[QuantizedTable]:
+    return [module for module in lm.modules() if isinstance(module, QuantizedTable)]
+
+
 def _full_precision(lm: nn.Module) -> int:
-    """Count the parameters outside binary layers, tied ones once; packed layers have none, only buffers."""
+    """Count the parameters outside binary layers, tied ones once; packed layers and tables have none."""
     inside = {id(parameter) for _, layer in quantized_layers(lm) for parameter in layer.parameters()}
     return sum(parameter.numel() for parameter in lm.parameters() if id(parameter) not in inside)

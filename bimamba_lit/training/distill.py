@@ -11,6 +11,7 @@ from bimamba_lit.binarize import TARGETS, BinaryLinear, retrain_
 from bimamba_lit.distill import find_checkpoint, load_teacher
 from bimamba_lit.distill.causal_teacher import CausalTeacher
 from bimamba_lit.errors import UserError
+from bimamba_lit.export.deploy import check_deploy
 from bimamba_lit.models import MambaConfig, MambaLM
 from bimamba_lit.models.checkpoint import copy_in_fp32, load_lm
 from bimamba_lit.training.language import Batch, LanguageModule
@@ -36,6 +37,8 @@ class Distill(LanguageModule):
         hard_share: Share of the loss that is cross-entropy against the text itself, 0 (the paper's) to 1.
         optimizer: AdamW and its schedule.
         activation_checkpointing: Compute activations inside blocks again in the backward pass, to save memory.
+        deploy: Formats of ``bimamba export`` that the result must fit, such as ``[torchscript, gguf]``; checked before
+            the first step.
     """
 
     def __init__(
@@ -49,6 +52,7 @@ class Distill(LanguageModule):
         hard_share: float = 0.0,
         optimizer: AdamW | None = None,
         activation_checkpointing: bool = False,
+        deploy: list[str] = [],  # noqa: B006  (likewise)
     ) -> None:
         super().__init__(optimizer, teacher, activation_checkpointing)
         self.binarizer = binarizer
@@ -57,12 +61,13 @@ class Distill(LanguageModule):
         self.divergence = divergence
         self.temperature = temperature
         self.hard_share = hard_share
+        self.deploy = deploy
 
     def configure_model(self) -> None:
         """Load the teacher, build the student and binarize it.
 
         Raises:
-            UserError: If the student cannot start from what it is to start from.
+            UserError: If the student cannot start from what it is to start from, or does not fit where it is to go.
         """
         if self._teacher:
             return
@@ -70,6 +75,7 @@ class Distill(LanguageModule):
         teacher = load_teacher(self.teacher_path, *self.data_vocabulary())
         student = self._start(teacher)
         start = retrain_(student, self.binarizer, self.targets)
+        check_deploy(student, self.deploy)
         if any(start):
             rank_zero_info(
                 f"Of {self.student}, {start.exact} layers keep their signs and scales; of {start.near} the latent "

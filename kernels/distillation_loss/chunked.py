@@ -69,10 +69,10 @@ def _walk(
     want_head: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     """Return the loss and, where wanted, its gradients with respect to hidden_s and head_s."""
-    narrow = _product_dtype(hidden_s, head_s)
+    narrow = product_dtype(hidden_s, head_s)
     wide = torch.float64 if narrow == torch.float64 else torch.float32
     weight_s = head_s.to(narrow)
-    weight_t = None if hidden_t is None or head_t is None else head_t.detach().to(_product_dtype(hidden_t, head_t))
+    weight_t = None if hidden_t is None or head_t is None else head_t.detach().to(product_dtype(hidden_t, head_t))
     loss = torch.zeros((), dtype=wide, device=hidden_s.device)
     g_hidden = torch.zeros_like(hidden_s, dtype=wide) if want_hidden else None
     g_head = torch.zeros_like(head_s, dtype=wide) if want_head else None
@@ -163,7 +163,8 @@ def _accumulate(g_head: Tensor, g: Tensor, h: Tensor) -> None:
         g_head += g.t() @ h
 
 
-def _product_dtype(hidden: Tensor, head: Tensor) -> torch.dtype:
+def product_dtype(hidden: Tensor, head: Tensor) -> torch.dtype:
+    """Return the dtype in which hidden states and a head are multiplied."""
     device = hidden.device.type
     if torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)

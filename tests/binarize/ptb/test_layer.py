@@ -223,7 +223,7 @@ def by_row(linear):
         (ptb.GPTQ(bits=2, group_size=32), by_row, False),
         (ptb.ARBRC(), FBI, False),
     ],
-    ids=str,
+    ids=lambda value: getattr(value, "__name__", str(value)),
 )
 def test_training_starts_from_a_result(scheme, trained, exact):
     lm = fitted(scheme)

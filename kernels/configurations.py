@@ -1,0 +1,188 @@
+"""The one table of launch configurations, and the agreement by which a test compiles every kernel that ships.
+
+Autotuning at run time costs start-up, lets ranks disagree and makes runs differ, so configurations are pinned: by
+kernel, architecture, width of the elements and a size that the kernel chooses. Tuning is a command that prints rows.
+
+A kernel is launched as ``kernel[grid](…, **configuration("ssd/chunk_state", x.dtype, tokens, x.device).launch())``.
+
+Every ``kernels/OP/triton.py`` has a function ``compile_cases()`` that returns `CompileCase`: each calls the launching
+code (not the registered op, which would only run its fake) with tensors on the device ``"meta"``, at real shapes.
+``tests/kernels/test_compile.py`` records the launches and compiles them for every architecture without a GPU, so
+signatures, strides and alignment are those of real calls; and it holds every row of the table to be reached.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cache
+
+import torch
+
+# Compiled without a GPU by the test; a kernel runs elsewhere too, with the row for any architecture.
+ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
+INTERPRETER = "interpreter"
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """How a kernel is launched.
+
+    Attributes:
+        blocks: Constants of the kernel by the name of the argument, block sizes foremost.
+        num_warps: Warps of a program.
+        num_stages: Depth of the software pipeline.
+    """
+
+    blocks: dict[str, int] = field(hash=False)
+    num_warps: int = 4
+    num_stages: int = 1
+
+    def launch(self) -> dict[str, int]:
+        """Return the keyword arguments of a launch."""
+        return {**self.blocks, "num_warps": self.num_warps, "num_stages": self.num_stages}
+
+
+@dataclass(frozen=True)
+class Row:
+    """A configuration and where it holds; the first row that matches is taken.
+
+    Attributes:
+        configuration: What is launched.
+        architectures: Names as in `ARCHITECTURES`, or ``"interpreter"``; empty for all.
+        itemsize: Bytes of an element, 2 for bfloat16 and float16; None for all.
+        up_to: Largest size, of what the kernel counts; None for all.
+    """
+
+    configuration: Configuration
+    architectures: tuple[str, ...] = ()
+    itemsize: int | None = None
+    up_to: int | None = None
+
+
+@dataclass(frozen=True)
+class CompileCase:
+    """A call that launches kernels.
+
+    Attributes:
+        name: For the test's report, for instance ``"forward bf16 with z"``.
+        call: Launches on tensors of the device ``"meta"``, made inside the call.
+        representative: Whether it is compiled in every run of the tests, for two architectures; keep these few, and
+            fast to compile.
+    """
+
+    name: str
+    call: Callable[[], object]
+    representative: bool = False
+
+
+TABLE: dict[str, tuple[Row, ...]] = {
+    # ssd
+    # The size is that of a state: head width times state size, each rounded up to a power of two.
+    "ssd/chunk": (
+        Row(Configuration({"Q": 64, "R": 32}), architectures=("interpreter",)),
+        Row(Configuration({"Q": 128, "R": 64}), architectures=("sm_80", "sm_90", "sm_100"), itemsize=2, up_to=8192),
+        Row(Configuration({"Q": 64, "R": 64}), itemsize=2),
+        Row(Configuration({"Q": 32, "R": 32}), itemsize=4),
+    ),
+    "ssd/decays": (Row(Configuration({"BLOCK_H": 16})),),
+    "ssd/gate": (Row(Configuration({"BLOCK_R": 32})),),
+    "ssd/carry": (Row(Configuration({"BLOCK_P": 64, "BLOCK_N": 64}, 4, 3)),),
+    "ssd/outputs": (Row(Configuration({"HEADS": 8}, 4, 2)),),
+    "ssd/input_gradients": (Row(Configuration({"HEADS": 16}, 8, 2)),),
+    "ssd/map_gradients": (Row(Configuration({"BLOCK_Q": 64, "BLOCK_N": 128}, 8, 1)),),
+    "ssd/scores": (Row(Configuration({"BLOCK_Q": 64}, 4, 1)),),
+    # selective_scan
+    # causal_conv1d
+    # rms_norm
+    # signs and binary_linear
+    # distillation_loss: the size is the vocabulary's
+    "distillation_loss/rows": (
+        Row(Configuration({"BLOCK": 32}), architectures=(INTERPRETER,)),
+        Row(Configuration({"BLOCK": 512}, num_warps=2), up_to=4096),
+        Row(Configuration({"BLOCK": 2048}, num_warps=4)),
+    ),
+}
+
+_overrides: dict[str, Configuration] = {}
+_target: list[str] = []
+
+
+def configuration(kernel: str, dtype: torch.dtype, size: int, device: torch.device) -> Configuration:
+    """Return the pinned configuration of a launch.
+
+    Args:
+        kernel: Its name in `TABLE`.
+        dtype: Of the elements that decide; what counts is their width.
+        size: What the kernel's rows bound with ``up_to``.
+        device: Where it runs; a CPU means Triton's interpreter.
+
+    Raises:
+        LookupError: If no row matches.
+    """
+    if kernel in _overrides:
+        return _overrides[kernel]
+    return matching_row(kernel, dtype.itemsize, size, architecture(device)).configuration
+
+
+def matching_row(kernel: str, itemsize: int, size: int, name: str) -> Row:
+    """Return the first row of a kernel for elements of `itemsize` bytes, a size and an architecture's name."""
+    for row in TABLE[kernel]:
+        if (
+            (not row.architectures or name in row.architectures)
+            and row.itemsize in (None, itemsize)
+            and (row.up_to is None or size <= row.up_to)
+        ):
+            return row
+    raise LookupError(f"no configuration of {kernel} for {itemsize}-byte elements, size {size}, on {name}")
+
+
+@contextmanager
+def overriding(kernel: str, chosen: Configuration) -> Iterator[None]:
+    """Launch a kernel with another configuration for a while, in every thread: for tuning."""
+    before = _overrides.get(kernel)
+    _overrides[kernel] = chosen
+    try:
+        yield
+    finally:
+        del _overrides[kernel]
+        if before is not None:
+            _overrides[kernel] = before
+
+
+@contextmanager
+def compiling_for(name: str) -> Iterator[None]:
+    """Take an architecture for that of every device for a while: for compiling without it."""
+    _target.append(name)
+    try:
+        yield
+    finally:
+        _target.pop()
+
+
+def architecture(device: torch.device) -> str:
+    """Return the name of a device's architecture: ``"sm_90"``, ``"gfx942"`` or, off a GPU, ``"interpreter"``."""
+    if _target:
+        return _target[-1]
+    if device.type != "cuda":
+        return INTERPRETER
+    return _of_gpu(torch.cuda.current_device() if device.index is None else device.index)
+
+
+def multiprocessors(device: torch.device) -> int:
+    """Return how many programs of a persistent kernel fill a device; 132, an H100's, where there is none."""
+    if device.type != "cuda":
+        return 132
+    return _multiprocessors(torch.cuda.current_device() if device.index is None else device.index)
+
+
+@cache
+def _of_gpu(index: int) -> str:
+    properties = torch.cuda.get_device_properties(index)
+    if torch.version.hip:
+        return str(properties.gcnArchName).split(":")[0]
+    return f"sm_{properties.major}{properties.minor}"
+
+
+@cache
+def _multiprocessors(index: int) -> int:
+    return int(torch.cuda.get_device_properties(index).multi_processor_count)

@@ -1,0 +1,243 @@
+"""SSD in Triton as `torch.library` ops: what runs on a GPU.
+
+The kernels are in `triton_forward` and `triton_backward`. Nothing but the inputs is kept for the backward pass. Products
+take factors of the inputs' dtype; decays, states while they are carried, and all sums are float32. Every sum has a fixed
+order, so repeated runs are equal bit for bit, with or without ``torch.use_deterministic_algorithms``.
+
+Legend: B batch, L length, H heads, P head width, G groups, N state size.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from bimamba_lit.kernels.causal_conv1d.naive import document_numbers
+from bimamba_lit.kernels.configurations import CompileCase
+from bimamba_lit.kernels.ssd import parallel, triton_backward, triton_forward
+from bimamba_lit.kernels.ssd.triton_forward import Shape, readable
+
+DIFFERENTIABLE = ("x", "dt", "A", "B", "C", "D", "z", "dt_bias", "initial_states")
+WIDEST = (128, 256)  # head width and state size, whose tiles fit a program
+
+
+def ssd(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    chunk_size: int = 256,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    dt_softplus: bool = False,
+    dt_limit: tuple[float, float] = (0.0, math.inf),
+    initial_states: Tensor | None = None,
+    seq_idx: Tensor | None = None,
+    return_final_states: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Compute what `naive.ssd` computes; `chunk_size` plays no part: the table of configurations has the chunk.
+
+    Inputs in float64, heads wider than 128 and states of more than 256 take the `parallel` form.
+    """
+    if x.dtype == torch.float64 or x.shape[-1] > WIDEST[0] or B.shape[-1] > WIDEST[1]:
+        return parallel.ssd(
+            x, dt, A, B, C, chunk_size, D, z, dt_bias, dt_softplus, dt_limit, initial_states, seq_idx,
+            return_final_states,
+        )  # fmt: skip
+    documents = None if seq_idx is None else document_numbers(seq_idx).to(torch.int32)
+    y, states = torch.ops.bimamba.ssd(
+        x, dt, A, B, C, D, z, dt_bias, initial_states, documents, dt_softplus, *map(float, dt_limit)
+    )
+    return (y, states) if return_final_states else y
+
+
+class Call(NamedTuple):
+    """The arguments of a call as the kernels take them: small vectors in float32, documents numbered in int32."""
+
+    x: Tensor
+    dt: Tensor
+    A: Tensor
+    B: Tensor
+    C: Tensor
+    D: Tensor | None
+    z: Tensor | None
+    dt_bias: Tensor | None
+    initial_states: Tensor | None
+    documents: Tensor | None
+    dt_softplus: bool
+    limit: tuple[float, float]
+
+    @classmethod
+    def of(
+        cls, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None,
+        dt_bias: Tensor | None, initial_states: Tensor | None, documents: Tensor | None, dt_softplus: bool, low: float,
+        high: float,
+    ) -> "Call":  # fmt: skip
+        """Convert and copy only what kernels cannot read as it is."""
+        return cls(
+            readable(x), readable(dt), A.float().contiguous(), readable(B), readable(C),
+            None if D is None else D.float().reshape(x.shape[2], -1).expand(x.shape[2:]),
+            None if z is None else readable(z),
+            None if dt_bias is None else dt_bias.float().contiguous(),
+            None if initial_states is None else initial_states.contiguous(),
+            None if documents is None else documents.contiguous(),
+            dt_softplus, (low, high),
+        )  # fmt: skip
+
+
+class Prepared(NamedTuple):
+    """What both passes start from: decays, the states before every chunk and after the last, and C B^T."""
+
+    decays: Tensor
+    before: Tensor
+    last: Tensor
+    scores: Tensor
+
+    @classmethod
+    def of(cls, shape: Shape, call: Call) -> "Prepared":
+        """Launch what makes it."""
+        decays = triton_forward.decays(
+            shape, call.dt, call.A, call.dt_bias, call.documents, call.dt_softplus, call.limit
+        )
+        before, last = triton_forward.carry(shape, call.x, call.B, decays, call.initial_states)
+        return cls(decays, before, last, triton_forward.scores(shape, call.B, call.C, call.documents, call.x.dtype))
+
+
+def forward(call: Call) -> tuple[Tensor, Tensor]:
+    """Return y (B, L, H, P) and the final states (B, H, P, N) in float32."""
+    shape = Shape.of(call.x, call.B)
+    decays, before, last, scores = Prepared.of(shape, call)
+    return triton_forward.outputs(shape, call.x, call.C, call.D, call.z, scores, decays, before), last
+
+
+def backward(dy: Tensor, dlast: Tensor | None, call: Call) -> dict[str, Tensor]:
+    """Return the gradients by name, in float32 or the input's dtype, of the tensors that were given."""
+    shape = Shape.of(call.x, call.B)
+    x, B, C, D, z, documents = call.x, call.B, call.C, call.D, call.z, call.documents
+    dy = readable(dy)
+    decays, before, _, scores = Prepared.of(shape, call)
+    found = {}
+    if z is not None:
+        y = triton_forward.outputs(shape, x, C, D, None, scores, decays, before)
+        dy, found["z"] = triton_backward.gate_gradients(shape, dy, z, y)
+    after, first, passed = triton_forward.carry_back(shape, dy, C, decays, dlast, before)
+    if call.initial_states is not None:
+        found["initial_states"] = first
+    inputs = triton_backward.input_gradients(shape, x, dy, B, D, scores, decays, after)
+    found["x"] = inputs.dx
+    if inputs.dD is not None:
+        found["D"] = inputs.dD.sum(0)
+    found["B"] = triton_backward.gradient_of_B(shape, x, B, C, documents, decays, after, inputs.dscores)
+    found["C"], read = triton_backward.gradient_of_C(shape, dy, B, C, documents, decays, before, inputs.dscores)
+    found["dt"], found["A"], dbias = triton_backward.decay_gradients(
+        shape, call.dt, call.A, call.dt_bias, call.dt_softplus, call.limit, decays, inputs, read, passed
+    )
+    if dbias is not None:
+        found["dt_bias"] = dbias
+    return found
+
+
+@torch.library.custom_op("bimamba::ssd", mutates_args=())
+def _ssd(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None,
+    dt_bias: Tensor | None, initial_states: Tensor | None, documents: Tensor | None, dt_softplus: bool, low: float,
+    high: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    return forward(Call.of(x, dt, A, B, C, D, z, dt_bias, initial_states, documents, dt_softplus, low, high))
+
+
+@_ssd.register_fake
+def _(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
+    batch, _, heads, width = x.shape
+    return x.new_empty(x.shape), x.new_empty(batch, heads, width, B.shape[-1], dtype=torch.float32)
+
+
+@torch.library.custom_op("bimamba::ssd_backward", mutates_args=())
+def _ssd_backward(
+    dy: Tensor, dlast: Tensor | None, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None,
+    z: Tensor | None, dt_bias: Tensor | None, initial_states: Tensor | None, documents: Tensor | None,
+    dt_softplus: bool, low: float, high: float,
+) -> list[Tensor]:  # fmt: skip
+    call = Call.of(x, dt, A, B, C, D, z, dt_bias, initial_states, documents, dt_softplus, low, high)
+    dlast = None if dlast is None else dlast.contiguous()
+    found = backward(dy, dlast, call)
+    if D is not None and D.ndim == 1:
+        found["D"] = found["D"].sum(1)
+    given = _given(x, dt, A, B, C, D, z, dt_bias, initial_states)
+    return [found[name].to(t.dtype) for name, t in given.items()]
+
+
+@_ssd_backward.register_fake
+def _(dy: Tensor, dlast: Tensor | None, *inputs: Any) -> list[Tensor]:
+    return [t.new_empty(t.shape) for t in _given(*inputs[: len(DIFFERENTIABLE)]).values()]
+
+
+def _given(*tensors: Tensor | None) -> dict[str, Tensor]:
+    return {name: t for name, t in zip(DIFFERENTIABLE, tensors, strict=True) if t is not None}
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    tensors = len(DIFFERENTIABLE) + 1
+    ctx.save_for_backward(*inputs[:tensors])
+    ctx.options = inputs[tensors:]
+    ctx.set_materialize_grads(False)
+
+
+def _gradients(ctx: Any, dy: Tensor | None, dlast: Tensor | None) -> tuple[Tensor | None, ...]:
+    inputs = ctx.saved_tensors
+    if dy is None:
+        dy = torch.zeros_like(inputs[0])
+    found = iter(torch.ops.bimamba.ssd_backward(dy, dlast, *inputs, *ctx.options))
+    given = [None if t is None else next(found) for t in inputs[: len(DIFFERENTIABLE)]]
+    return *given, None, *(None for _ in ctx.options)
+
+
+_ssd.register_autograd(_gradients, setup_context=_setup_context)
+
+
+def compile_cases() -> list[CompileCase]:
+    """Return launches of each shape class and with each option."""
+
+    def case(
+        name: str, dtype: torch.dtype, width: int, size: int, groups: int = 1, optional: bool = False,
+        representative: bool = False,
+    ) -> CompileCase:  # fmt: skip
+        def call() -> object:
+            def empty(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+                return torch.empty(*shape, dtype=dtype, device="meta")
+
+            batch, length, heads = 8, 2048, 48
+            vector, state = empty(heads, dtype=torch.float32), empty(batch, heads, width, size, dtype=torch.float32)
+            # x, B and C are parts of one projection, as in the model.
+            inner, maps = heads * width, groups * size
+            whole = empty(batch, length, inner + 2 * maps)
+            x, B, C = (
+                t.unflatten(-1, sizes)
+                for t, sizes in zip(
+                    whole.split([inner, maps, maps], dim=-1),
+                    ((heads, width), (groups, size), (groups, size)),
+                    strict=True,
+                )
+            )
+            given = Call.of(
+                x, empty(batch, length, heads, dtype=torch.float32), vector, B, C, vector,
+                empty(batch, length, heads, width) if optional else None, vector, state if optional else None,
+                empty(batch, length, dtype=torch.int32) if optional else None, True, 0.0, math.inf,
+            )  # fmt: skip
+            dy = empty(batch, length, heads, width)
+            return forward(given), backward(dy, state if optional else None, given)
+
+        return CompileCase(name, call, representative)
+
+    bf16, fp32 = torch.bfloat16, torch.float32
+    return [
+        case("bf16", bf16, 64, 128, representative=True),
+        case("bf16 with all options", bf16, 64, 128, groups=2, optional=True),
+        case("fp16 wide", torch.float16, 128, 256, optional=True),
+        case("bf16 odd", bf16, 40, 24, groups=3),
+        case("fp32", fp32, 64, 128, optional=True),
+        case("fp32 wide", fp32, 128, 256),
+    ]

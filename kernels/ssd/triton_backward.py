@@ -1,0 +1,353 @@
+"""Triton kernels of the SSD backward pass, and their launches.
+
+The states before every chunk and, walking from the end, their gradients are formed again by the forward pass's `carry`.
+Then everything is local to a chunk: `input_gradients` gives those of x, of B through the states and of all decays,
+`map_gradients` those of C through the states and of the products C B^T, each summed over the heads that a program
+serves; `sum_map_gradients` adds the programs' sums and finishes B and C; `decay_gradients` goes from decays to dt, A and
+the bias. Sums over heads and chunks are made in a fixed order, without atomics.
+
+With ``F_ij = dL/dM_ij * M_ij``, ``M_ij`` the weight of token j in the output of token i, a log decay gets the sum of F
+over the pairs that it lies between. Row and column sums of one float32 F are added up within a chunk only, so that they
+cancel exactly where they must.
+
+Legend: as in `triton_forward`.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from bimamba_lit.kernels.ssd.triton_forward import (
+    DT,
+    FROM_START,
+    LOWEST,
+    PLANES,
+    TO_END,
+    TOTAL,
+    Shape,
+    block,
+    bounded_exp2,
+    load_tile,
+    place,
+    product,
+    step_size,
+)
+
+
+@triton.jit
+def input_gradients_kernel(
+    x_ptr, dy_ptr, B_ptr, D_ptr, scores_ptr, decays_ptr, after_ptr,
+    dx_ptr, dD_ptr, dscores_ptr, by_token_ptr, by_part_ptr,
+    length, heads, per_group, chunks, splits, heads_each,
+    x_b, x_l, x_h, x_p, dy_b, dy_l, dy_h, dy_p, B_b, B_l, B_g, B_n, D_h, D_p,
+    HAS_D: tl.constexpr, P: tl.constexpr, N: tl.constexpr, Q: tl.constexpr, R: tl.constexpr, BLOCK_P: tl.constexpr,
+    BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Write what `input_gradients` returns, of R tokens of a chunk for some heads of a group.
+
+    Tiles have the tokens that are read, j, in rows, and those that read them, i, in columns: the same R tokens, and for
+    the first half of a chunk the later half.
+    """
+    part, chunk, b, group, begin, end = place(heads, per_group, chunks, splits, heads_each, Q // R)
+    rows, p, n = tl.arange(0, R), tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_N)
+    first = chunk.to(tl.int64) * Q
+    mine = first + part * R
+    left = length - chunk * Q - part * R
+    dtype = dx_ptr.dtype.element_ty
+    B_rn = load_tile(B_ptr + b * B_b + mine * B_l + group * B_g, rows, n, B_l, B_n, left, N).to(dtype)
+    square = scores_ptr + ((b * chunks + chunk) * (heads // per_group) + group) * (Q * Q) + part * R
+    square += rows[:, None] + rows[None, :] * Q
+    dscores = tl.zeros((R, R), tl.float32)
+    later_dscores = tl.zeros((R, R), tl.float32)
+    for head in tl.range(begin, end, disable_licm=True):
+        h = tl.cast(head, tl.int64)
+        place_of_head = (b * heads + h) * chunks + chunk
+        decays = decays_ptr + place_of_head * (PLANES * Q) + part * R + rows
+        dt, total = tl.load(decays + DT * Q), tl.load(decays + TOTAL * Q)
+        by_token = by_token_ptr + place_of_head * (3 * Q) + part * R + rows
+        x = load_tile(x_ptr + b * x_b + mine * x_l + h * x_h, rows, p, x_l, x_p, left, P)
+        gradients = dy_ptr + b * dy_b + h * dy_h
+        dy = load_tile(gradients + mine * dy_l, rows, p, dy_l, dy_p, left, P)
+
+        after = load_tile(after_ptr + ((b * chunks + chunk) * heads + h) * (P * N), n, p, 1, N, N, P)
+        back = product(B_rn, after, None, PRECISION) * tl.load(decays + TO_END * Q)[:, None]
+        written = tl.sum(back * x.to(tl.float32), 1)
+        tl.store(by_part_ptr + place_of_head * (Q // R) + part, tl.sum(written * dt))
+        dx = back * dt[:, None]
+        if HAS_D:
+            dx += tl.load(D_ptr + h * D_h + p * D_p, mask=p < P, other=0.0)[None, :] * dy.to(tl.float32)
+            dD = dD_ptr + (((b * chunks + chunk) * (Q // R) + part) * heads + h) * P + p
+            tl.store(dD, tl.sum(x.to(tl.float32) * dy.to(tl.float32), 0), mask=p < P)
+
+        products = product(x, tl.trans(dy), None, PRECISION)
+        decay = bounded_exp2(tl.load(decays + TOTAL * Q)[None, :] - total[:, None])
+        weights = decay * tl.load(square + part * R * Q)
+        dscores += products * decay * dt[:, None]
+        flow = products * weights
+        written += tl.sum(flow, 1)
+        tl.store(by_token + Q, tl.sum(flow * dt[:, None], 0))
+        dx = product((weights * dt[:, None]).to(dtype), dy, dx, PRECISION)
+        if Q > R:
+            if part == 0:
+                dy_later = load_tile(gradients + (first + R) * dy_l, rows, p, dy_l, dy_p, left - R, P)
+                products = product(x, tl.trans(dy_later), None, PRECISION)
+                decay = bounded_exp2(tl.load(decays + TOTAL * Q + R)[None, :] - total[:, None])
+                weights = decay * tl.load(square + R * Q)
+                later_dscores += products * decay * dt[:, None]
+                flow = products * weights
+                written += tl.sum(flow, 1)
+                tl.store(by_token + 2 * Q + R, tl.sum(flow * dt[:, None], 0))
+                dx = product((weights * dt[:, None]).to(dtype), dy_later, dx, PRECISION)
+        tl.store(by_token, written)
+        out = dx_ptr + ((b * length + mine) * heads + h) * P + rows[:, None] * (heads * P) + p[None, :]
+        tl.store(out, dx.to(dtype), mask=(rows[:, None] < left) & (p[None, :] < P))
+    # (programs / parts, Q, Q): what a half cannot reach is not written.
+    square = dscores_ptr + (tl.program_id(0) // (Q // R)).to(tl.int64) * (Q * Q) + part * (R * Q)
+    square += rows[:, None] * Q + rows[None, :]
+    tl.store(square + part * R, dscores)
+    if Q > R:
+        tl.store(square + R, later_dscores, mask=(rows[:, None] >= 0) & (part == 0))
+
+
+@triton.jit
+def map_gradients_kernel(
+    value_ptr, map_ptr, own_ptr, documents_ptr, decays_ptr, states_ptr, dscores_ptr, out_ptr, by_token_ptr,
+    length, heads, per_group, chunks, splits, value_b, value_l, value_h, value_p, map_b, map_l, map_g, map_n,
+    own_b, own_l, own_g, own_n,
+    REVERSE: tl.constexpr, HAS_DOCUMENTS: tl.constexpr, P: tl.constexpr, N: tl.constexpr, Q: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_Q: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Write the gradient of B, or in reverse of C, of some tokens of a chunk and one group.
+
+    Of B: values are x, states the gradients of those after the chunk, and maps C. In reverse, of C itself (own): values
+    are gradients of y, states those before the chunk, and maps B; and what a token reads from the state is written.
+    """
+    program = tl.program_id(0).to(tl.int64)
+    groups = heads // per_group
+    group, chunk, b = program % groups, program // groups % chunks, program // groups // chunks
+    rows = tl.program_id(1) * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    n = tl.program_id(2) * BLOCK_N + tl.arange(0, BLOCK_N)
+    columns, p = tl.arange(0, Q), tl.arange(0, BLOCK_P)
+    first, left = chunk * Q, (length - chunk * Q).to(tl.int32)
+    dtype = states_ptr.dtype.element_ty
+    total = tl.zeros((BLOCK_Q, BLOCK_N), tl.float32)
+    if REVERSE:
+        own = load_tile(own_ptr + b * own_b + first * own_l + group * own_g, rows, n, own_l, own_n, left, N)
+        own = own.to(tl.float32)
+    for head in tl.range(group * per_group, (group + 1) * per_group, disable_licm=True):
+        h = tl.cast(head, tl.int64)
+        place_of_head = (b * heads + h) * chunks + chunk
+        decays = decays_ptr + place_of_head * (PLANES * Q) + rows
+        value = load_tile(value_ptr + b * value_b + first * value_l + h * value_h, rows, p, value_l, value_p, left, P)
+        state = load_tile(states_ptr + ((b * chunks + chunk) * heads + h) * (P * N), p, n, N, 1, P, N)
+        if REVERSE:
+            read = product(value, state, None, PRECISION) * tl.load(decays + FROM_START * Q)[:, None]
+            by_token = by_token_ptr + (place_of_head * tl.num_programs(2) + tl.program_id(2)) * Q + rows
+            tl.store(by_token, tl.sum(read * own, 1))
+            total += read
+        else:
+            weight = tl.load(decays + DT * Q) * tl.load(decays + TO_END * Q)
+            total = product((value.to(tl.float32) * weight[:, None]).to(dtype), state, total, PRECISION)
+    # dscores are (programs, Q, Q), a token that is read in rows, and not written where it comes after its reader.
+    if REVERSE:
+        square, allowed = columns[None, :] * Q + rows[:, None], columns[None, :] <= rows[:, None]
+    else:
+        square, allowed = rows[:, None] * Q + columns[None, :], rows[:, None] <= columns[None, :]
+    if HAS_DOCUMENTS:
+        documents = documents_ptr + b * length + first
+        here = tl.load(documents + rows, mask=rows < left, other=-1)
+        there = tl.load(documents + columns, mask=columns < left, other=-1)
+        allowed = allowed & (here[:, None] == there[None, :])
+    dscores = tl.zeros((BLOCK_Q, Q), tl.float32)
+    for split in range(splits):
+        dscores += tl.load(dscores_ptr + (program * splits + split) * (Q * Q) + square, mask=allowed, other=0.0)
+    mapped = load_tile(map_ptr + b * map_b + first * map_l + group * map_g, columns, n, map_l, map_n, left, N)
+    total = product(dscores.to(dtype), mapped.to(dtype), total, PRECISION)
+    out = out_ptr + ((b * length + first + rows) * groups + group)[:, None] * N + n[None, :]
+    tl.store(out, total.to(out_ptr.dtype.element_ty), mask=(rows[:, None] < left) & (n[None, :] < N))
+
+
+@triton.jit
+def decay_gradients_kernel(
+    dt_ptr, A_ptr, bias_ptr, decays_ptr, by_token_ptr, by_part_ptr, read_ptr, passed_ptr, ddt_ptr, dA_ptr, dbias_ptr,
+    length, heads, chunks, low, high, dt_b, dt_l, dt_h,
+    SOFTPLUS: tl.constexpr, HAS_BIAS: tl.constexpr, Q: tl.constexpr, R: tl.constexpr, READ_BLOCKS: tl.constexpr,
+    PASSED_BLOCKS: tl.constexpr, BLOCK_H: tl.constexpr,
+):  # fmt: skip
+    """Write the gradient of dt, and of A and the bias by chunk (B, c, H)."""
+    b, chunk = tl.program_id(0) // chunks, tl.program_id(0) % chunks
+    rows, h = tl.arange(0, Q), tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
+    left = length - chunk * Q
+    there = h < heads
+    inside = (rows[:, None] < left) & there[None, :]
+    place_of_head = (b * heads + h).to(tl.int64) * chunks + chunk
+    dt = tl.load(decays_ptr + (place_of_head * (PLANES * Q) + DT * Q)[None, :] + rows[:, None], mask=inside, other=0.0)
+    by_token = by_token_ptr + (place_of_head * (3 * Q))[None, :] + rows[:, None]
+    written = tl.load(by_token, mask=inside, other=0.0)
+    read = tl.load(by_token + Q, mask=inside, other=0.0)
+    through = tl.load(by_part_ptr + place_of_head * (Q // R), mask=there, other=0.0)
+    if Q > R:
+        read += tl.load(by_token + 2 * Q, mask=inside & (rows[:, None] >= R), other=0.0)
+        through += tl.load(by_part_ptr + place_of_head * 2 + 1, mask=there, other=0.0)
+    for i in tl.static_range(READ_BLOCKS):
+        state_read = read_ptr + ((place_of_head * READ_BLOCKS + i) * Q)[None, :] + rows[:, None]
+        read += tl.load(state_read, mask=inside, other=0.0)
+    for i in tl.static_range(PASSED_BLOCKS):
+        through += tl.load(passed_ptr + place_of_head * PASSED_BLOCKS + i, mask=there, other=0.0)
+    A = tl.load(A_ptr + h, mask=there, other=0.0)[None, :]
+    crossing = tl.cumsum(read - dt * written, 0, reverse=True) + through[None, :]
+    crossing = tl.where(dt * A >= LOWEST, crossing, 0.0)
+    ddt = written + crossing * A
+
+    source = dt_ptr + b.to(tl.int64) * dt_b + chunk.to(tl.int64) * Q * dt_l
+    raw = load_tile(source, rows, h, dt_l, dt_h, left, heads).to(tl.float32)
+    if HAS_BIAS:
+        raw += tl.load(bias_ptr + h, mask=there, other=0.0)[None, :]
+    size = step_size(raw, float("-inf"), float("inf"), SOFTPLUS)
+    ddt = tl.where(inside & (size >= low) & (size <= high), ddt, 0.0)
+    if SOFTPLUS:
+        ddt *= tl.sigmoid(tl.maximum(raw, -80.0))
+    out = ddt_ptr + ((b.to(tl.int64) * length + chunk * Q + rows)[:, None] * heads) + h[None, :]
+    tl.store(out, ddt.to(ddt_ptr.dtype.element_ty), mask=inside)
+    sums = tl.program_id(0).to(tl.int64) * heads + h
+    tl.store(dA_ptr + sums, tl.sum(tl.where(inside, crossing * dt, 0.0), 0), mask=there)
+    if HAS_BIAS:
+        tl.store(dbias_ptr + sums, tl.sum(ddt, 0), mask=there)
+
+
+@triton.jit
+def gate_gradients_kernel(
+    dout_ptr, z_ptr, y_ptr, dy_ptr, dz_ptr, rows_in_all, length, heads,
+    dout_b, dout_l, dout_h, dout_p, z_b, z_l, z_h, z_p, P: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """Write the gradients of y before its gate and of the gate z, from that of y silu(z)."""
+    row = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    p = tl.arange(0, BLOCK_P)
+    h, token = row % heads, row // heads
+    t, b = token % length, token // length
+    inside = (row < rows_in_all)[:, None] & (p < P)[None, :]
+    dout = dout_ptr + (b * dout_b + t * dout_l + h * dout_h)[:, None] + p[None, :] * dout_p
+    z = z_ptr + (b * z_b + t * z_l + h * z_h)[:, None] + p[None, :] * z_p
+    out = row[:, None] * P + p[None, :]
+    dout = tl.load(dout, mask=inside, other=0.0).to(tl.float32)
+    z = tl.load(z, mask=inside, other=0.0).to(tl.float32)
+    y = tl.load(y_ptr + out, mask=inside, other=0.0).to(tl.float32)
+    sigmoid = tl.sigmoid(z)
+    tl.store(dy_ptr + out, (dout * z * sigmoid).to(dy_ptr.dtype.element_ty), mask=inside)
+    dz = dout * y * sigmoid * (1.0 + z * (1.0 - sigmoid))
+    tl.store(dz_ptr + out, dz.to(dz_ptr.dtype.element_ty), mask=inside)
+
+
+class InputGradients(NamedTuple):
+    """What `input_gradients` found, s being splits of a group's heads.
+
+    Attributes:
+        dx: (B, L, H, P).
+        dD: By part of a chunk, (B * c * Q / R, H, P), or None.
+        dscores: Of B C^T by split (B, c, G, s, Q, Q), the later token in columns; anything where it is not the later.
+        by_token: Sums of F over the readers of a token, without its step size; over what it reads; and over what it
+            reads in the first half of a chunk, where it is in the second (B, H, c, 3, Q).
+        by_part: What the tokens of a part write to the state after the chunk (B, H, c, Q / R).
+    """
+
+    dx: Tensor
+    dD: Tensor | None
+    dscores: Tensor
+    by_token: Tensor
+    by_part: Tensor
+
+
+def input_gradients(
+    shape: Shape, x: Tensor, dy: Tensor, B: Tensor, D: Tensor | None, scores: Tensor, decays: Tensor, after: Tensor
+) -> InputGradients:
+    """Return the gradients of x, D and B C^T, and what those of dt, A and the bias need."""
+    options = shape.launch("input_gradients", x)
+    heads_each, splits = shape.split(options.pop("HEADS"), x.device)
+    batch, heads, chunks, chunk = shape.batch, shape.heads, shape.chunks, shape.chunk
+    parts = chunk // shape.part
+    found = InputGradients(
+        x.new_empty(x.shape),
+        None if D is None else decays.new_empty(batch * chunks * parts, heads, shape.width),
+        decays.new_empty(batch, chunks, shape.groups, splits, chunk, chunk),
+        decays.new_empty(batch, heads, chunks, 3, chunk),
+        decays.new_empty(batch, heads, chunks, parts),
+    )
+    input_gradients_kernel[(shape.programs(splits),)](
+        x, dy, B, D, scores, decays, after, found.dx, found.dD, found.dscores, found.by_token, found.by_part,
+        shape.length, heads, heads // shape.groups, chunks, splits, heads_each, *x.stride(), *dy.stride(),
+        *B.stride(), *((0, 0) if D is None else D.stride()), HAS_D=D is not None, R=shape.part, **shape.constants,
+        **options,
+    )  # fmt: skip
+    return found
+
+
+def gradient_of_B(
+    shape: Shape, x: Tensor, B: Tensor, C: Tensor, documents: Tensor | None, decays: Tensor, after: Tensor,
+    dscores: Tensor,
+) -> Tensor:  # fmt: skip
+    """Return the gradient of B (B, L, G, N)."""
+    dB, _ = _map_gradient(shape, x, C, B, documents, decays, after, dscores, reverse=False)
+    return dB
+
+
+def gradient_of_C(
+    shape: Shape, dy: Tensor, B: Tensor, C: Tensor, documents: Tensor | None, decays: Tensor, before: Tensor,
+    dscores: Tensor,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Return the gradient of C (B, L, G, N), and what tokens read from the state, by block (B, H, c, blocks, Q)."""
+    return _map_gradient(shape, dy, B, C, documents, decays, before, dscores, reverse=True)
+
+
+def _map_gradient(
+    shape: Shape, values: Tensor, maps: Tensor, own: Tensor, documents: Tensor | None, decays: Tensor,
+    states: Tensor, dscores: Tensor, reverse: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    out = own.new_empty(own.shape)
+    options = shape.launch("map_gradients", values)
+    blocks = {"BLOCK_N": min(options["BLOCK_N"], block(shape.size)), "BLOCK_Q": min(options["BLOCK_Q"], shape.chunk)}
+    constants = {**shape.constants, **options, **blocks}
+    grid = (
+        shape.batch * shape.chunks * shape.groups,
+        shape.chunk // blocks["BLOCK_Q"],
+        triton.cdiv(shape.size, blocks["BLOCK_N"]),
+    )
+    read = decays.new_empty(shape.batch, shape.heads, shape.chunks, grid[2], shape.chunk) if reverse else decays
+    map_gradients_kernel[grid](
+        values, maps, own, documents, decays, states, dscores, out, read, shape.length, shape.heads,
+        shape.heads // shape.groups, shape.chunks, dscores.shape[3], *values.stride(), *maps.stride(), *own.stride(),
+        REVERSE=reverse, HAS_DOCUMENTS=documents is not None, **constants,
+    )  # fmt: skip
+    return out, read
+
+
+def decay_gradients(
+    shape: Shape, dt: Tensor, A: Tensor, dt_bias: Tensor | None, softplus: bool, limit: tuple[float, float],
+    decays: Tensor, found: InputGradients, read: Tensor, passed: Tensor,
+) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
+    """Return the gradients of dt (B, L, H), A (H,) and the bias (H,)."""
+    options = shape.launch("decays", dt)
+    ddt = dt.new_empty(dt.shape)
+    dA = dt.new_empty(shape.batch * shape.chunks, shape.heads, dtype=torch.float32)
+    dbias = None if dt_bias is None else torch.empty_like(dA)
+    grid = (shape.batch * shape.chunks, triton.cdiv(shape.heads, options["BLOCK_H"]))
+    decay_gradients_kernel[grid](
+        dt, A, dt_bias, decays, found.by_token, found.by_part, read, passed, ddt, dA, dbias, shape.length, shape.heads,
+        shape.chunks, *limit, *dt.stride(), SOFTPLUS=softplus, HAS_BIAS=dt_bias is not None, Q=shape.chunk,
+        R=shape.part, READ_BLOCKS=read.shape[3], PASSED_BLOCKS=passed.shape[3], **options,
+    )  # fmt: skip
+    return ddt, dA.sum(0), None if dbias is None else dbias.sum(0)
+
+
+def gate_gradients(shape: Shape, dout: Tensor, z: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the gradients of y before its gate, in y's dtype, and of z, from that of ``y * silu(z)``."""
+    dy, dz = torch.empty_like(y), z.new_empty(z.shape)
+    options = shape.launch("gate", z)
+    rows = shape.batch * shape.length * shape.heads
+    gate_gradients_kernel[(triton.cdiv(rows, options["BLOCK_R"]),)](
+        dout, z, y, dy, dz, rows, shape.length, shape.heads, *dout.stride(), *z.stride(), P=shape.width,
+        BLOCK_P=block(shape.width), **options,
+    )  # fmt: skip
+    return dy, dz
