@@ -20,7 +20,7 @@ def mamba_ssm(module: str) -> Any:
         return None
     try:
         importlib.import_module("mamba_ssm")
-    except ImportError:
+    except Exception:
         package = ModuleType("mamba_ssm")
         package.__path__ = list(spec.submodule_search_locations or ())
         sys.modules["mamba_ssm"] = package
@@ -29,10 +29,10 @@ def mamba_ssm(module: str) -> Any:
 
 @cache
 def installed(module: str) -> Any:
-    """Return a module, or None where it cannot be imported."""
+    """Return a module, or None where it is not installed or does not work here."""
     try:
         return importlib.import_module(module)
-    except ImportError:
+    except Exception:
         return None
 
 
