@@ -118,10 +118,61 @@ def _import(module: str) -> None:
         raise UserError(f"--import: {error}; give a module on PYTHONPATH, by its dotted name") from error
 
 
+def _export_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--ckpt", required=True, help="a run folder, a checkpoint, or a saved model's folder")
+    parser.add_argument(
+        "--format", required=True, help="torchscript, pt2, safetensors, gguf or transformers; see the README"
+    )
+    parser.add_argument("--out", required=True, help="the file or the folder to write")
+    parser.add_argument("--dtype", help="of what is not binary: float16, bfloat16 or float32")
+    parser.add_argument("--embedding", help="of the embedding and the head: int8 or int4 instead of --dtype")
+    parser.add_argument("--group_size", type=int, help="entries of such an embedding that share a scale: else a row")
+    parser.add_argument("--fallback", help="gguf: f16 for binary layers that Q1_0 cannot hold, refused otherwise")
+    parser.add_argument(
+        "--import", dest="module", metavar="MODULE", help="import a module first, one that defines the model's scheme"
+    )
+
+
+def _export(chosen: argparse.Namespace) -> None:
+    if chosen.module is not None:
+        _import(chosen.module)
+    from bimamba_lit.export import export
+
+    names = ("dtype", "embedding", "group_size", "fallback")
+    options = {name: value for name in names if (value := getattr(chosen, name)) is not None}
+    export(chosen.ckpt, chosen.format, chosen.out, options)
+    print(f"Written: {chosen.out}")
+
+
+def _convert_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--from", dest="source", required=True, metavar="PATH", help="a run folder, a checkpoint, or any model's folder"
+    )
+    parser.add_argument("--to", dest="target", required=True, metavar="PATH", help="the folder to write")
+    parser.add_argument(
+        "--format",
+        default="latent",
+        help="latent, packed (both this project's), transformers, state-spaces or bi-mamba (default: %(default)s)",
+    )
+    parser.add_argument("--dtype", help="of the tensors written: float16, bfloat16 or float32")
+    parser.add_argument(
+        "--import", dest="module", metavar="MODULE", help="import a module first, one that defines the model's scheme"
+    )
+
+
+def _convert(chosen: argparse.Namespace) -> None:
+    if chosen.module is not None:
+        _import(chosen.module)
+    from bimamba_lit.export.convert import convert
+
+    convert(chosen.source, chosen.target, chosen.format, chosen.dtype)
+    print(f"Written: {chosen.target}")
+
+
 def _compare_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("runs", nargs="+", metavar="RUN_DIR", help="folders of finished runs")
     parser.add_argument(
-        "--out", default="runs/comparison", help="folder for report.md, .csv and .png (default: %(default)s)"
+        "--out", default="runs/comparison", help="folder for report.md, .csv, .tex and .png (default: %(default)s)"
     )
 
 
@@ -130,7 +181,39 @@ def _compare(chosen: argparse.Namespace) -> None:
 
     comparison = compare([Path(run) for run in chosen.runs], Path(chosen.out))
     print_comparison(comparison)
-    print(f"\nWritten: {chosen.out}/report.md, report.csv and report.png")
+    print(f"\nWritten: {chosen.out}/report.md, report.csv, report.tex and report.png")
+
+
+def _ablate_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("-c", "--config", required=True, metavar="RECIPE", help="the recipe that all runs share")
+    parser.add_argument(
+        "--grid", required=True, metavar="FILE", help="YAML: recipe keys and the values of each; all combinations run"
+    )
+    parser.add_argument("--seeds", type=_whole_numbers, default=[], metavar="0,1,2", help="(default: the recipe's)")
+    parser.add_argument("--out", help="folder of the runs and the report (default: runs/ablation_GRID)")
+
+
+def _whole_numbers(text: str) -> list[int]:
+    return [int(part) for part in text.split(",")]
+
+
+def _ablate(chosen: argparse.Namespace) -> None:
+    from bimamba_lit.training.ablation import ablate
+
+    out = Path(chosen.out or Path("runs") / f"ablation_{Path(chosen.grid).stem}")
+    ablate(Path(chosen.config), Path(chosen.grid), chosen.seeds, out)
+    print(f"\nWritten: {out}/report.md, report.csv, report.tex and report.png")
+
+
+def _check_scheme_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("scheme", metavar="CLASS", help="the class by its dotted name, such as my_module.MyScheme")
+
+
+def _check_scheme(chosen: argparse.Namespace) -> None:
+    from bimamba_lit.training.check_scheme import check_scheme
+
+    if not check_scheme(chosen.scheme):
+        sys.exit(1)
 
 
 def _recipes_arguments(parser: argparse.ArgumentParser) -> None:
@@ -165,21 +248,51 @@ def _warn_of_another_lightning() -> None:
 
 def _bench_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "what", nargs="?", choices=["all", "accuracy", "cpu", "data"], default="all", help="(default: all)"
+        "what",
+        nargs="?",
+        choices=["all", "accuracy", "cpu", "data", "gpu", "tune"],
+        default="all",
+        help="(default: all that needs no GPU)",
     )
     parser.add_argument("--threads", type=int, default=2, help="threads of torch (default: %(default)s)")
     parser.add_argument("--text", metavar="FILE", help="text that `bench data` tokenizes (default: the offline corpus)")
+    gpu = parser.add_argument_group("bench gpu, bench tune")
+    gpu.add_argument("--only", nargs="+", default=[], metavar="OP", help="ops to measure (default: all)")
+    gpu.add_argument("--shapes", nargs="+", default=[], metavar="TEXT", help="cases to measure, by a part of the shape")
+    gpu.add_argument("--layers", type=int, default=8, help="most blocks of a training step (default: %(default)s)")
+    gpu.add_argument("--out", metavar="DIR", help="folder for gpu.md and gpu.csv")
+    gpu.add_argument("--kernel", help="the kernel that `bench tune` searches a configuration for, as ssd/chunk_scan")
 
 
 def _bench(chosen: argparse.Namespace) -> None:
-    from bimamba_lit.bench import bench
+    if chosen.what == "gpu":
+        from bimamba_lit.bench.gpu import gpu
+
+        gpu(chosen.only, chosen.out, chosen.layers, chosen.shapes)
+        return
+    if chosen.what == "tune":
+        from bimamba_lit.bench.gpu import tune
+
+        if chosen.kernel is None:
+            raise UserError("bench tune needs --kernel, a name in kernels/configurations.py")
+        tune(chosen.kernel, chosen.shapes)
+        return
+    from bimamba_lit.bench.tables import bench
 
     bench(chosen.what, chosen.threads, chosen.text)
 
 
 _COMMANDS = {
     "generate": ("continue a text with a trained model", _generate_arguments, _generate),
+    "export": ("write a trained model in the form that another program runs", _export_arguments, _export),
+    "convert": ("read a model in any form and write it in another", _convert_arguments, _convert),
     "compare": ("lay finished runs side by side: a table and a plot", _compare_arguments, _compare),
+    "ablate": ("run a grid of settings and seeds, then lay the runs side by side", _ablate_arguments, _ablate),
+    "check-scheme": (
+        "check that a binarization scheme trains, packs, is stored and comes back as it should",
+        _check_scheme_arguments,
+        _check_scheme,
+    ),
     "recipes": ("list the recipes, or copy one", _recipes_arguments, _recipes),
     "bench": ("measure accuracy and speed beside the peers", _bench_arguments, _bench),
 }

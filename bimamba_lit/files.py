@@ -2,8 +2,8 @@
 
 import os
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from bimamba_lit.errors import UserError
@@ -38,6 +38,29 @@ def replacing(path: str | Path) -> Iterator[Path]:
         if temporary is not None:
             with suppress(OSError):
                 temporary.unlink()
+
+
+@contextmanager
+def replacing_all(folder: Path, names: Iterable[str]) -> Iterator[dict[str, Path]]:
+    """Yield temporary paths to write a folder's files to, by name, and move all into place when the block ends well.
+
+    All are written before the first is moved, so that a full disk leaves what was there whole.
+
+    Raises:
+        UserError: As :func:`replacing`; and if the folder is a file, or holds weights in files of other names, which
+            would be read with the new files as if they belonged to them.
+    """
+    names = list(names)
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"cannot save the model to {folder}: it is a file, and a folder is needed")
+    weights = {path.name for pattern in _WEIGHTS for path in folder.glob(pattern)}
+    if others := sorted(weights - set(names)):
+        raise UserError(f"{folder} holds {others[0]}, weights of another form; give a new folder, or remove them")
+    with ExitStack() as stack:
+        yield {name: stack.enter_context(replacing(folder / name)) for name in names}
+
+
+_WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*")
 
 
 def _umask() -> int:

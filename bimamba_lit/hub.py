@@ -1,7 +1,8 @@
 """Names on the Hugging Face hub, written ``hub:OWNER/NAME``, and local copies of what they name.
 
 What was fetched once is found again in the cache of ``huggingface_hub``, also without a network. Only files that hold
-data are fetched: JSON and safetensors, never a pickle and never code.
+data are fetched, never code: JSON and safetensors, and PyTorch's own files, which are opened as plain tensors and
+nothing else, only where a model has no others.
 """
 
 import re
@@ -14,6 +15,7 @@ from bimamba_lit.errors import UserError
 _PREFIX = "hub:"
 _NAME = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 _MODEL_FILES = ("*.json", "model.safetensors", "model-*.safetensors")
+_PICKLED_FILES = ("pytorch_model.bin", "pytorch_model-*.bin")
 
 
 def hub_name(text: str) -> str | None:
@@ -48,7 +50,7 @@ def hub_file(name: str, filename: str) -> Path:
 
 
 def hub_folder(name: str) -> Path:
-    """Return a local folder with the configuration, tokenizer and safetensors of a model repository.
+    """Return a local folder with the configuration, tokenizer and weights of a model repository.
 
     Args:
         name: ``OWNER/NAME``.
@@ -58,7 +60,10 @@ def hub_folder(name: str) -> Path:
             needs a permission.
     """
     # A pattern's * matches a slash too: without the second list, copies in subfolders would be fetched as well.
-    return _fetched(name, "model", list(_MODEL_FILES), ignore=["*/*"])
+    folder = _fetched(name, "model", list(_MODEL_FILES), ignore=["*/*"])
+    if any(folder.glob("*.safetensors")):
+        return folder
+    return _fetched(name, "model", [*_MODEL_FILES, *_PICKLED_FILES], ignore=["*/*"])
 
 
 def _fetched(name: str, what: str, allow: list[str], ignore: list[str] | None = None) -> Path:

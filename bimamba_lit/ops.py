@@ -515,8 +515,8 @@ def distillation_loss(
 
     The mean is over counted positions: those with `mask` True, if given, and a label other than -100, if given. With
     none counted the loss and its gradients are 0. Products run in autocast's dtype where autocast is on; softmax and
-    sums in float32 (float64 for float64 inputs). The chunked form never holds logits of more than `chunk_tokens`
-    tokens, neither forward nor backward.
+    sums in float32 (float64 for float64 inputs). The chunked and the Triton form never hold
+    logits of more than `chunk_tokens` tokens, neither forward nor backward.
 
     Args:
         hidden_s: The student's final hidden states (..., D_s).
@@ -530,7 +530,7 @@ def distillation_loss(
         temperature: Positive; the soft term is multiplied by its square.
         hard_share: Weight of the cross-entropy with the labels, 0 to 1.
         mask: Positions that count (...), bool.
-        chunk_tokens: Tokens whose logits exist at a time in the chunked form.
+        chunk_tokens: Tokens whose logits exist at a time in the chunked and the Triton form.
         backend: ``"auto"``, ``"naive"``, ``"chunked"`` or ``"triton"``.
 
     Returns:

@@ -111,7 +111,7 @@ TABLE: dict[str, tuple[Row, ...]] = {
     "distillation_loss/rows": (
         Row(Configuration({"BLOCK": 32}), architectures=(INTERPRETER,)),
         Row(Configuration({"BLOCK": 512}, num_warps=2), up_to=4096),
-        Row(Configuration({"BLOCK": 4096}, num_warps=8)),
+        Row(Configuration({"BLOCK": 2048}, num_warps=4)),
     ),
 }
 

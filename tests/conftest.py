@@ -1,4 +1,4 @@
-"""What tests of the commands share: one tiny text, one tiny recipe, one trained teacher."""
+"""What tests share: small models; for the commands one tiny text, one tiny recipe, one trained teacher."""
 
 import contextlib
 import io
@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -105,3 +106,32 @@ def tiny(tmp_path_factory: pytest.TempPathFactory, bimamba: Bimamba) -> Tiny:
     answer = bimamba("fit", "-c", teacher_recipe, "--checkpoint.every_n_train_steps=4")
     assert answer.code == 0, answer
     return Tiny(folder, text, teacher_recipe, distill_recipe, folder / "teacher")
+
+
+Make = Callable[..., Any]
+
+
+@pytest.fixture
+def make() -> Make:
+    """Build a small model whose every parameter differs from its neighbours and from its initial value."""
+
+    def build(seed: int = 0, **options: object) -> Any:
+        import torch
+
+        from bimamba_lit import MambaConfig, MambaLM
+
+        torch.manual_seed(seed)
+        small = {"d_model": 32, "n_layer": 2, "vocab_size": 61, "d_state": 8, "headdim": 16, "chunk_size": 8}
+        lm = MambaLM(MambaConfig.from_dict(small | options))
+        with torch.no_grad():
+            for parameter in lm.parameters():
+                parameter += 0.1 * torch.randn_like(parameter)
+        return lm
+
+    return build
+
+
+@pytest.fixture
+def error() -> Callable[[Any, Any], float]:
+    """Relative error: root mean square of the difference over that of the reference."""
+    return lambda value, reference: float((value - reference).detach().norm() / reference.detach().norm())

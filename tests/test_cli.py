@@ -48,7 +48,7 @@ def test_compare_lays_runs_side_by_side(tiny, bimamba, tmp_path):
     assert bimamba(*fit).code == 0
     answer = bimamba("compare", tiny.teacher, folder, "--out", out)
     assert answer.code == 0, answer.err
-    assert sorted(path.name for path in out.iterdir()) == ["report.csv", "report.md", "report.png"]
+    assert sorted(path.name for path in out.iterdir()) == ["report.csv", "report.md", "report.png", "report.tex"]
     assert "FBI" in answer.out and "FBI" in (out / "report.md").read_text()
     with (out / "report.csv").open() as file:
         assert len(list(csv.reader(file))) == 3

@@ -1,6 +1,6 @@
 import csv
+import errno
 import json
-import os
 from pathlib import Path
 
 import pytest
@@ -9,6 +9,7 @@ import yaml
 
 from bimamba_lit.models import MambaLM
 from bimamba_lit.models.count import count_parameters, true_bits
+from bimamba_lit.training import run_folder
 
 
 def summary(folder: Path) -> dict:
@@ -168,10 +169,13 @@ def test_a_run_folder_that_cannot_be_made_or_written(tiny, bimamba, tmp_path, mo
     assert answer.code == 1 and f"since {tiny.text} is a file, not a folder" in answer.err
     locked = tmp_path / "locked"
     locked.mkdir()
-    allowed = os.access
-    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != locked and allowed(path, mode))
+
+    def refuse(dir):
+        raise OSError(errno.EROFS, "Read-only file system", str(dir))
+
+    monkeypatch.setattr(run_folder, "TemporaryFile", refuse)
     answer = bimamba(*args, f"--trainer.default_root_dir={locked / 'run'}")
-    assert answer.code == 1 and f"{locked / 'run'} cannot be written to" in answer.err
+    assert answer.code == 1 and f"{locked / 'run'} cannot be written to (Read-only" in answer.err
     assert not list(locked.iterdir())
 
 

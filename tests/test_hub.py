@@ -118,6 +118,12 @@ def test_only_data_is_fetched_and_found_again_without_a_network(hub, monkeypatch
     assert hub_file("owner/name", "tokenizer.json").read_bytes() == FILES["tokenizer.json"]
 
 
+def test_weights_as_a_pickle_only_where_there_are_no_others(hub, monkeypatch):
+    monkeypatch.delitem(FILES, "model.safetensors")
+    folder = hub_folder("owner/name")
+    assert {p.name for p in folder.rglob("*")} == {"config.json", "tokenizer.json", "pytorch_model.bin"}
+
+
 def test_one_file(hub):
     assert hub_file("owner/name", "tokenizer.json").read_bytes() == FILES["tokenizer.json"]
     assert not any("safetensors" in path for path in hub)

@@ -84,6 +84,7 @@ def test_kernels_stand_alone(path):
     [
         ("import bimamba_lit; from bimamba_lit import ops", "lightning datasets transformers safetensors"),
         ("import bimamba_lit.cli", "lightning datasets transformers"),
+        ("import bimamba_lit.bench.gpu", "lightning datasets transformers torchdata"),
     ],
 )
 def test_what_an_import_leaves_out(code, absent):

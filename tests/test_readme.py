@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from bimamba_lit.binarize import BinaryLinear, PackedLinear
+from bimamba_lit.binarize import BinaryLinear, PackedLinear, PTBLinear
 from bimamba_lit.quickstart import STEPS
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
@@ -43,6 +43,14 @@ def test_the_scheme_of_the_readme_trains_and_packs():
     torch.testing.assert_close(PackedLinear(layer)(x), layer(x), rtol=1e-5, atol=1e-5)
     error = (layer.weight - dense.weight).norm() / dense.weight.norm()
     assert error < (torch.sign(dense.weight) - dense.weight).norm() / dense.weight.norm()
+
+
+def test_the_calibration_of_the_readme_runs():
+    (source,) = [block for block in PYTHON if "calibrate_(model" in block]
+    names = {}
+    exec(source, names)
+    layers = [layer for layer in names["model"].modules() if isinstance(layer, PTBLinear)]
+    assert len(layers) == 4 and layers[0].scheme == "ptb.GPTQ"
 
 
 def test_the_python_of_the_readme_runs():

@@ -1,18 +1,18 @@
 """Making a model binary, and packing it."""
 
 from collections.abc import Callable, Iterator, Sequence
-from fnmatch import fnmatchcase
 from typing import TypeVar
 
 from torch import nn
 
 from bimamba_lit.binarize.linear import BinaryLinear
 from bimamba_lit.binarize.packed import PackedLinear
-from bimamba_lit.errors import UserError, nearest
+from bimamba_lit.binarize.ptb.layer import PTBLinear
+from bimamba_lit.binarize.targets import TARGETS, dense_layers
+from bimamba_lit.errors import UserError
 
 Scheme = Callable[[nn.Linear], BinaryLinear]
 Model = TypeVar("Model", bound=nn.Module)
-TARGETS = ("in_proj", "out_proj")
 
 
 def binarize_(model: Model, scheme: Scheme, targets: Sequence[str] = TARGETS) -> Model:
@@ -31,40 +31,47 @@ def binarize_(model: Model, scheme: Scheme, targets: Sequence[str] = TARGETS) ->
         UserError: If a pattern matches no ``nn.Linear`` that is still in full precision, or ``scheme`` makes something
             else than a :class:`BinaryLinear`. The model is then as it was.
     """
-    patterns = [targets] if isinstance(targets, str) else list(targets)
-    linears = {name: layer for name, layer in model.named_modules() if name and _is_dense(layer)}
-    for pattern in patterns:
-        if not any(_matches(name, pattern) for name in linears):
-            raise UserError(_no_match(pattern, linears))
-    chosen = [name for name in linears if any(_matches(name, pattern) for pattern in patterns)]
     shared = _shared_parameters(model)
     binary = {}
-    for name in chosen:
-        layer = scheme(_untied(linears[name]) if id(linears[name].weight) in shared else linears[name])
+    for name, linear in dense_layers(model, targets).items():
+        layer = scheme(_untied(linear) if id(linear.weight) in shared else linear)
         if not isinstance(layer, BinaryLinear):
             raise UserError(
                 f"{scheme!r} is no binarization scheme: it makes a {type(layer).__name__}, not a BinaryLinear"
             )
-        binary[name] = layer.train(linears[name].training)
+        binary[name] = layer.train(linear.training)
     for name, layer in binary.items():
         model.set_submodule(name, layer)
     return model
 
 
 def pack_(model: Model) -> Model:
-    """Replace every :class:`BinaryLinear` of ``model`` by its :class:`PackedLinear`, in place; outputs stay the same.
+    """Replace every binary layer of ``model`` by its :class:`PackedLinear`, in place; outputs stay the same.
+
+    Binary are the trained layers and those results of post-training schemes that are one sign a weight.
 
     Raises:
-        UserError: If the model has no binary layer to pack.
+        UserError: If the model has no binary layer to pack, or a post-training result holds more than one sign a
+            weight. The model is then as it was.
     """
-    layers = [name for name, layer in model.named_modules() if name and isinstance(layer, BinaryLinear)]
+    layers = {name: layer for name, layer in model.named_modules() if name and isinstance(layer, _UNPACKED)}
     if not layers:
         raise UserError("nothing to pack: the model has no BinaryLinear layer; call binarize_ first")
-    for name in layers:
-        layer = model.get_submodule(name)
-        assert isinstance(layer, BinaryLinear)
-        model.set_submodule(name, PackedLinear(layer).train(layer.training))
+    packed = {name: PackedLinear(layer).train(layer.training) for name, layer in layers.items()}
+    for name, layer in packed.items():
+        model.set_submodule(name, layer)
     return model
+
+
+_UNPACKED = (BinaryLinear, PTBLinear)
+QuantizedLinear = BinaryLinear | PackedLinear | PTBLinear
+
+
+def quantized_layers(model: nn.Module) -> Iterator[tuple[str, QuantizedLinear]]:
+    """Yield the dotted name and the layer of every layer held in few bits: latent, packed or fitted after training."""
+    for name, layer in model.named_modules():
+        if isinstance(layer, QuantizedLinear):
+            yield name, layer
 
 
 def binary_layers(model: nn.Module) -> Iterator[tuple[str, BinaryLinear | PackedLinear]]:
@@ -72,25 +79,6 @@ def binary_layers(model: nn.Module) -> Iterator[tuple[str, BinaryLinear | Packed
     for name, layer in model.named_modules():
         if isinstance(layer, BinaryLinear | PackedLinear):
             yield name, layer
-
-
-def _is_dense(layer: nn.Module) -> bool:
-    return isinstance(layer, nn.Linear) and not isinstance(layer, BinaryLinear)
-
-
-def _matches(name: str, pattern: str) -> bool:
-    last = name.rpartition(".")[2]
-    if last == "lm_head" and pattern.rpartition(".")[2] != "lm_head":
-        return False
-    return fnmatchcase(name, pattern) or fnmatchcase(last, pattern)
-
-
-def _no_match(pattern: str, linears: dict[str, nn.Module]) -> str:
-    if not linears:
-        return f"target '{pattern}' matches nothing: the model has no full-precision Linear layer left"
-    parts = sorted({name.rpartition(".")[2] for name in linears})
-    hint = nearest(pattern, [*parts, *linears]) or f"; its Linear layers end in {', '.join(parts)}"
-    return f"target '{pattern}' matches no Linear layer of the model{hint}"
 
 
 def _shared_parameters(model: nn.Module) -> set[int]:

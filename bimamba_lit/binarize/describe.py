@@ -5,28 +5,32 @@ imports what the file names.
 """
 
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import nn
 
-from bimamba_lit.binarize.apply import binarize_, binary_layers
+from bimamba_lit.binarize.apply import binarize_, quantized_layers
 from bimamba_lit.binarize.linear import BinaryLinear
 from bimamba_lit.binarize.packed import PackedLinear
+from bimamba_lit.binarize.ptb.layer import PREFIX, PTBLinear, empty_parts
+from bimamba_lit.binarize.ptb.scheme import PTBScheme
+from bimamba_lit.binarize.targets import dense_layers
 from bimamba_lit.errors import UserError, nearest
+
+Base = TypeVar("Base")
 
 
 def describe_binarization(model: nn.Module) -> list[dict[str, Any]]:
-    """Return one entry a scheme: ``scheme`` (class name), ``options``, ``packed`` and ``targets`` (dotted names)."""
+    """Return one entry a kind of layer: ``scheme``, ``options``, ``packed`` and ``targets`` (dotted names).
+
+    ``scheme`` is the class's name; of a post-training scheme with ``ptb.`` before it, and the entry also has ``parts``,
+    the dtype and the shape of each part that is stored.
+    """
     entries: list[dict[str, Any]] = []
-    for name, layer in binary_layers(model):
-        packed = isinstance(layer, PackedLinear)
-        kind = {
-            "scheme": layer.scheme if isinstance(layer, PackedLinear) else type(layer).__name__,
-            "options": layer.options(),
-            "packed": packed,
-        }
+    for name, layer in quantized_layers(model):
+        kind = layer.kind() | {"packed": isinstance(layer, PackedLinear)}
         for entry in entries:
-            if all(entry[key] == value for key, value in kind.items()):
+            if {key: value for key, value in entry.items() if key != "targets"} == kind:
                 entry["targets"].append(name)
                 break
         else:
@@ -37,7 +41,7 @@ def describe_binarization(model: nn.Module) -> list[dict[str, Any]]:
 def apply_binarization_(model: nn.Module, description: list[dict[str, Any]]) -> None:
     """Make the layers of a freshly built ``model`` binary or packed as ``description`` says, in place.
 
-    The values are those of the model's own weights; load the saved ones afterwards.
+    The values are those of the model's own weights, or for post-training schemes any; load the saved ones afterwards.
 
     Raises:
         UserError: If a scheme is not known, its options do not fit, or a target is not in the model.
@@ -49,22 +53,37 @@ def apply_binarization_(model: nn.Module, description: list[dict[str, Any]]) -> 
             raise UserError(
                 "the description of the binary layers must hold scheme, options, targets and packed"
             ) from error
-        scheme = _scheme(name)
+        _check_targets(model, targets)
         try:
-            binarize_(model, partial(scheme, **options), targets)
+            if str(name).startswith(PREFIX):
+                scheme = _named(name, PTBScheme, PREFIX)(**options)  # type: ignore[type-abstract]
+                for target, linear in dense_layers(model, targets).items():
+                    model.set_submodule(target, PTBLinear(linear, scheme, empty_parts(entry.get("parts"))))
+            else:
+                trained = _named(name, BinaryLinear)  # type: ignore[type-abstract]
+                binarize_(model, partial(trained, **options), targets)
         except (TypeError, KeyError) as error:
             raise UserError(f"scheme '{name}' does not take the options {options}") from error
         if packed:
             for target in targets:
                 layer = model.get_submodule(target)
-                assert isinstance(layer, BinaryLinear)
+                assert isinstance(layer, BinaryLinear | PTBLinear)
                 model.set_submodule(target, PackedLinear(layer))
 
 
-def known_schemes() -> dict[str, type[BinaryLinear]]:
-    """Return every scheme imported so far by its class name."""
-    found: dict[str, type[BinaryLinear]] = {}
-    queue = list(BinaryLinear.__subclasses__())
+def _check_targets(model: nn.Module, targets: object) -> None:
+    if not isinstance(targets, list):
+        raise UserError(f"the targets of a scheme must be a list of layers' names, not {targets!r}")
+    layers = dict(model.named_modules())
+    for target in targets:
+        if not isinstance(target, str) or target not in layers:
+            raise UserError(f"the model has no layer {target!r}, which is said to be binary")
+
+
+def known_schemes(base: type[Base] = BinaryLinear) -> dict[str, type[Base]]:  # type: ignore[assignment]
+    """Return every scheme imported so far by its class name: the trained ones, or those of another base class."""
+    found: dict[str, type[Base]] = {}
+    queue = list(base.__subclasses__())
     while queue:
         scheme = queue.pop()
         found[scheme.__name__] = scheme
@@ -72,8 +91,8 @@ def known_schemes() -> dict[str, type[BinaryLinear]]:
     return found
 
 
-def _scheme(name: object) -> type[BinaryLinear]:
-    schemes = known_schemes()
+def _named(name: object, base: type[Base], prefix: str = "") -> type[Base]:
+    schemes = {prefix + key: scheme for key, scheme in known_schemes(base).items()}
     if not isinstance(name, str) or name not in schemes:
         hint = nearest(str(name), schemes) or f"; known are {', '.join(sorted(schemes))}"
         raise UserError(

@@ -10,13 +10,16 @@ Every scheme is one formula with some of its terms, so that training, packing an
 
 import inspect
 from abc import ABC, abstractmethod
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, ClassVar, get_args
 
 import torch
 from torch import Tensor, nn
 
 from bimamba_lit import ops
 from bimamba_lit.binarize.straight_through import StraightThrough, straight_through_sign
+from bimamba_lit.errors import UserError
+from bimamba_lit.kernels.linear import FEW, linear
 
 TERMS = ("in_scale", "out_scale", "group_scale", "in_shift", "out_shift")
 DEPLOYED_BITS = 16
@@ -37,9 +40,16 @@ class BinaryLinear(nn.Linear, ABC):
     Attributes:
         latent: ``(O, I)`` fp32 parameter that the optimizer sees.
         weight: ``(O, I)`` fp32 binary weight, differentiable to ``latent`` and to the scales.
+        formats: What ``bimamba export`` can write of the scheme. All that :meth:`terms` can say fits every format, but
+            ``gguf``, which looks at the terms themselves; a scheme whose layer does more than its terms names fewer.
     """
 
+    formats: ClassVar[tuple[str, ...]] = ("torchscript", "pt2", "safetensors", "gguf", "transformers")
+
     def __init__(self, linear: nn.Linear, straight_through: StraightThrough = "identity") -> None:
+        if straight_through not in get_args(StraightThrough):
+            known = ", ".join(get_args(StraightThrough))
+            raise UserError(f"straight_through is {straight_through!r}, and must be one of {known}")
         nn.Module.__init__(self)  # nn.Linear's would register a parameter named ``weight``
         self.in_features = linear.in_features
         self.out_features = linear.out_features
@@ -68,8 +78,9 @@ class BinaryLinear(nn.Linear, ABC):
 
     def forward(self, x: Tensor) -> Tensor:
         """Multiply ``x`` ``(..., I)`` by the binary weight and add the bias: ``(..., O)``."""
-        decodes = not (self.training or torch.is_grad_enabled()) and x.numel() <= _FEW * self.in_features
-        return nn.functional.linear(x, self._kept_weight() if decodes else self.weight, self.bias)
+        # Reading a text costs more than forming the weight, decoding a token far less.
+        decodes = not (self.training or torch.is_grad_enabled()) and x.numel() <= FEW * self.in_features
+        return linear(x, self._kept_weight() if decodes else self.weight, self.bias)
 
     def train(self, mode: bool = True) -> "BinaryLinear":
         """Set training or evaluation mode; the weight kept while decoding is let go."""
@@ -78,7 +89,7 @@ class BinaryLinear(nn.Linear, ABC):
 
     def _kept_weight(self) -> Tensor:
         """Return the binary weight, formed once for as long as nothing that it is formed of changes."""
-        state = tuple((id(p), p.data_ptr(), p._version, p.device, p.dtype) for p in self.parameters())
+        state = fingerprint(self.parameters())
         if self._kept is None or self._kept[0] != state:
             self._kept = (state, self.weight.detach())
         return self._kept[1]
@@ -96,13 +107,19 @@ class BinaryLinear(nn.Linear, ABC):
         names = list(inspect.signature(type(self).__init__).parameters)[2:]
         return {name: getattr(self, name) for name in names}
 
+    def kind(self) -> dict[str, Any]:
+        """Return what describes a layer of this kind in a file: ``scheme``, the class's name, and ``options``."""
+        return {"scheme": type(self).__name__, "options": self.options()}
+
     def extra_repr(self) -> str:
         """Name the sizes and the options when the layer is printed."""
         options = "".join(f", {name}={value!r}" for name, value in self.options().items())
         return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}{options}"
 
 
-_FEW = 4  # tokens; reading a text costs more than forming the weight, decoding a token far less
+def fingerprint(tensors: Iterable[Tensor]) -> tuple[Any, ...]:
+    """Return what changes whenever the values of one of the tensors do, without reading them."""
+    return tuple((id(t), t.data_ptr(), t._version, t.device, t.dtype) for t in tensors)
 
 
 def no_decay(values: Tensor) -> nn.Parameter:

@@ -6,13 +6,19 @@ from torch import Tensor, nn
 
 from bimamba_lit import ops
 from bimamba_lit.binarize.linear import TERMS, BinaryLinear, compose, storage
+from bimamba_lit.binarize.ptb.layer import PTBLinear
+from bimamba_lit.errors import UserError
 
 
 class PackedLinear(nn.Module):
     """A binary layer for inference: same outputs as the layer it was packed from, a thirty-second of its weights.
 
     Args:
-        layer: The trained layer. Its scheme and options are kept for the record.
+        layer: The trained layer, or a post-training result of one sign a weight. Its scheme and options are kept for
+            the record.
+
+    Raises:
+        UserError: If a post-training result holds more than one sign a weight.
 
     Attributes:
         signs: ``(O, ceil(I / 8))`` uint8 buffer, laid as by :func:`bimamba_lit.ops.pack_signs`.
@@ -22,14 +28,19 @@ class PackedLinear(nn.Module):
     signs: Tensor
     bias: Tensor | None
 
-    def __init__(self, layer: BinaryLinear) -> None:
+    def __init__(self, layer: BinaryLinear | PTBLinear) -> None:
         super().__init__()
         self.in_features = layer.in_features
         self.out_features = layer.out_features
-        self.scheme = type(layer).__name__
-        self._options = layer.options()
+        self._kind = layer.kind()
+        terms = layer.terms()
+        if terms is None:
+            raise UserError(
+                f"a result of {layer.kind()['scheme']} with the options {layer.options()} holds more than one sign a "
+                "weight: it runs as it is and cannot be packed"
+            )
         self.register_buffer("signs", layer.packed_signs())
-        for name, term in layer.terms().items():
+        for name, term in terms.items():
             self.register_buffer(name, term.detach().clone())
         self.register_buffer("bias", None if layer.bias is None else layer.bias.detach().clone())
 
@@ -51,9 +62,18 @@ class PackedLinear(nn.Module):
         """Return the bits this layer needs once deployed, by part; equal to those of the layer it came from."""
         return storage(self)
 
+    @property
+    def scheme(self) -> str:
+        """The name of the scheme that made this layer."""
+        return str(self._kind["scheme"])
+
     def options(self) -> dict[str, Any]:
         """Return the options of the scheme that made this layer."""
-        return dict(self._options)
+        return dict(self._kind["options"])
+
+    def kind(self) -> dict[str, Any]:
+        """Return what describes the layer that this one was packed from."""
+        return dict(self._kind)
 
     def extra_repr(self) -> str:
         """Name the sizes and the scheme when the layer is printed."""

@@ -133,6 +133,10 @@ class SubwordTokenizer:
         """Return the definition the tokenizer was made from."""
         return self._definition
 
+    def tokens(self) -> dict[int, str]:
+        """Return every token as the vocabulary spells it, by id."""
+        return {i: token for token, i in self._tokenizer.get_vocab().items()}
+
     def encode_batch(self, texts: list[str]) -> list[NDArray[np.int64]]:
         """Return the ids of each text, int64."""
         encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)

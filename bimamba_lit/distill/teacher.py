@@ -22,7 +22,7 @@ def load_teacher(
 ) -> MambaLM | CausalTeacher:
     """Load a teacher, frozen and in evaluation mode.
 
-    The table of a teacher from transformers may have up to 255 rows more than the data's tokenizer has tokens, as
+    The table of a teacher of another program may have up to 255 rows more than the data's tokenizer has tokens, as
     tables are often padded: its vocabulary is then cut to the data's.
 
     Args:
@@ -35,12 +35,12 @@ def load_teacher(
         UserError: If the teacher cannot be read, or its vocabulary or tokenizer is not that of the data.
     """
     checkpoint = find_checkpoint(path)
-    config = _transformers_config(checkpoint)
-    foreign = config is not None and not is_transformers_mamba(config)
-    teacher = CausalTeacher(checkpoint) if foreign else load_lm(checkpoint)
+    config = _others_config(checkpoint)
+    causal = isinstance(config.get("model_type"), str) and not is_transformers_mamba(config)
+    teacher = CausalTeacher(checkpoint) if causal else load_lm(checkpoint)
     own = load_tokenizer_json(checkpoint)
     if vocab_size is not None:
-        _fit_vocabulary(teacher, vocab_size, path, may_be_padded=config is not None)
+        _fit_vocabulary(teacher, vocab_size, path, may_be_padded=bool(config))
     if own is not None and tokenizer_json is not None and not _same_tokenizer(own, tokenizer_json):
         raise UserError(
             f"the teacher {path} was trained with another tokenizer than the data's, though both have "
@@ -66,13 +66,13 @@ def find_checkpoint(path: str | Path) -> Path:
     return last
 
 
-def _transformers_config(path: Path) -> dict[str, Any] | None:
-    """Return the content of a transformers folder's ``config.json``, and None for anything else."""
+def _others_config(path: Path) -> dict[str, Any]:
+    """Return the content of another program's ``config.json``, and nothing for anything else."""
     try:
         config = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None  # load_lm tells what is wrong
-    return config if isinstance(config, dict) and isinstance(config.get("model_type"), str) else None
+    except (OSError, ValueError, RecursionError):
+        return {}  # load_lm tells what is wrong
+    return config if isinstance(config, dict) and "format" not in config else {}
 
 
 def _fit_vocabulary(teacher: MambaLM | CausalTeacher, vocab_size: int, path: str | Path, may_be_padded: bool) -> None:

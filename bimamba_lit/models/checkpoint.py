@@ -8,9 +8,7 @@ looked up among those already imported.
 """
 
 import json
-import pickle
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,11 +18,15 @@ from torch import Tensor, nn
 
 from bimamba_lit.binarize import apply_binarization_, describe_binarization
 from bimamba_lit.errors import UserError, nearest
-from bimamba_lit.files import replacing
+from bimamba_lit.files import replacing_all
+from bimamba_lit.models.bi_mamba_form import from_bi_mamba, is_bi_mamba
 from bimamba_lit.models.config import MambaConfig
 from bimamba_lit.models.lm import MambaLM
-from bimamba_lit.models.safetensors_folder import WEIGHTS_FILE, Reader, stored_tensors
+from bimamba_lit.models.plain_pickle import load_plain
+from bimamba_lit.models.quantized_table import describe_tables, quantize_tables_
+from bimamba_lit.models.state_spaces_folder import is_state_spaces, state_spaces_config
 from bimamba_lit.models.transformers_folder import is_transformers_mamba, our_name, transformers_config
+from bimamba_lit.models.weight_files import WEIGHTS_FILE, Reader, is_plain_float, stored_tensors, write_safetensors
 
 CONFIG_FILE = "config.json"
 TOKENIZER_FILE = "tokenizer.json"
@@ -32,21 +34,21 @@ TOKENIZER_FILE = "tokenizer.json"
 _FORMAT = "bimamba-lit"
 _VERSION = 1
 _READABLE = (
-    "a folder written by MambaLM.save_pretrained, a transformers Mamba or Mamba2 folder, or a Lightning checkpoint of "
-    "this project"
+    "a folder of this project, of transformers' Mamba or Mamba2, of state-spaces (mamba_ssm) or of the released "
+    "Bi-Mamba, or a Lightning checkpoint of this project"
 )
 _NAMES_SHOWN = 8
+_LARGEST_CONFIG = 1 << 24  # bytes
+_COMPUTE = "float32"
+_LIKELY_LAYERS = 1000
 _IN_MODULE = "lm."  # what a LightningModule calls its model
 
 
 def describe(lm: MambaLM) -> dict[str, Any]:
     """Return what :func:`build` needs to make a model of the same shape, as plain JSON types."""
-    return {
-        "format": _FORMAT,
-        "format_version": _VERSION,
-        "config": lm.config.to_dict(),
-        "binarization": describe_binarization(lm),
-    }
+    description = _described(lm.config, describe_binarization(lm))
+    tables = describe_tables(lm)
+    return description if tables is None else description | {"tables": tables}
 
 
 def build(description: Mapping[str, Any]) -> MambaLM:
@@ -55,41 +57,63 @@ def build(description: Mapping[str, Any]) -> MambaLM:
     Raises:
         UserError: If the description is not one, is of a later version, or its values are wrong.
     """
-    if not isinstance(description, Mapping) or description.get("format") != _FORMAT:
-        raise UserError(f"a model description must have the format '{_FORMAT}'")
-    if description.get("format_version") != _VERSION:
-        raise UserError(
-            f"the model is saved in format version {description.get('format_version')!r} and this release of "
-            f"bimamba-lit reads version {_VERSION}; install the release that wrote it"
-        )
-    config, binarization = description.get("config"), description.get("binarization")
-    if not isinstance(config, Mapping) or not isinstance(binarization, list):
-        raise UserError("a model description must hold 'config', a mapping, and 'binarization', a list")
-    lm = MambaLM(MambaConfig.from_dict(config))
+    config, binarization, tables = _parts(description)
+    lm = MambaLM(config)
     apply_binarization_(lm, binarization)
+    if tables is not None:
+        quantize_tables_(lm, tables.get("bits", 0), tables.get("group_size"))
     return lm
 
 
-def save_lm(lm: MambaLM, path: str | Path, tokenizer: str | None = None) -> None:
-    """Write a model as a folder; see :meth:`MambaLM.save_pretrained`."""
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
+def copy_in_fp32(lm: MambaLM) -> MambaLM:
+    """Return a model of the same weights in fp32 that shares none of them."""
+    copy = build(describe(lm)).float()
+    copy.load_state_dict(lm.state_dict())
+    return copy
 
-    folder = Path(path)
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"cannot save the model to {folder}: it is a file, and a folder is needed")
-    text = json.dumps(describe(lm), indent=2) + "\n"
+
+def save_lm(
+    lm: MambaLM, path: str | Path, tokenizer: str | None = None, stored_dtype: torch.dtype | None = None
+) -> None:
+    """Write a model as a folder; see :meth:`MambaLM.save_pretrained`.
+
+    Args:
+        lm: The model.
+        path: The folder.
+        tokenizer: The tokenizer as the JSON text of its ``to_json()``.
+        stored_dtype: What all but signs and whole numbers is rounded to in the file; the model that is loaded from it
+            computes in fp32. None stores and loads every tensor as it is.
+
+    Raises:
+        UserError: If the folder cannot be written, or a value is outside the range of ``stored_dtype``.
+    """
+    description = describe(lm)
     tensors = {name: tensor.detach().contiguous() for name, tensor in _stored(lm).items()}
-    # All are written before the first is moved into place, so that a full disk leaves the model that was there whole.
-    with ExitStack() as stack:
-        stack.enter_context(replacing(folder / CONFIG_FILE)).write_text(text, encoding="utf-8")
-        if tokenizer is not None:
-            stack.enter_context(replacing(folder / TOKENIZER_FILE)).write_text(tokenizer, encoding="utf-8")
-        temporary = stack.enter_context(replacing(folder / WEIGHTS_FILE))
-        try:
-            save_file(tensors, temporary, metadata={"format": "pt"})
-        except SafetensorError as error:
-            raise UserError(f"cannot write {folder / WEIGHTS_FILE}: {error}") from error
+    if stored_dtype is not None:
+        description["loads_as"] = _COMPUTE
+        tensors = {name: rounded(tensor, stored_dtype, name) for name, tensor in tensors.items()}
+    texts = {CONFIG_FILE: json.dumps(description, indent=2) + "\n"}
+    if tokenizer is not None:
+        texts[TOKENIZER_FILE] = tokenizer
+    with replacing_all(Path(path), [*texts, WEIGHTS_FILE]) as files:
+        for name, text in texts.items():
+            files[name].write_text(text, encoding="utf-8")
+        write_safetensors(tensors, files[WEIGHTS_FILE])
+
+
+def rounded(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+    """Return a tensor of floats in another type, and one of whole numbers as it is.
+
+    Raises:
+        UserError: If a finite value is outside the range of the type.
+    """
+    if not tensor.is_floating_point():
+        return tensor
+    there = tensor.to(dtype)
+    if tensor.isfinite().all() and not there.isfinite().all():
+        kind = str(dtype).removeprefix("torch.")
+        raise UserError(f"{name} has values outside the range of {kind}; store the model as bfloat16 or float32")
+    return there
 
 
 def load_lm(path: str | Path) -> MambaLM:
@@ -101,9 +125,9 @@ def load_lm(path: str | Path) -> MambaLM:
     readers: dict[str, Reader] = {
         name.removeprefix(_IN_MODULE): partial(_itself, tensor)
         for name, tensor in checkpoint["state_dict"].items()
-        if name.startswith(_IN_MODULE) and isinstance(tensor, Tensor)
+        if isinstance(name, str) and name.startswith(_IN_MODULE) and isinstance(tensor, Tensor)
     }
-    return _assemble(partial(build, checkpoint["lm"]), readers, source)
+    return _assemble(checkpoint["lm"], readers, source)
 
 
 def load_tokenizer_json(path: str | Path) -> str | None:
@@ -138,8 +162,12 @@ def read_config(folder: Path) -> dict[str, Any]:
         hint = f"; it is a run folder, so give {run}" if run.is_file() else ""
         raise UserError(f"{folder} holds no model: there is no {CONFIG_FILE} in it{hint}")
     try:
+        if file.stat().st_size > _LARGEST_CONFIG:
+            raise UserError(f"{file} is {file.stat().st_size >> 20} MiB long, and no configuration is")
         config = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except UserError:
+        raise
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{file} is not readable JSON: {error}") from error
     if not isinstance(config, dict):
         raise UserError(f"{file} holds no mapping of keys to values, and so describes no model")
@@ -147,60 +175,87 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def _load_folder(folder: Path) -> MambaLM:
-    config = read_config(folder)
-    if config.get("format") == _FORMAT:
-        with stored_tensors(folder) as readers:
-            return _assemble(partial(build, config), readers, folder)
-    if is_transformers_mamba(config):
-        with stored_tensors(folder) as readers:
-            ours = {our_name(name): reader for name, reader in readers.items()}
-            return _assemble(lambda: MambaLM(transformers_config(config)), ours, folder)
-    kind = "a folder of an unknown kind"
-    if "model_type" in config:
-        kind = f"a transformers folder of the model type {config['model_type']!r}"
-    elif "ssm_cfg" in config:
-        kind = "a state-spaces (mamba_ssm) folder"
-    raise UserError(f"{folder} is {kind}, which this version does not read; it reads {_READABLE}")
+    values = read_config(folder)
+    if not (values.get("format") == _FORMAT or is_transformers_mamba(values) or is_state_spaces(values)):
+        kind = "a folder of an unknown kind"
+        if "model_type" in values:
+            kind = f"a transformers folder of the model type {values['model_type']!r}"
+        raise UserError(f"{folder} is {kind}, which this version does not read; it reads {_READABLE}")
+    with stored_tensors(folder) as readers:
+        try:
+            description, ours = _in_our_terms(values, readers)
+        except UserError as error:
+            raise UserError(f"{folder}: {error}") from error
+        return _assemble(description, ours, folder)
+
+
+def _in_our_terms(values: dict[str, Any], readers: dict[str, Reader]) -> tuple[dict[str, Any], dict[str, Reader]]:
+    """Return our description and our names for what a folder holds, ours or another program's."""
+    if values.get("format") == _FORMAT:
+        return values, readers
+    if is_transformers_mamba(values):
+        return _described(transformers_config(values), []), {our_name(name): read for name, read in readers.items()}
+    config = state_spaces_config(values)
+    if is_bi_mamba(readers):
+        ours, binarization = from_bi_mamba(readers)
+        return _described(config, binarization), ours
+    return _described(config, []), readers
+
+
+def _described(config: MambaConfig, binarization: list[dict[str, Any]]) -> dict[str, Any]:
+    return {
+        "format": _FORMAT,
+        "format_version": _VERSION,
+        "config": config.to_dict(),
+        "binarization": binarization,
+    }
+
+
+def _parts(description: Mapping[str, Any]) -> tuple[MambaConfig, list[dict[str, Any]], Mapping[str, Any] | None]:
+    """Return the configuration, what is binary, and how the tables are quantized, of a description."""
+    if not isinstance(description, Mapping) or description.get("format") != _FORMAT:
+        raise UserError(f"a model description must have the format '{_FORMAT}'")
+    if description.get("format_version") != _VERSION:
+        raise UserError(
+            f"the model is saved in format version {description.get('format_version')!r} and this release of "
+            f"bimamba-lit reads version {_VERSION}; install the release that wrote it"
+        )
+    config, binarization = description.get("config"), description.get("binarization")
+    if not isinstance(config, Mapping) or not isinstance(binarization, list):
+        raise UserError("a model description must hold 'config', a mapping, and 'binarization', a list")
+    tables = description.get("tables")
+    if not (tables is None or isinstance(tables, Mapping)):
+        raise UserError(f"a model description's 'tables' must be a mapping, not {tables!r}")
+    return MambaConfig.from_dict(config), binarization, tables
 
 
 def _read_lightning(file: Path) -> dict[str, Any]:
     if file.suffix == ".safetensors":
         raise UserError(f"{file} holds tensors without a configuration; give the folder it is in")
-    try:
-        checkpoint = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise UserError(
-            f"{file} is not a checkpoint of plain tensors and values, and nothing else is opened; give {_READABLE}"
-        ) from error
-    except (RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
-        raise UserError(f"{file} is no checkpoint, or is damaged or cut short; give {_READABLE}") from error
+    checkpoint = load_plain(file, _READABLE)
     if not (isinstance(checkpoint, dict) and "lm" in checkpoint and isinstance(checkpoint.get("state_dict"), dict)):
         raise UserError(f"{file} is a PyTorch file of another program, not of this project; give {_READABLE}")
     return checkpoint
 
 
-def _assemble(make: Callable[[], MambaLM], readers: Mapping[str, Reader], source: Path) -> MambaLM:
-    try:
-        with torch.device("meta"):
-            lm = make()
-    except UserError as error:
-        raise UserError(f"{source}: {error}") from error
+def _assemble(description: Mapping[str, Any], readers: Mapping[str, Reader], source: Path) -> MambaLM:
+    """Build the model that is described and fill it with the tensors that are read."""
+    lm = _on_meta(description, len(readers), source)
     targets, aliases = _stored(lm), _aliases(lm)
-    found: dict[str, Reader] = {}
+    dtype = torch.float32 if description.get("loads_as") == _COMPUTE else None
+    found: dict[str, Tensor] = {}
     for name, read in readers.items():
-        first = found.setdefault(aliases.get(name, name), read)
-        if first is not read and not torch.equal(first(), read()):
+        tensor = read()
+        first = found.setdefault(aliases.get(name, name), tensor)
+        if first is not tensor and not (first.shape == tensor.shape and torch.equal(first, tensor)):
             raise UserError(
                 f"{source} says that {name} is tied to {aliases.get(name, 'another')} and holds both, unequal"
             )
-    tensors: dict[str, Tensor] = {}
-    wrong = []
-    for name in targets.keys() & found.keys():
-        tensor = found[name]()
-        if tensor.shape != targets[name].shape or tensor.is_floating_point() != targets[name].is_floating_point():
-            wrong.append(f"{name} {_kind(tensor)} instead of {_kind(targets[name])}")
-        else:
-            tensors[name] = tensor.clone()
+    wrong = [
+        f"{name} {_kind(found[name])} instead of {_kind(target)}"
+        for name, target in targets.items()
+        if name in found and not _fits(found[name], target)
+    ]
     faults = {
         "lacks": sorted(targets.keys() - found.keys()),
         "has the unknown": sorted(found.keys() - targets.keys()),
@@ -209,8 +264,34 @@ def _assemble(make: Callable[[], MambaLM], readers: Mapping[str, Reader], source
     if any(faults.values()):
         told = "; ".join(f"{fault} {_listed(names)}" for fault, names in faults.items() if names)
         raise UserError(f"{source} does not hold the tensors of the model it describes: it {told}")
-    _fill(lm, tensors)
+    _fill(lm, {name: _copied(found[name], dtype) for name in targets})
     return lm
+
+
+def _on_meta(description: Mapping[str, Any], tensors: int, source: Path) -> MambaLM:
+    """Build a model without memory for its weights, unless it has blocks without end and no tensors to fill them."""
+    try:
+        config, *_ = _parts(description)
+        if config.n_layer > max(tensors, _LIKELY_LAYERS):
+            raise UserError(f"n_layer is {config.n_layer}, and there are {tensors} tensors")
+        with torch.device("meta"):
+            return build(description)
+    except UserError as error:
+        raise UserError(f"{source}: {error}") from error
+    except (RuntimeError, OverflowError, TypeError) as error:
+        raise UserError(
+            f"{source}: no model has the sizes of its configuration ({str(error).splitlines()[0]})"
+        ) from error
+
+
+def _fits(tensor: Tensor, target: Tensor) -> bool:
+    return tensor.shape == target.shape and (
+        is_plain_float(tensor) if target.is_floating_point() else tensor.dtype == target.dtype
+    )
+
+
+def _copied(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    return tensor.to(dtype, copy=True) if dtype is not None and tensor.is_floating_point() else tensor.clone()
 
 
 def _stored(lm: nn.Module) -> dict[str, Tensor]:
@@ -220,11 +301,11 @@ def _stored(lm: nn.Module) -> dict[str, Tensor]:
 
 
 def _aliases(lm: nn.Module) -> dict[str, str]:
-    """Return the later names of tied parameters, each with the first."""
+    """Return the later names of tied parameters and buffers, each with the first."""
     first: dict[int, str] = {}
     return {
         name: first[id(tensor)]
-        for name, tensor in lm.named_parameters(remove_duplicate=False)
+        for name, tensor in lm.state_dict(keep_vars=True).items()
         if first.setdefault(id(tensor), name) != name
     }
 

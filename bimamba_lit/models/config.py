@@ -66,20 +66,20 @@ class MambaConfig:
         if isinstance(self.norm_eps, bool) or not isinstance(self.norm_eps, (int, float)) or not 0 < self.norm_eps < 1:
             raise UserError(f"norm_eps must be a number between 0 and 1, not {self.norm_eps!r}")
         self._check_mixer()
-        kinds = set(self.mixers)
+        kinds = self._kinds
+        if "mamba" in kinds and self.dt_rank is None:
+            self.dt_rank = math.ceil(self.d_model / 16)
+        if "mamba2" in kinds:
+            self._check_heads()
         if self.d_state is None and len(kinds) == 1:
             self.d_state = _DEFAULT_D_STATE[kinds.pop()]
-        if "mamba" in self.mixers and self.dt_rank is None:
-            self.dt_rank = math.ceil(self.d_model / 16)
-        if "mamba2" in self.mixers:
-            self._check_heads()
 
     def _check_mixer(self) -> None:
         if isinstance(self.mixer, list) and len(self.mixer) != self.n_layer:
             raise UserError(
                 f"mixer lists {len(self.mixer)} mixers for n_layer = {self.n_layer} blocks; give one a block"
             )
-        for mixer in self.mixers:
+        for mixer in self.mixer if isinstance(self.mixer, list) else [self.mixer]:
             if not isinstance(mixer, str) or mixer not in _DEFAULT_D_STATE:
                 raise UserError(f'mixer must be "mamba2" or "mamba", or a list of them, not {mixer!r}')
 
@@ -94,6 +94,11 @@ class MambaConfig:
                 f"ngroups must divide the number of heads, expand * d_model / headdim = {self.nheads}, "
                 f"and {self.ngroups} does not"
             )
+
+    @property
+    def _kinds(self) -> set[str]:
+        """The kinds of mixers, without a list as long as ``n_layer``, which nothing has checked against a model yet."""
+        return set(self.mixer if isinstance(self.mixer, list) else [self.mixer])
 
     @property
     def mixers(self) -> list[str]:

@@ -194,14 +194,16 @@ class MambaLM(nn.Module):
     @property
     def device(self) -> torch.device:
         """Where the model's weights are."""
-        return self.backbone.embedding.weight.device
+        return self.backbone.norm_f.weight.device
 
     @classmethod
     def from_pretrained(cls, path: str | Path) -> "MambaLM":
-        """Load a model, onto the CPU: this project's folder or Lightning checkpoint, or transformers' Mamba or Mamba2.
+        """Load a model, onto the CPU.
 
         Args:
-            path: The folder or the ``.ckpt`` file; which it is is told by content.
+            path: A folder of this project (latent or packed), of transformers' Mamba or Mamba2, of state-spaces
+                (mamba_ssm) or of the released Bi-Mamba, or a Lightning checkpoint of this project; which it is is told
+                by content.
 
         Raises:
             UserError: If nothing is there, or it is damaged, of another kind, or does not hold exactly the model's

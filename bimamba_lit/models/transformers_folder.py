@@ -1,6 +1,6 @@
-"""Reading the configuration and tensor names of transformers' Mamba and Mamba2 models.
+"""The configuration and tensor names of transformers' Mamba and Mamba2 models, both ways.
 
-Their parameters are ours under nearly the same names, so a folder that transformers wrote is read without transformers.
+Their parameters are ours under nearly the same names, so a folder of theirs is read and written without transformers.
 What our models cannot compute is refused by name: no option of a folder is passed over in silence.
 """
 
@@ -36,7 +36,8 @@ _INFINITY = (float("inf"), {"__float__": "Infinity"})  # the second since transf
 
 def is_transformers_mamba(values: Mapping[str, Any]) -> bool:
     """Tell whether the content of a ``config.json`` is that of transformers' Mamba or Mamba2."""
-    return values.get("model_type") in _MIXER_FIELDS
+    kind = values.get("model_type")
+    return isinstance(kind, str) and kind in _MIXER_FIELDS
 
 
 def transformers_config(values: Mapping[str, Any]) -> MambaConfig:
@@ -70,6 +71,37 @@ def transformers_config(values: Mapping[str, Any]) -> MambaConfig:
 def our_name(name: str) -> str:
     """Return our name of a tensor of transformers' Mamba or Mamba2."""
     return name.replace("backbone.embeddings.", "backbone.embedding.")
+
+
+def their_name(name: str) -> str:
+    """Return transformers' name of a tensor of ours."""
+    return name.replace("backbone.embedding.", "backbone.embeddings.")
+
+
+def to_transformers(config: MambaConfig, tied: bool) -> dict[str, Any]:
+    """Return the ``config.json`` with which transformers builds the same model, its table without padding.
+
+    Args:
+        config: The model's configuration.
+        tied: Whether embedding and head are one table.
+
+    Raises:
+        UserError: If transformers has no such model.
+    """
+    kinds = set(config.mixers)
+    if len(kinds) > 1:
+        raise UserError("the model mixes Mamba-1 and Mamba-2, and transformers has a class for either, not for both")
+    mixer = kinds.pop()
+    fields = _FIELDS | _MIXER_FIELDS[mixer]
+    derived = {"intermediate_size": config.d_inner} if mixer == "mamba" else {"num_heads": config.nheads}
+    return {
+        "architectures": ["MambaForCausalLM" if mixer == "mamba" else "Mamba2ForCausalLM"],
+        "model_type": mixer,
+        **{theirs: getattr(config, ours) for theirs, ours in fields.items()},
+        **derived,
+        **{key: allowed[0] for key, allowed in _ONLY.items() if key != "rms_norm"},
+        "tie_word_embeddings": tied,
+    }
 
 
 _DERIVED = {"mamba": ("intermediate_size",), "mamba2": ("num_heads",)}

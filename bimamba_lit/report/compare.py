@@ -3,13 +3,14 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from bimamba_lit.report.latex import write_latex
 from bimamba_lit.report.plot import write_plot
 from bimamba_lit.report.side_by_side import Comparison, lay_side_by_side
 from bimamba_lit.report.table import write_csv, write_markdown
 
 
 def compare(run_dirs: Sequence[str | Path], out: str | Path) -> Comparison:
-    """Compare runs and write ``report.md``, ``report.csv`` and ``report.png`` into ``out``.
+    """Compare runs and write ``report.md``, ``report.csv``, ``report.tex`` and ``report.png`` into ``out``.
 
     Raises:
         UserError: If a run is missing or unfinished, the runs were evaluated on different texts, contexts or strides,
@@ -19,5 +20,6 @@ def compare(run_dirs: Sequence[str | Path], out: str | Path) -> Comparison:
     folder = Path(out)
     write_plot(comparison, folder / "report.png")
     write_csv(comparison, folder / "report.csv")
+    write_latex(comparison, folder / "report.tex")
     write_markdown(comparison, folder / "report.md", plot="report.png")
     return comparison

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 _KINDS: dict[str, dict[str, Any]] = {
     "full precision": {"marker": "D", "color": "#444444", "markersize": 7},
     "1-bit, trained": {"marker": "o", "color": "#1f5fa8", "markersize": 8},
-    "1-bit, not trained": {"marker": "o", "color": "#c2571a", "markersize": 8, "markerfacecolor": "white"},
+    "post-training": {"marker": "o", "color": "#c2571a", "markersize": 8, "markerfacecolor": "white"},
 }
 _LOG_SIZES_FROM = 20.0
 _LOG_BITS_FROM = 2.0
@@ -63,7 +63,7 @@ def write_plot(comparison: Comparison, path: Path) -> None:
 def _kind(row: Row) -> str:
     if row.scheme == "fp":
         return "full precision"
-    return "1-bit, trained" if row.trained else "1-bit, not trained"
+    return "1-bit, trained" if row.trained else "post-training"
 
 
 def _set_axes(axes: "Axes", rows: list[Row]) -> None:

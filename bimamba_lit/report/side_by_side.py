@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from bimamba_lit.errors import UserError
+from bimamba_lit.models.count import FULL_PRECISION
 from bimamba_lit.report.summary import Summary, read_summary
 
 MIB_BITS = 8 * 2**20
@@ -36,10 +37,11 @@ class Row:
         perplexity: Mean over the runs.
         agreement: Share of positions where the likeliest token is the teacher's, 0 to 1; None where not measured.
         true_bits: Bits it takes to store the model.
+        binarized_bits: Those of them that hold the binary layers; None where that was not written down.
         params: Weights of the model.
-        binarized_params: Those of them stored as one sign each.
-        tokens_seen: Tokens trained on.
-        seconds: Seconds of training.
+        binarized_params: Those of them in binary layers.
+        tokens_seen: Tokens trained or calibrated on.
+        seconds: Seconds of training or calibration.
         is_teacher: Whether it is the teacher of another row.
     """
 
@@ -52,6 +54,7 @@ class Row:
     perplexity: float
     agreement: float | None
     true_bits: float
+    binarized_bits: float | None
     params: int
     binarized_params: int
     tokens_seen: int
@@ -69,8 +72,15 @@ class Row:
         return self.true_bits / self.params
 
     @property
+    def bits_per_binarized_weight(self) -> float | None:
+        """Bits a weight, over the binary layers: signs, scales, masks and all; None without such layers."""
+        if self.binarized_bits is None or not self.binarized_params:
+            return None
+        return self.binarized_bits / self.binarized_params
+
+    @property
     def binarized_share(self) -> float:
-        """Share of the weights that are one sign each, 0 to 1."""
+        """Share of the weights that are in binary layers, 0 to 1."""
         return self.binarized_params / self.params
 
     @property
@@ -209,12 +219,19 @@ def _row(
         perplexity=statistics.fmean(summary.perplexity for summary in ran),
         agreement=_mean(summary.agreement for summary in ran if summary.agreement is not None),
         true_bits=statistics.fmean(summary.true_bits for summary in ran),
+        binarized_bits=_mean(bits for summary in ran if (bits := _binarized_bits(summary)) is not None),
         params=ran[0].params,
         binarized_params=ran[0].binarized_params,
         tokens_seen=ran[0].tokens_seen,
         seconds=statistics.fmean(summary.seconds for summary in ran),
         is_teacher=any(path in teachers.values() for path in group),
     )
+
+
+def _binarized_bits(summary: Summary) -> int | None:
+    if summary.storage is None:
+        return None
+    return sum(bits for part, bits in summary.storage.items() if part != FULL_PRECISION)
 
 
 def _spread(values: list[float]) -> float | None:

@@ -28,13 +28,15 @@ class Summary:
         context: Tokens of an evaluation window.
         stride: Tokens from one evaluation window to the next.
         params: Weights of the model, scales included.
-        binarized_params: Those of them stored as one sign each.
+        binarized_params: Those of them in binary layers, or in layers of a few bits fitted after training.
         true_bits: Bits it takes to store the whole model.
-        tokens_seen: Tokens trained on.
-        seconds: Seconds of training.
+        tokens_seen: Tokens trained or calibrated on.
+        seconds: Seconds of training or calibration.
         seed: The seed of everything; None where none was set.
         teacher: The path of the teacher; None without one.
         version: The version of this package.
+        storage: Bits by part: those of all binary layers, such as ``signs``, and ``full_precision``, all the rest. They
+            add up to ``true_bits``; None where it was not written down.
         agreement: Share of positions, 0 to 1, where the likeliest token is the teacher's; None where not measured.
     """
 
@@ -54,6 +56,7 @@ class Summary:
     teacher: str | None
     version: str
     agreement: float | None = None
+    storage: Mapping[str, int] | None = None
 
 
 def write_summary(run_dir: str | Path, summary: Summary) -> Path:
@@ -106,7 +109,7 @@ def _checked(values: Any, path: Path) -> Summary:
     known = {field.name for field in fields(Summary)}
     if unknown := sorted(set(values) - known):
         raise UserError(f"{path} has the unknown key '{unknown[0]}'{nearest(unknown[0], known)}")
-    if missing := sorted(known - set(values) - {"agreement"}):
+    if missing := sorted(known - set(values) - {"agreement", "storage"}):
         raise UserError(f"{path} lacks {', '.join(missing)}: let `bimamba validate` write it anew")
     return Summary(**{name: _value(name, value, path) for name, value in values.items()})
 
@@ -126,6 +129,8 @@ def _value(name: str, value: Any, path: Path) -> Any:
         fits, wanted = isinstance(value, int) and not isinstance(value, bool), "a whole number"
     elif kind in (str, str | None):
         fits, wanted = isinstance(value, str), "text"
+    elif name == "storage":
+        fits, wanted = isinstance(value, dict) and all(type(bits) is int for bits in value.values()), "bits by part"
     else:
         fits, wanted = isinstance(value, dict) and set(value) == {"name", "sha256"}, "an object of name and sha256"
         fits = fits and all(isinstance(part, str) for part in value.values())

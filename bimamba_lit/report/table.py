@@ -43,12 +43,13 @@ COLUMNS = (
     Column("Agreement", "agree", lambda row: NOTHING if row.agreement is None else f"{row.agreement:.1%}"),
     Column("True size (MiB)", "MiB", lambda row: figure(row.size_mib)),
     Column("Bits/weight", "bits/w", lambda row: f"{row.bits_per_weight:.2f}"),
+    Column("Bits/binarized weight", "bits/bin", lambda row: _bits(row.bits_per_binarized_weight)),
     Column("Binarized", "1-bit", lambda row: f"{row.binarized_share:.1%}"),
     Column("Tokens seen", "tokens", lambda row: count(row.tokens_seen)),
     Column("Training time", "time", lambda row: duration(row.seconds)),
 )
 _LEFT = ("run", "scheme")
-_FIRST_TO_GO = ("time", "tokens", "1-bit", "bits/w", "agree", "ppl", "seeds", "gap")
+_FIRST_TO_GO = ("time", "tokens", "1-bit", "bits/w", "bits/bin", "agree", "ppl", "seeds", "gap")
 _LONGEST_NAME = 32
 
 
@@ -91,6 +92,7 @@ def write_csv(comparison: Comparison, path: Path) -> None:
             "true_bits": row.true_bits,
             "size_mib": row.size_mib,
             "bits_per_weight": row.bits_per_weight,
+            "bits_per_binarized_weight": row.bits_per_binarized_weight,
             "params": row.params,
             "binarized_share": row.binarized_share,
             "tokens_seen": row.tokens_seen,
@@ -148,7 +150,7 @@ def notes(comparison: Comparison) -> list[str]:
     rows = comparison.rows
     told = [
         "True size counts everything it takes to store the model: signs, scales, bitmaps, and what is left in full "
-        "precision. Bits/weight is over the whole model.",
+        "precision. Bits/weight is over the whole model, bits/binarized weight over its binary layers.",
         "Perplexity is a token's, so it compares under one tokenizer only; bits per byte compares always.",
     ]
     if any(row.spread is not None for row in rows):
@@ -158,6 +160,10 @@ def notes(comparison: Comparison) -> list[str]:
     if any(row.agreement is not None for row in rows):
         told.append("Agreement is the share of positions where the likeliest token is the teacher's.")
     return told
+
+
+def _bits(value: float | None) -> str:
+    return NOTHING if value is None else f"{value:.2f}"
 
 
 def with_spread(row: Row) -> str:

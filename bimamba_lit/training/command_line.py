@@ -22,6 +22,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import yaml
+from jsonargparse import get_loader, set_loader
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
@@ -54,6 +55,15 @@ GROUPS: dict[str, Any] = {
     "seed_everything": bool | int,
     "ckpt_path": str | None,
 }
+_load_yaml = get_loader("yaml")
+
+
+def _load(text: str) -> Any:
+    """Read a value; jsonargparse 4.53 hands null on as the word None where a class is an argument of another."""
+    return None if text.strip() == "None" else _load_yaml(text)
+
+
+set_loader("yaml", _load, (yaml.YAMLError,))
 _HELP = ("-h", "--help", "--print_config")
 
 
@@ -83,6 +93,7 @@ def run(command: str, args: Sequence[str]) -> None:
         "ignore", ".*It is recommended to use `self.log.*sync_dist=True.*"
     )  # summed by torchmetrics
     warnings.filterwarnings("ignore", ".*callbacks used to create the checkpoint need to be provided.*")
+    warnings.filterwarnings("ignore", ".*this fit will run with no optimizer.*")  # PTB
     warnings.filterwarnings("ignore", "The dirpath has changed from.*")  # one run's checkpoint, another run's folder
     warnings.filterwarnings("ignore", ".*exists and is not empty.*")  # the run folder is ours: see run_folder
     _one_command(command)([command, *with_resolved_recipes(args)])
@@ -216,7 +227,7 @@ class CommandLine(LightningCLI):
                 if isinstance(logger, CSVLogger):  # which is silent outside of fit
                     figures = {f"val/{name}": value for name, value in self.model.evaluated.items() if name != "step"}
                     logger.experiment.write(steps - 1, figures)
-        self._close(f" after {steps} steps")
+        self._close(f" after {steps} step{'s' * (steps != 1)}")
 
     def after_validate(self) -> None:
         """Write the summary, unless it would speak of another checkpoint than the one that the run ended with."""

@@ -1,17 +1,19 @@
 """Autoregressive distillation: a 1-bit student learns the next-token distributions of a frozen teacher."""
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Literal
 
-import torch
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from bimamba_lit import ops
-from bimamba_lit.binarize import TARGETS, BinaryLinear, binarize_
-from bimamba_lit.distill import load_teacher
+from bimamba_lit.binarize import TARGETS, BinaryLinear, retrain_
+from bimamba_lit.distill import find_checkpoint, load_teacher
+from bimamba_lit.distill.causal_teacher import CausalTeacher
 from bimamba_lit.errors import UserError
+from bimamba_lit.export.deploy import check_deploy
 from bimamba_lit.models import MambaConfig, MambaLM
-from bimamba_lit.models.checkpoint import build, describe
+from bimamba_lit.models.checkpoint import copy_in_fp32, load_lm
 from bimamba_lit.training.language import Batch, LanguageModule
 from bimamba_lit.training.optimizer import AdamW
 from bimamba_lit.training.pretrain import with_vocabulary
@@ -25,8 +27,9 @@ class Distill(LanguageModule):
             model in transformers' format, or ``hub:OWNER/NAME``. It stays frozen.
         binarizer: The scheme: a class of ``bimamba_lit.binarize`` or of your own, with its options.
             ``null`` trains a full-precision student: the same run without the binarization.
-        student: The student's architecture, started at random, or ``teacher`` to start from the weights of a teacher
-            that is a Mamba model, in fp32 whatever the teacher is in.
+        student: What the student starts from: an architecture, at random; ``teacher``, the weights of a teacher that is
+            a Mamba model; or the path of another model, such as a run of ``PTB``, whose signs and scales are kept where
+            the binarizer has the same terms (see :func:`bimamba_lit.binarize.retrain_`). In fp32 whatever that is in.
         targets: Layers to binarize: fnmatch patterns on their dotted names or on the last part of them.
         divergence: ``soft_ce``, the paper's cross-entropy against the teacher's distribution; ``forward_kl`` or
             ``reverse_kl``, the divergence from the teacher to the student or back.
@@ -34,77 +37,79 @@ class Distill(LanguageModule):
         hard_share: Share of the loss that is cross-entropy against the text itself, 0 (the paper's) to 1.
         optimizer: AdamW and its schedule.
         activation_checkpointing: Compute activations inside blocks again in the backward pass, to save memory.
+        deploy: Formats of ``bimamba export`` that the result must fit, such as ``[torchscript, gguf]``; checked before
+            the first step.
     """
 
     def __init__(
         self,
         teacher: str,
         binarizer: Callable[[nn.Linear], BinaryLinear] | None,
-        student: MambaConfig | Literal["teacher"] = "teacher",
+        student: MambaConfig | str = "teacher",
         targets: list[str] = list(TARGETS),  # noqa: B006  (shown as the default in --help; never changed)
         divergence: Literal["soft_ce", "forward_kl", "reverse_kl"] = "soft_ce",
         temperature: float = 1.0,
         hard_share: float = 0.0,
         optimizer: AdamW | None = None,
         activation_checkpointing: bool = False,
+        deploy: list[str] = [],  # noqa: B006  (likewise)
     ) -> None:
-        super().__init__(optimizer, with_teacher=True, activation_checkpointing=activation_checkpointing)
-        self.teacher_path = teacher
+        super().__init__(optimizer, teacher, activation_checkpointing)
         self.binarizer = binarizer
         self.student = student
         self.targets = targets
         self.divergence = divergence
         self.temperature = temperature
         self.hard_share = hard_share
-        # Not a submodule: neither the optimizer, nor checkpoints, nor a strategy that shards or syncs may see it.
-        self._teacher: list[Any] = []
-
-    @property
-    def teacher(self) -> Any:
-        """The frozen teacher, on the device of this module."""
-        (teacher,) = self._teacher
-        if teacher.device != self.device:
-            teacher.to(self.device)
-        return teacher
+        self.deploy = deploy
 
     def configure_model(self) -> None:
         """Load the teacher, build the student and binarize it.
 
         Raises:
-            UserError: If the student is to start from the weights of a teacher that is no Mamba model.
+            UserError: If the student cannot start from what it is to start from, or does not fit where it is to go.
         """
         if self._teacher:
             return
-        vocab_size, tokenizer = self.data_vocabulary()
-        teacher = load_teacher(self.teacher_path, vocab_size, tokenizer)
+        assert self.teacher_path is not None
+        teacher = load_teacher(self.teacher_path, *self.data_vocabulary())
+        student = self._start(teacher)
+        start = retrain_(student, self.binarizer, self.targets)
+        check_deploy(student, self.deploy)
+        if any(start):
+            rank_zero_info(
+                f"Of {self.student}, {start.exact} layers keep their signs and scales; of {start.near} the latent "
+                "weights start at the quantized weight"
+            )
+        self._teacher.append(teacher)
+        self.take(student)
+
+    def _start(self, teacher: MambaLM | CausalTeacher) -> MambaLM:
+        """Return the student before it is binarized."""
         if isinstance(self.student, MambaConfig):
-            student = MambaLM(with_vocabulary(self.student, teacher.config.vocab_size))
-        elif isinstance(teacher, MambaLM):
-            student = build(describe(teacher)).float()
-            student.load_state_dict(teacher.state_dict())
-        else:
+            return MambaLM(with_vocabulary(self.student, teacher.config.vocab_size))
+        if self.student == "teacher":
+            if isinstance(teacher, MambaLM):
+                return copy_in_fp32(teacher)
             raise UserError(
                 f"model.student: the teacher {self.teacher_path} is no Mamba model, so no student can start from its "
                 "weights: give the student's d_model and n_layer instead of 'teacher'"
             )
-        if self.binarizer is not None:
-            binarize_(student, self.binarizer, self.targets)
-        self._teacher.append(teacher)
-        self.take(student)
-
-    @torch.no_grad()
-    def teacher_output(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Return the teacher's hidden states ``(B, L, D_t)`` and head ``(V, D_t)``."""
-        teacher = self.teacher
-        return teacher.backbone(batch["input_ids"], seq_idx=batch.get("seq_idx")), teacher.head_weight
+        student = load_lm(find_checkpoint(self.student)).float()
+        if student.config.vocab_size != teacher.config.vocab_size:
+            raise UserError(
+                f"model.student: {self.student} has a vocabulary of {student.config.vocab_size} tokens and the teacher "
+                f"one of {teacher.config.vocab_size}: they must share one"
+            )
+        return student
 
     def training_step(self, batch: Batch) -> Tensor:
         """Return the distillation loss of a batch, in nats a token."""
-        teacher_hidden, teacher_head = self.teacher_output(batch)
+        teacher = self.teacher_output(batch)
+        assert teacher is not None
         loss = ops.distillation_loss(
             *self.student_output(batch),
-            teacher_hidden,
-            teacher_head,
+            *teacher,
             labels=batch["labels"],
             divergence=self.divergence,
             temperature=self.temperature,

@@ -1,11 +1,13 @@
-"""What training a teacher and distilling a student have in common."""
+"""What training a teacher, distilling a student and post-training binarization have in common."""
 
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from torch import Tensor
 
-from bimamba_lit.binarize import binary_layers
+from bimamba_lit.binarize import quantized_layers
+from bimamba_lit.binarize.ptb.layer import PREFIX
 from bimamba_lit.errors import UserError
 from bimamba_lit.eval import LanguageMetrics
 from bimamba_lit.models import MambaLM
@@ -22,7 +24,7 @@ class LanguageModule(pl.LightningModule):
 
     Args:
         optimizer: The optimizer and its schedule.
-        with_teacher: Whether evaluation compares with a teacher.
+        teacher: The path of the frozen teacher that evaluation compares with; None without one.
         activation_checkpointing: Compute activations inside blocks again in the backward pass, to save memory.
 
     Attributes:
@@ -35,14 +37,25 @@ class LanguageModule(pl.LightningModule):
     def __init__(
         self,
         optimizer: AdamW | None = None,
-        with_teacher: bool = False,
+        teacher: str | None = None,
         activation_checkpointing: bool = False,
     ) -> None:
         super().__init__()
         self.activation_checkpointing = activation_checkpointing
         self.optimizer_settings = optimizer or AdamW()
-        self.metrics = LanguageMetrics(with_teacher)
+        self.teacher_path = teacher
+        # Not a submodule: neither the optimizer, nor checkpoints, nor a strategy that shards or syncs may see it.
+        self._teacher: list[Any] = []
+        self.metrics = LanguageMetrics(with_teacher=teacher is not None)
         self.evaluated: dict[str, float] = {}
+
+    @property
+    def teacher(self) -> Any:
+        """The frozen teacher, on the device of this module."""
+        (teacher,) = self._teacher
+        if teacher.device != self.device:
+            teacher.to(self.device)
+        return teacher
 
     def data_vocabulary(self) -> tuple[int | None, str | None]:
         """Return the vocabulary size and the tokenizer (as JSON) of the data module; ``None`` where there is none."""
@@ -78,9 +91,13 @@ class LanguageModule(pl.LightningModule):
         self.log("train/lr", rate)
         return loss
 
+    @torch.no_grad()
     def teacher_output(self, batch: Batch) -> tuple[Tensor, Tensor] | None:
         """Return the teacher's hidden states ``(B, L, D_t)`` and head ``(V, D_t)``, or ``None`` without a teacher."""
-        return None
+        if self.teacher_path is None:
+            return None
+        teacher = self.teacher
+        return teacher.backbone(batch["input_ids"], seq_idx=batch.get("seq_idx")), teacher.head_weight
 
     def validation_step(self, batch: Batch) -> None:
         """Add a batch of evaluation windows to the figures."""
@@ -139,7 +156,7 @@ def _differences(saved: Any, built: Any, path: str = "") -> str:
 
 def scheme_name(lm: MambaLM, trained: bool) -> str:
     """Return a run's scheme: ``fp``, the class name, or ``ptb.`` and it where nothing was trained after."""
-    names = sorted({getattr(layer, "scheme", type(layer).__name__) for _, layer in binary_layers(lm)})
-    if not names:
-        return "fp"
-    return "+".join(names if trained else [f"ptb.{name}" for name in names])
+    names = {str(layer.kind()["scheme"]) for _, layer in quantized_layers(lm)}
+    if not trained:
+        names = {PREFIX + name.removeprefix(PREFIX) for name in names}
+    return "+".join(sorted(names)) or "fp"

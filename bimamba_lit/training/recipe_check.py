@@ -130,10 +130,8 @@ def _find_class(path: str, name: str, bases: tuple[type, ...]) -> type:
 def _parameters(cls: type) -> dict[str, Any] | None:
     """Return the arguments of a class by name with their types, through ``**kwargs``; ``None`` if it takes any."""
     found: dict[str, Any] = {}
-    for owner in cls.__mro__:
-        init = owner.__dict__.get("__init__")
-        if init is None or owner is object:
-            continue
+    inits = [vars(owner)["__init__"] for owner in cls.__mro__[:-1] if "__init__" in vars(owner)]  # object is the last
+    for init in inits:
         try:
             hints = typing.get_type_hints(inspect.unwrap(init))
         except NameError:  # a name that is only imported for type checkers
@@ -144,7 +142,7 @@ def _parameters(cls: type) -> dict[str, Any] | None:
                 found.setdefault(parameter.name, hints.get(parameter.name, Any))
         if all(parameter.kind is not parameter.VAR_KEYWORD for parameter in signature.parameters.values()):
             return found
-    return None
+    return None if inits else {}
 
 
 def _required(cls: type) -> list[str]:

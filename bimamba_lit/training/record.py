@@ -11,10 +11,9 @@ from lightning.pytorch.utilities import rank_zero_only
 import bimamba_lit
 from bimamba_lit.callbacks import Throughput
 from bimamba_lit.files import replacing
-from bimamba_lit.models.count import count_parameters, true_bits
+from bimamba_lit.models.count import count_parameters, storage_by_part
 from bimamba_lit.report.summary import FILE_NAME as SUMMARY
 from bimamba_lit.report.summary import Summary, write_summary
-from bimamba_lit.training.distill import Distill
 from bimamba_lit.training.language import LanguageModule, scheme_name
 from bimamba_lit.training.run_folder import CONFIG
 
@@ -66,6 +65,7 @@ def write_run_summary(
     """
     progress = next(callback for callback in trainer.callbacks if isinstance(callback, Throughput))  # type: ignore[attr-defined]
     params, binarized = count_parameters(module.lm)
+    storage = storage_by_part(module.lm)
     figures = module.evaluated
     summary = Summary(
         name=folder.name,
@@ -78,11 +78,12 @@ def write_run_summary(
         stride=data.stride,
         params=params,
         binarized_params=binarized,
-        true_bits=true_bits(module.lm),
+        true_bits=sum(storage.values()),
+        storage=storage,
         tokens_seen=progress.tokens_seen,
         seconds=progress.seconds,
         seed=recipe.get("seed_everything"),
-        teacher=os.path.relpath(module.teacher_path) if isinstance(module, Distill) else None,
+        teacher=None if module.teacher_path is None else os.path.relpath(module.teacher_path),
         version=bimamba_lit.__version__,
     )
     write_summary(folder, summary)

@@ -4,9 +4,9 @@ A folder belongs to the configuration in its ``config.yaml``. What does not chan
 and what to log, on which devices) does not make another configuration, so a run can go on longer than first planned.
 """
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 import torch
@@ -107,10 +107,14 @@ def _refuse_unwritable(folder: Path) -> None:
     there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not there.is_dir():
         raise UserError(f"trainer.default_root_dir: {folder} cannot be made, since {there} is a file, not a folder")
-    if not os.access(there, os.W_OK | os.X_OK):
+    try:
+        with TemporaryFile(dir=there):  # tells more than the access rights, which a full or special disk ignores
+            return
+    except OSError as error:
         raise UserError(
-            f"trainer.default_root_dir: {folder} cannot be written to: give a folder in which you may write"
-        )
+            f"trainer.default_root_dir: {folder} cannot be written to ({error.strerror}): "
+            "give a folder in which you may write"
+        ) from error
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -136,8 +140,8 @@ def _refuse_finished(folder: Path, config: dict[str, Any]) -> None:
         return
     if all(_length(config, key) <= _length(before, key) for key in ("max_steps", "max_epochs")):
         raise UserError(
-            f"{folder} holds a finished run of this configuration: see {folder / SUMMARY}, resume it with a longer "
-            "--trainer.max_steps and --ckpt_path last, or choose another --trainer.default_root_dir"
+            f"{folder} holds a finished run of this configuration: see {folder / SUMMARY}, choose another "
+            "--trainer.default_root_dir, or train on with a longer --trainer.max_steps and --ckpt_path last"
         )
 
 

@@ -21,6 +21,7 @@ from bimamba_lit.kernels.distillation_loss import chunked
 from bimamba_lit.kernels.distillation_loss.chunked import product_dtype
 
 _DIVERGENCES = {"soft_ce": 1, "forward_kl": 2, "reverse_kl": 3}
+_FP16_SCALE = 256.0  # a probability of 1 / 50288 is subnormal in float16
 _ALIGNED = 64  # elements; rows of logits begin where wide loads can
 
 
@@ -71,7 +72,7 @@ def _op(
     counted: Tensor | None, narrow: torch.dtype, narrow_t: torch.dtype, divergence: str, temperature: float,
     hard_share: float, chunk_tokens: int, want_hidden: bool, want_head: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Return the loss, its gradients times the number of counted positions (or nothing), and 1 / that number."""
+    """Return the loss, its gradients divided by a share (or nothing), and the share."""
     with torch.autocast(hidden_s.device.type, enabled=False):
         return _launch(
             hidden_s, head_s, hidden_t, head_t, labels, counted, narrow, narrow_t, divergence, temperature, hard_share,
@@ -126,6 +127,7 @@ def _launch(
     if hidden_t is not None and head_t is not None:
         weight_t = head_t.to(narrow_t)
         z_t = _scratch(rows, vocabulary, torch.float32, hidden_s)
+    scale = _FP16_SCALE if narrow == torch.float16 else 1.0
     losses = hidden_s.new_empty(tokens, dtype=torch.float32)
     chosen = configuration("distillation_loss/rows", torch.float32, vocabulary, hidden_s.device)
     for start in range(0, tokens, rows):
@@ -140,7 +142,7 @@ def _launch(
             _product(hidden_t[part].to(narrow_t), weight_t.t(), z_t[:live])
         _rows[(live,)](
             z_s, z_t, z_s if labels is None else labels[part], z_s if counted is None else counted[part],
-            losses[part], g, vocabulary, z_s.stride(0), g.stride(0), 1.0 / temperature, hard_share,
+            losses[part], g, vocabulary, z_s.stride(0), g.stride(0), 1.0 / temperature, hard_share, scale,
             SOFT=0 if weight_t is None else _DIVERGENCES[divergence], HARD=labels is not None,
             SAME=temperature == 1.0, COUNTED=counted is not None, GRADIENT=want, **chosen.launch(),
         )  # fmt: skip
@@ -153,7 +155,7 @@ def _launch(
         share = share / counted.sum().clamp(min=1)
     else:
         share = share / max(tokens, 1)
-    return losses.sum() * share, g_hidden, g_head, share
+    return losses.sum() * share, g_hidden, g_head, share / scale
 
 
 def _scratch(rows: int, vocabulary: int, dtype: torch.dtype, like: Tensor) -> Tensor:
@@ -182,7 +184,7 @@ def _add_product(a: Tensor, b: Tensor, out: Tensor) -> None:
 
 @triton.jit
 def _rows(
-    z_s, z_t, labels, counted, losses, g, vocabulary, stride_z, stride_g, inverse_temperature, hard_share,
+    z_s, z_t, labels, counted, losses, g, vocabulary, stride_z, stride_g, inverse_temperature, hard_share, scale,
     SOFT: tl.constexpr, HARD: tl.constexpr, SAME: tl.constexpr, COUNTED: tl.constexpr, GRADIENT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -278,7 +280,7 @@ def _rows(
                     slope = slope * ((1.0 - hard_share) / inverse_temperature)
                 if HARD:
                     slope += hard_share * (tl.exp(z - log_1) - tl.where(columns == label, 1.0, 0.0))
-                tl.store(g + columns, slope.to(g.dtype.element_ty), inside)
+                tl.store(g + columns, (slope * scale).to(g.dtype.element_ty), inside)
     else:
         tl.store(losses + row, 0.0)
         if GRADIENT:

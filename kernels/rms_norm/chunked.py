@@ -18,6 +18,7 @@ from torch.autograd.function import once_differentiable
 from bimamba_lit.kernels.causal_conv1d.naive import accumulator
 
 TILE = 1 << 18  # elements
+FEW = 1 << 14  # elements of a decoded token or a few, for which starting an operation costs more than running it
 
 
 def _tiles(tokens: int, features: int) -> Iterator[slice]:
@@ -66,6 +67,17 @@ def _forward(x: Tensor, weight: Tensor, z: Tensor | None, eps: float, groups: in
     return y_TD.view(x.shape), scale_TG
 
 
+def _of_few(x: Tensor, weight: Tensor, z: Tensor | None, eps: float, groups: int) -> Tensor:
+    wide = accumulator(x)
+    v = x.to(wide)
+    if z is not None:
+        v = v * F.silu(z.to(wide))
+    if groups == 1:
+        return F.rms_norm(v, v.shape[-1:], weight.to(wide), eps).to(x.dtype)
+    v_GD = v.unflatten(-1, (groups, -1))
+    return (F.rms_norm(v_GD, v_GD.shape[-1:], None, eps).flatten(-2) * weight.to(wide)).to(x.dtype)
+
+
 def _backward(
     gy: Tensor, x: Tensor, weight: Tensor, z: Tensor | None, scale_TG: Tensor, groups: int
 ) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -100,4 +112,6 @@ def rms_norm(x: Tensor, weight: Tensor, z: Tensor | None = None, eps: float = 1e
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, z)):
         y: Tensor = _RMSNorm.apply(x, weight, z, eps, groups)
         return y
+    if x.numel() <= FEW:
+        return _of_few(x, weight, z, eps, groups)
     return _forward(x, weight, z, eps, groups)[0]

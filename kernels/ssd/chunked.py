@@ -1,21 +1,26 @@
 """SSD in chunks of matrix products (arXiv 2405.21060, section 6), written for a CPU's caches.
 
 The backward pass is written by hand. Autograd on the chunked form keeps (L/Q, H, Q, Q) decays and (L, H, P)
-intermediates of the whole batch and streams each of them through memory several times; here one chunk of one sequence
-is worked on at a time, so that its decays, its products and the running state stay in cache, and the backward pass
-computes them again from the inputs. Only the states between chunks are kept, (B, L/Q, H, P, N) in the inputs' dtype,
-which is what their products take; the running state and all decays are float32. Products
-that all heads of a group share (C B^T, and everything with a state) are one matrix product a group.
+intermediates of the whole batch and streams each of them through memory several times; here a tile of a few chunks is
+worked on at a time, so that its decays and products stay in cache, and the backward pass computes them again from the
+inputs. Only the states between chunks are kept, (L/Q, B, H, P, N) in the inputs' dtype, which is what their products
+take; the running state and all decays are float32, and half-precision factors are rounded once, where a product takes
+them. Products that all heads of a group share (C B^T, and everything with a state) are one matrix product a group.
+
+Inside a chunk, ``y = M x``, ``M = (C B^T) * W + diag(D)`` and ``W_ij`` is dt_j times the decay from token j to token i.
+The step size is part of the exponent, so the inputs are never scaled. With ``F = dL/dM * (C B^T) * W``, a log decay
+gets the sum of F over the pairs that it lies between, and ``log dt_j`` the sum of column j.
 
 A chunk of 64 does the least work: the work on states does not depend on the chunk Q, that inside chunks grows with it.
-Decays are exponentials of differences that are at most 0 for A < 0, with -inf where no token may look, so nothing
-overflows, and no gradient is formed from an overflow times zero.
+Decays are exponentials of differences that are at most 0 for A < 0 wherever they count.
 
-Legend: B batch, L length, H heads, P head width, G groups (each serves H/G heads), N state size, Q tokens of a chunk.
+Legend: B batch, L length, H heads, P head width, G groups (each serves H/G heads), N state size, Q tokens of a chunk,
+k chunks and n sequences of a tile; a tile's tensors have the chunk first, then the sequence.
 """
 
 import math
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -27,246 +32,307 @@ from bimamba_lit.kernels.ssd.naive import accumulator, step_size
 from bimamba_lit.kernels.ssd.naive import ssd_step as naive_step
 
 CHUNK = 64
-TILE = 1 << 17  # decays inside a chunk, of all heads, that are worked on at a time
+TILE = 1 << 19  # decays inside chunks, of all heads, that are worked on at a time
 # A token whose decay is below e^-60 forgets all that a float can tell. Without this bound a few huge steps would make
 # the running total so large that the differences between its later entries lose their digits.
 LOWEST_LOG_DECAY = -60.0
+LOWEST_STEP = 1e-30  # has a logarithm, and writes nothing that a float can tell from a step of 0
 
 
 class Decays:
     """What is known of every chunk before any product: decays between tokens, into the state and out of it.
 
-    Each is zero where a document ends between the two ends of the decay.
+    Those between tokens and those into the state include the step size of the token they start from. Each is zero where
+    a document ends between its two ends.
     """
 
-    def __init__(self, log_decay: Tensor, chunk: int, documents: Tensor | None) -> None:
+    def __init__(self, dt: Tensor, log_decay: Tensor, chunk: int, documents: Tensor | None) -> None:
         self.length = log_decay.shape[1]
         self.chunk = chunk
         self.count = math.ceil(self.length / chunk)
         padding = self.count * chunk - self.length
-        total = F.pad(log_decay / math.log(2.0), (0, 0, 0, padding)).unflatten(1, (self.count, chunk)).cumsum(2)
-        self.total_BCHQ = total.transpose(2, 3).contiguous()
-        self.from_start = total.exp2()
-        self.to_end = (total[:, :, -1:] - total).exp2()
-        self.whole = total[:, :, -1].exp2()
-        rows = torch.arange(chunk, device=log_decay.device)
-        self.bias = _log(rows[:, None] >= rows, log_decay.dtype)
-        self.documents = documents
+        dt, log_decay = (F.pad(t, (0, 0, 0, padding)).unflatten(1, (self.count, chunk)) for t in (dt, log_decay))
+        total = (log_decay / math.log(2.0)).cumsum(2)
+        self.dt = dt.clamp(min=LOWEST_STEP).permute(1, 0, 3, 2).contiguous()  # chunks, B, H, Q
+        self.total = total.permute(1, 0, 3, 2).contiguous()
+        self.origin = self.total - self.dt.log2()
+        self.from_start = total.exp2().transpose(0, 1)  # chunks, B, Q, H
+        self.to_end = (total[:, :, -1:] - total).exp2().transpose(0, 1)
+        self.whole = total[:, :, -1].exp2().transpose(0, 1)  # chunks, B, H
+        self.same = None
         if documents is not None:
             documents = F.pad(documents[:, None].float(), (0, padding), mode="replicate")[:, 0]
-            self.documents = documents = documents.unflatten(1, (self.count, chunk))
-            before = torch.cat([documents[:, :1, 0], documents[:, :-1, -1]], dim=1)
+            documents = documents.unflatten(1, (self.count, chunk)).transpose(0, 1)
+            self.same = documents[..., :, None] == documents[..., None, :]
+            before = torch.cat([documents[:1, :, 0], documents[:-1, :, -1]])
             last = documents[:, :, -1]
-            self.from_start = self.from_start * (documents == before[:, :, None])[..., None]
-            self.to_end = self.to_end * (documents == last[:, :, None])[..., None]
+            self.from_start = self.from_start * (documents == before[..., None])[..., None]
+            self.to_end = self.to_end * (documents == last[..., None])[..., None]
             self.whole = self.whole * (before == last)[..., None]
+        self.into_end = self.to_end * dt.transpose(0, 1)
 
-    def span(self, c: int) -> slice:
-        """Return the tokens of chunk `c`."""
-        return slice(c * self.chunk, min((c + 1) * self.chunk, self.length))
+    def weights(self, tile: "Tile", t: Tensor) -> Tensor:
+        """(chunks, B, Q, H) -> (k, n, Q, H, 1)."""
+        return tile.of(t)[:, :, : tile.tokens, :, None]
 
-    def between(self, rows: slice, c: int, tokens: int) -> Tensor:
-        """Return (n, H, Q, Q): the decay from token j to token i of a chunk, zero where i < j."""
-        bias = self.bias[:tokens, :tokens]
-        if self.documents is not None:
-            documents = self.documents[rows, c, None, :tokens]
-            bias = bias + _log(documents[..., :, None] == documents[..., None, :], bias.dtype)
-        total = self.total_BCHQ[rows, c, :, :tokens]
-        return (total[..., :, None] - total[..., None, :]).add_(bias).exp2_()
-
-
-def _log(allowed: Tensor, dtype: torch.dtype) -> Tensor:
-    return torch.where(allowed, 0.0, -math.inf).to(dtype)
+    def between(self, tile: "Tile") -> Tensor:
+        """Return W (k, n, H, Q, Q), zero where i < j."""
+        total, origin = (tile.of(t)[..., : tile.tokens] for t in (self.total, self.origin))
+        # Above the diagonal the differences may overflow; tril_ sets zeros without reading.
+        decay = torch.sub(total[..., :, None], origin[..., None, :]).exp2_().tril_()
+        if self.same is not None:
+            decay *= tile.of(self.same)[:, :, None, : tile.tokens, : tile.tokens]
+        return decay
 
 
-def _together(batch: int, heads: int, chunk: int) -> list[slice]:
-    """Return the sequences worked on at a time: few enough for the caches, many enough for all cores."""
-    step = max(1, TILE // (heads * chunk * chunk))
-    return [slice(b, min(b + step, batch)) for b in range(0, batch, step)]
+class Tile(NamedTuple):
+    """Chunks of sequences that are worked on together, and what of them has to do with states.
+
+    Attributes:
+        rows: The sequences.
+        chunks: The chunks.
+        tokens: Tokens of each chunk.
+        span: All their tokens.
+        read: Those of the tile's chunks that have a state before them.
+        write: Those whose state after them is needed.
+    """
+
+    rows: slice
+    chunks: slice
+    tokens: int
+    span: slice
+    read: slice
+    write: slice
+
+    def of(self, t: Tensor) -> Tensor:
+        """(chunks, B, ...) -> a view (k, n, ...)."""
+        return t[self.chunks, self.rows]
+
+    def cut(self, t: Tensor) -> Tensor:
+        """(B, L, ...) -> a view (k, n, Q, ...)."""
+        return t[self.rows, self.span].unflatten(1, (-1, self.tokens)).transpose(0, 1)
 
 
-class _Maps:
-    """B and C of a chunk as (n * G, Q, N), for the products that all heads of a group share."""
+def _tiles(batch: int, heads: int, decays: Decays, initial: bool, final: bool) -> Iterator[list[Tile]]:
+    """Yield the tiles, in the order of time, of the sequences that are worked on together.
 
-    def __init__(self, B: Tensor, C: Tensor, rows: slice, span: slice) -> None:
-        self.B = B[rows, span].transpose(1, 2).flatten(0, 1)
-        self.C = C[rows, span].transpose(1, 2).flatten(0, 1)
-        self.groups = B.shape[2]
-
-    def product(self, dtype: torch.dtype) -> Tensor:
-        """Return C B^T (n, G, 1, Q, Q)."""
-        return torch.bmm(self.C, self.B.transpose(1, 2)).to(dtype).unflatten(0, (-1, self.groups)).unsqueeze(2)
-
-    def grouped(self, t_nQHP: Tensor) -> Tensor:
-        """(n, Q, H, P) -> (n * G, Q, H/G * P) in the dtype of the maps."""
-        t = t_nQHP.to(self.B.dtype).flatten(2).unflatten(2, (self.groups, -1))
-        return t.transpose(1, 2).flatten(0, 1)
-
-    def by_head(self, t: Tensor, width: int, dtype: torch.dtype) -> Tensor:
-        """(n * G, Q, H/G * P) -> (n, Q, H, P) in `dtype`."""
-        return t.to(dtype).unflatten(0, (-1, self.groups)).transpose(1, 2).flatten(2).unflatten(2, (-1, width))
-
-    def states(self, s: Tensor) -> Tensor:
-        """(n, H, P, N) -> (n * G, H/G * P, N) in the dtype of the maps."""
-        return s.to(self.B.dtype).flatten(1, 2).unflatten(1, (self.groups, -1)).flatten(0, 1)
+    A tile is small enough for the caches and large enough for all cores. A last chunk that is not whole is a tile.
+    """
+    chunk, count, length = decays.chunk, decays.count, decays.length
+    room = max(1, TILE // (heads * chunk * chunk))
+    sequences = min(room, batch)
+    together = max(1, room // sequences)
+    whole = length // chunk
+    starts = [*range(0, whole, together), *([whole] if whole < count else [])]
+    for row in range(0, batch, sequences):
+        tiles = []
+        for first, end in zip(starts, [*starts[1:], count], strict=True):
+            span = slice(first * chunk, min(end * chunk, length))
+            read = slice(0 if first or initial else 1, end - first)
+            write = slice(0, end - first - (0 if final or end < count else 1))
+            rows = slice(row, min(row + sequences, batch))
+            tokens = (span.stop - span.start) // (end - first)
+            tiles.append(Tile(rows, slice(first, end), tokens, span, read, write))
+        yield tiles
 
 
-def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """Add ``left @ right`` in place; factors in half precision are summed to a wider total."""
-    if left.dtype == total.dtype:
-        total.baddbmm_(left, right)
-    else:
-        total += torch.bmm(left, right)
+class _Layout(NamedTuple):
+    """The layouts that products take a tile's tensors in; `groups` heads share B and C.
+
+    Two layouts: by head, (k * n * H, Q, P), and by group, (k, n * G, Q, H/G * P), the heads of a group side by side.
+    """
+
+    tile: Tile
+    heads: int
+    groups: int
+
+    def maps(self, t: Tensor) -> Tensor:
+        """B or C, (B, L, G, N) -> (k, n * G, Q, N)."""
+        return self.tile.cut(t).transpose(2, 3).contiguous().flatten(1, 2)
+
+    def from_maps(self, t: Tensor) -> Tensor:
+        """(k, n * G, Q, N) -> (k, n, Q, G, N)."""
+        return t.unflatten(1, (-1, self.groups)).transpose(2, 3)
+
+    def states(self, t: Tensor) -> Tensor:
+        """(k, n, H, P, N) -> (k, n * G, H/G * P, N)."""
+        return t.flatten(2, 3).unflatten(2, (self.groups, -1)).flatten(1, 2)
+
+    def from_states(self, t: Tensor) -> Tensor:
+        """(k, n * G, H/G * P, N) -> (k, n, H, P, N)."""
+        return t.unflatten(1, (-1, self.groups)).flatten(2, 3).unflatten(2, (self.heads, -1))
+
+    def by_head(self, t: Tensor) -> Tensor:
+        """(k, n, Q, H, P) -> (k * n * H, Q, P)."""
+        return t.transpose(2, 3).contiguous().flatten(0, 2)
+
+    def from_heads(self, t: Tensor) -> Tensor:
+        """(k * n * H, Q, P) -> (k, n, Q, H, P)."""
+        rows = self.tile.rows
+        return t.unflatten(0, (-1, rows.stop - rows.start, self.heads)).transpose(2, 3)
+
+    def by_group(self, t: Tensor) -> Tensor:
+        """(k, n, Q, H, P) -> (k, n * G, Q, H/G * P)."""
+        return t.flatten(3).unflatten(3, (self.groups, -1)).transpose(2, 3).flatten(1, 2)
+
+    def from_groups(self, t: Tensor) -> Tensor:
+        """(k, n * G, Q, H/G * P) -> (k, n, Q, H, P)."""
+        return t.unflatten(1, (-1, self.groups)).transpose(2, 3).flatten(3).unflatten(3, (self.heads, -1))
+
+    def per_group(self, t: Tensor) -> Tensor:
+        """(k, n, H, Q, Q) -> (k, n * G, H/G, Q, Q)."""
+        return t.unflatten(2, (self.groups, -1)).flatten(1, 2)
 
 
-def _dot(left: Tensor, right_nHPN: Tensor) -> Tensor:
-    """Return the sum over P and N of the products of two states, (n, H)."""
-    heads = right_nHPN.shape[:2]
-    return torch.bmm(left.reshape(heads.numel(), 1, -1), right_nHPN.reshape(heads.numel(), -1, 1)).view(heads)
+def _times(t: Tensor, weights: Tensor) -> Tensor:
+    """Multiply in the dtype of `t`; the result lies in memory as its dimensions are, not as those of `t` do."""
+    return torch.mul(t, weights.to(t.dtype), out=t.new_empty(t.shape))
 
 
-def _heads_first(t_nQHP: Tensor, dtype: torch.dtype) -> Tensor:
-    """(n, Q, H, P) -> (n * H, Q, P) in `dtype`."""
-    return t_nQHP.transpose(1, 2).to(dtype, memory_format=torch.contiguous_format).flatten(0, 1)
+def _product(left: Tensor, right: Tensor) -> Tensor:
+    """Multiply matrices whose batch has two dimensions."""
+    return torch.bmm(left.flatten(0, 1), right.flatten(0, 1)).unflatten(0, left.shape[:2])
 
 
 def _forward(
-    x: Tensor, dt: Tensor, decays: Decays, B: Tensor, C: Tensor, D: Tensor | None, initial: Tensor | None,
-    states: Tensor | None, final: bool, dtype: torch.dtype,
+    x: Tensor, decays: Decays, B: Tensor, C: Tensor, D: Tensor | None, initial: Tensor | None, final: bool,
+    states: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """Return y and, if wanted, the final states; fill `states` (chunks, B, H, P, N), those before each chunk."""
     batch, _, heads, width = x.shape
-    size = B.shape[3]
-    wide, narrow = dt.dtype, x.dtype
-    y = torch.empty(x.shape, dtype=dtype, device=x.device)
-    ends = torch.empty(batch, heads, width, size, dtype=wide, device=x.device) if final else None
-    for rows in _together(batch, heads, decays.chunk):
-        s = None if initial is None else initial[rows].to(wide, copy=True)
-        for c in range(decays.count):
-            span = decays.span(c)
-            tokens = span.stop - span.start
-            s_narrow = None if s is None else s.to(narrow)
-            if states is not None and s_narrow is not None:
-                states[rows, c] = s_narrow
-            maps = _Maps(B, C, rows, span)
-            x_nQHP = x[rows, span].to(wide)
-            scaled = x_nQHP * dt[rows, span, :, None]
-            mix = decays.between(rows, c, tokens)
-            mix.unflatten(1, (maps.groups, -1)).mul_(maps.product(wide))
-            y_nHQP = torch.bmm(mix.to(narrow).flatten(0, 1), _heads_first(scaled, narrow)).unflatten(0, (-1, heads))
-            y_nQHP = y_nHQP.to(wide).transpose(1, 2)
-            if s_narrow is not None:
-                read = maps.by_head(torch.bmm(maps.C, maps.states(s_narrow).transpose(1, 2)), width, wide)
-                y_nQHP.addcmul_(read, decays.from_start[rows, c, :tokens, :, None])
+    groups, size = B.shape[2:]
+    wide, narrow = decays.total.dtype, x.dtype
+    y = x.new_empty(x.shape)
+    ends = x.new_zeros(batch, heads, width, size, dtype=wide) if final else None
+    for tiles in _tiles(batch, heads, decays, initial is not None, final):
+        state = None if initial is None else initial[tiles[0].rows].to(wide)
+        for tile in tiles:
+            layout = _Layout(tile, heads, groups)
+            x_, B_, C_ = tile.cut(x), layout.maps(B), layout.maps(C)
+            mix = decays.between(tile)
+            layout.per_group(mix).mul_(_product(C_, B_.transpose(2, 3)).unsqueeze(2))
             if D is not None:
-                y_nQHP.addcmul_(x_nQHP, D)
-            y[rows, span] = y_nQHP
-            if final or c + 1 < decays.count:
-                scaled *= decays.to_end[rows, c, :tokens, :, None]
-                written = maps.grouped(scaled).transpose(1, 2)
-                if s is None:
-                    s = torch.bmm(written, maps.B).to(wide).view(-1, heads, width, size)
-                else:
-                    s *= decays.whole[rows, c, :, None, None]
-                    _add_product(s.view(-1, written.shape[1], size), written, maps.B)
-        if ends is not None and s is not None:
-            ends[rows] = s
+                mix.diagonal(dim1=-2, dim2=-1).add_(D[:, None])
+            y_ = layout.from_heads(torch.bmm(mix.to(narrow).flatten(0, 2), layout.by_head(x_)))
+
+            weights = decays.weights(tile, decays.into_end)[tile.write]
+            written = layout.by_group(_times(x_[tile.write], weights)).transpose(2, 3)
+            added = layout.from_states(_product(written, B_[tile.write]))
+            before = x.new_empty(*x_.shape[:2], heads, width, size) if states is None else tile.of(states)
+            for j, whole in enumerate(tile.of(decays.whole)[..., None, None]):
+                if state is not None:
+                    before[j] = state
+                if j < tile.write.stop:
+                    state = added[j].to(wide) if state is None else torch.addcmul(added[j], state, whole)
+            read = layout.from_groups(_product(C_[tile.read], layout.states(before[tile.read]).transpose(2, 3)))
+            weights = decays.weights(tile, decays.from_start)[tile.read].to(narrow)
+            out = tile.cut(y)
+            out[: tile.read.start] = y_[: tile.read.start]
+            torch.addcmul(y_[tile.read], read, weights, out=out[tile.read])
+        if ends is not None and state is not None:
+            ends[tiles[0].rows] = state
     return y, ends
 
 
 def _backward(
-    gy: Tensor, g_end: Tensor | None, x: Tensor, dt: Tensor, decays: Decays, B: Tensor, C: Tensor, D: Tensor | None,
-    states: Tensor, first: int,
+    gy: Tensor, g_end: Tensor | None, x: Tensor, decays: Decays, B: Tensor, C: Tensor, D: Tensor | None,
+    states: Tensor, initial: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:  # fmt: skip
-    """Return the gradients of x, dt, the log decays, B, C, D and the initial states.
-
-    `first` is the first chunk with a state before it: 0 where initial states were given, else 1.
-    """
+    """Return the gradients of x, dt, the log decays, B, C, D and, if there were any, the initial states."""
     batch, _, heads, width = x.shape
-    wide, narrow = dt.dtype, x.dtype
-    gx, gdt, gB, gC = torch.empty_like(x), torch.empty_like(dt), torch.empty_like(B), torch.empty_like(C)
+    groups = B.shape[2]
+    wide, narrow = decays.total.dtype, x.dtype
+    gx, gB, gC = x.new_empty(x.shape), torch.empty_like(B), torch.empty_like(C)
     gD = None if D is None else torch.zeros_like(D)
-    g_initial = None if first else dt.new_zeros(states[:, 0].shape)
-    upto = torch.zeros_like(decays.total_BCHQ)  # gradients of the logs of decays that end at a token
-    since = torch.zeros_like(decays.from_start)  # of those that begin after it
-    through = torch.zeros_like(decays.whole)  # of those that span the chunk
-    for rows in _together(batch, heads, decays.chunk):
-        gs = None if g_end is None else g_end[rows].to(wide, copy=True)
-        for c in reversed(range(decays.count)):
-            span = decays.span(c)
-            tokens = span.stop - span.start
-            maps = _Maps(B, C, rows, span)
-            x_nQHP = x[rows, span].to(wide)
-            gy_nQHP = gy[rows, span].to(wide)
-            dt_nQH1 = dt[rows, span, :, None]
-            scaled = x_nQHP * dt_nQH1
-            gy_heads = _heads_first(gy_nQHP, narrow)
+    g_initial = states.new_zeros(states.shape[1:], dtype=wide) if initial else None
+    gdt = torch.zeros_like(decays.total)
+    upto = torch.zeros_like(decays.total)  # gradients of the logs of decays that end at a token
+    through = torch.zeros_like(decays.whole)  # of those that span a chunk
+    for tiles in _tiles(batch, heads, decays, initial, g_end is not None):
+        g_state = None if g_end is None else g_end[tiles[0].rows].to(wide)
+        for tile in reversed(tiles):
+            layout = _Layout(tile, heads, groups)
+            x_, gy_, B_, C_ = tile.cut(x), tile.cut(gy), layout.maps(B), layout.maps(C)
+            gy_heads = layout.by_head(gy_)
 
-            mix = decays.between(rows, c, tokens)
-            by_group = mix.unflatten(1, (maps.groups, -1))
-            g_mix = torch.bmm(gy_heads, _heads_first(scaled, narrow).transpose(1, 2)).to(wide).view(by_group.shape)
-            g_mix *= by_group
-            product = maps.product(wide)
-            by_group *= product
-            g_scaled = torch.bmm(mix.to(narrow).flatten(0, 1).transpose(1, 2), gy_heads).unflatten(0, (-1, heads))
-            g_scaled = g_scaled.transpose(1, 2).to(wide)
-            g_product = g_mix.sum(2).to(narrow).flatten(0, 1)
-            g_C = torch.bmm(g_product, maps.B).to(wide)
-            g_B = torch.bmm(g_product.transpose(1, 2), maps.C).to(wide)
+            decay = decays.between(tile)
+            products = _product(C_, B_.transpose(2, 3)).to(wide).unsqueeze(2)
+            g_mix = torch.bmm(gy_heads, layout.by_head(x_).transpose(1, 2)).to(wide).view(decay.shape)
+            if gD is not None:
+                gD += g_mix.diagonal(dim1=-2, dim2=-1).sum((0, 1, 3))
+            g_mix *= decay
+            g_products = layout.per_group(g_mix).sum(2).to(narrow)
+            layout.per_group(g_mix).mul_(products)
             # A token's own term does not decay: without the diagonal, nothing large has to cancel.
-            g_log = g_mix.mul_(product.tril(-1)).flatten(1, 2)
-            torch.sub(g_log.sum(3), g_log.sum(2), out=upto[rows, c, :, :tokens])
+            diagonal = g_mix.diagonal(dim1=-2, dim2=-1)
+            own = diagonal.clone()
+            diagonal.zero_()
+            columns = g_mix.sum(3)
+            gdt_, upto_ = (tile.of(t)[..., : tile.tokens].transpose(2, 3) for t in (gdt, upto))
+            gdt_.copy_(((columns + own) / tile.of(decays.dt)[..., : tile.tokens]).transpose(2, 3))
+            upto_.copy_((g_mix.sum(4) - columns).transpose(2, 3))
+            layout.per_group(decay).mul_(products)
+            if D is not None:
+                decay.diagonal(dim1=-2, dim2=-1).add_(D[:, None])
+            gx_ = layout.from_heads(torch.bmm(decay.to(narrow).flatten(0, 2).transpose(1, 2), gy_heads))
+            gB_ = _product(g_products.transpose(2, 3), C_).to(wide)
+            gC_ = _product(g_products, B_).to(wide)
 
-            s = states[rows, c] if c >= first else None
-            if gs is not None:
-                to_end = decays.to_end[rows, c, :tokens, :, None]
-                into = maps.states(gs)
-                g_written = maps.by_head(torch.bmm(maps.B, into.transpose(1, 2)), width, wide) * to_end
-                g_scaled += g_written
-                torch.sum(g_written.mul_(scaled), -1, out=since[rows, c, :tokens])
-                _add_product(g_B, maps.grouped(scaled.mul_(to_end)), into)
-                if s is not None:
-                    through[rows, c] = _dot(into, s)
-                    gs *= decays.whole[rows, c, :, None, None]
-            if s is not None:
-                g_read = gy_nQHP * decays.from_start[rows, c, :tokens, :, None]
-                g_keys = torch.bmm(_heads_first(g_read, narrow), s.flatten(0, 1)).to(wide)
-                g_keys = g_keys.unflatten(0, (-1, heads // maps.groups))  # n * G, K, Q, N
-                g_C += g_keys.sum(1)
-                g_keys *= maps.C[:, None]
-                upto[rows, c, :, :tokens] += g_keys.sum(-1).view(-1, heads, tokens)
-                read = maps.grouped(g_read).transpose(1, 2)
-                if gs is None:
-                    gs = torch.bmm(read, maps.C).to(wide).view(-1, *s.shape[1:])
-                else:
-                    _add_product(gs.view(-1, read.shape[1], s.shape[-1]), read, maps.C)
+            before = tile.of(states)[tile.read]
+            maps = layout.states(before)
+            g_read = _times(gy_[tile.read], decays.weights(tile, decays.from_start)[tile.read])
+            read = layout.from_groups(_product(C_[tile.read], maps.transpose(2, 3)))
+            upto_[tile.read] += read.mul_(g_read).sum(-1, dtype=wide)
+            g_read = layout.by_group(g_read)
+            gC_[tile.read] += _product(g_read, maps)
+            added = layout.from_states(_product(g_read.transpose(2, 3), C_[tile.read]))
 
-            torch.sum(g_scaled * x_nQHP, -1, out=gdt[rows, span])
-            g_scaled *= dt_nQH1
-            if D is not None and gD is not None:
-                g_scaled.addcmul_(gy_nQHP, D)
-                gD += (gy_nQHP * x_nQHP).sum((0, 1))
-            gx[rows, span] = g_scaled
-            gB[rows, span] = g_B.unflatten(0, (-1, maps.groups)).transpose(1, 2)
-            gC[rows, span] = g_C.unflatten(0, (-1, maps.groups)).transpose(1, 2)
-        if g_initial is not None and gs is not None:
-            g_initial[rows] = gs
-    g_log_decay = upto.flip(3).cumsum(3).flip(3).transpose(2, 3) + (through * decays.whole)[:, :, None]
-    g_log_decay[:, :, 1:] += since.cumsum(2)[:, :, :-1]
-    return gx, gdt, g_log_decay.flatten(1, 2)[:, : decays.length], gB, gC, gD, g_initial
+            after = x.new_empty(tile.write.stop, gy_.shape[1], *states.shape[2:])
+            for j, whole in reversed(list(enumerate(tile.of(decays.whole)[..., None, None]))):
+                if j < tile.write.stop:
+                    assert g_state is not None
+                    after[j] = g_state
+                if j >= tile.read.start:
+                    new = added[j - tile.read.start]
+                    g_state = new.to(wide) if g_state is None else torch.addcmul(new, g_state, whole)
+            both = slice(tile.read.start, tile.write.stop)
+            crossing = (after[both] * before[: both.stop - both.start]).sum(4).sum(3, dtype=wide)
+            tile.of(through)[both] = crossing * tile.of(decays.whole)[both]
+
+            maps = layout.states(after)
+            g_written = layout.from_groups(_product(B_[tile.write], maps.transpose(2, 3)))
+            weights = decays.weights(tile, decays.into_end)[tile.write]
+            since = (g_written * x_[tile.write]).sum(-1, dtype=wide)
+            gdt_[tile.write] += since * decays.weights(tile, decays.to_end)[tile.write, ..., 0]
+            since *= weights[..., 0]
+            upto_[tile.write] -= since
+            tile.of(through)[tile.write] += since.sum(2)
+            gB_[tile.write] += _product(layout.by_group(_times(x_[tile.write], weights)), maps)
+            out = tile.cut(gx)
+            torch.addcmul(gx_[tile.write], g_written, weights.to(narrow), out=out[tile.write])
+            out[tile.write.stop :] = gx_[tile.write.stop :]
+            tile.cut(gB).copy_(layout.from_maps(gB_))
+            tile.cut(gC).copy_(layout.from_maps(gC_))
+        if g_initial is not None and g_state is not None:
+            g_initial[tiles[0].rows] = g_state
+    g_log_decay = upto.flip(3).cumsum(3).flip(3) + through[..., None]
+    gdt, g_log_decay = (
+        t.permute(1, 0, 3, 2).flatten(1, 2)[:, : decays.length].contiguous() for t in (gdt, g_log_decay)
+    )
+    return gx, gdt, g_log_decay, gB, gC, gD, g_initial
 
 
 class _Scan(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, dt: Tensor, log_decay: Tensor, B: Tensor, C: Tensor, D: Tensor | None,
-        initial: Tensor | None, documents: Tensor | None, chunk: int, final: bool, dtype: torch.dtype,
+        initial: Tensor | None, documents: Tensor | None, chunk: int, final: bool,
     ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-        decays = Decays(log_decay, chunk, documents)
-        states = x.new_empty(x.shape[0], decays.count, *x.shape[2:], B.shape[-1])
-        y, end = _forward(x, dt, decays, B, C, D, initial, states, final, dtype)
+        decays = Decays(dt, log_decay, chunk, documents)
+        states = x.new_empty(decays.count, x.shape[0], *x.shape[2:], B.shape[-1])
+        y, end = _forward(x, decays, B, C, D, initial, final, states)
         ctx.save_for_backward(x, dt, log_decay, B, C, D, documents, states)
         ctx.chunk = chunk
-        ctx.first = 1 if initial is None else 0
         ctx.initial_dtype = None if initial is None else initial.dtype
         ctx.set_materialize_grads(False)
         return y, end
@@ -278,11 +344,11 @@ class _Scan(torch.autograd.Function):
         if gy is None:
             gy = torch.zeros_like(x)
         with torch.autocast(x.device.type, enabled=False):
-            decays = Decays(log_decay, ctx.chunk, documents)
-            *grads, g_initial = _backward(gy, g_end, x, dt, decays, B, C, D, states, ctx.first)
+            decays = Decays(dt, log_decay, ctx.chunk, documents)
+            *grads, g_initial = _backward(gy, g_end, x, decays, B, C, D, states, ctx.initial_dtype is not None)
         if g_initial is not None:
             g_initial = g_initial.to(ctx.initial_dtype)
-        return *grads, g_initial, None, None, None, None
+        return *grads, g_initial, None, None, None
 
 
 def ssd(
@@ -305,17 +371,17 @@ def ssd(
     wide = accumulator(x)
     dt = step_size(dt.to(wide), dt_bias, dt_softplus, dt_limit)
     log_decay = (dt * A.to(wide)).clamp(min=LOWEST_LOG_DECAY)
-    if D is not None:
-        D = (D if D.ndim == 2 else D[:, None].expand(-1, x.shape[-1])).to(wide)
     documents = None if seq_idx is None else document_numbers(seq_idx)
     chunk = min(chunk_size, CHUNK, x.shape[1])
-    dtype = x.dtype if z is None else wide
-    inputs = (x, dt, log_decay, B, C, D, initial_states)
+    D_H = D.to(wide) if D is not None and D.ndim == 1 else None
+    inputs = (x, dt, log_decay, B, C, D_H, initial_states)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
-        y, states = _Scan.apply(*inputs, documents, chunk, return_final_states, dtype)
+        y, states = _Scan.apply(*inputs, documents, chunk, return_final_states)
     else:
-        decays = Decays(log_decay, chunk, documents)
-        y, states = _forward(x, dt, decays, B, C, D, initial_states, None, return_final_states, dtype)
+        decays = Decays(dt, log_decay, chunk, documents)
+        y, states = _forward(x, decays, B, C, D_H, initial_states, return_final_states, None)
+    if D is not None and D.ndim == 2:
+        y = y + D.to(x.dtype) * x
     if z is not None:
         y = (y * F.silu(z.to(wide))).to(x.dtype)
     return (y, states) if return_final_states else y

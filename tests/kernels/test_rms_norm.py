@@ -58,6 +58,18 @@ def test_chunked_is_naive(gated, shape, tile, monkeypatch):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("few", [0, 1 << 14])
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_without_gradients_few_tokens_and_many_are_naive(dtype, gated, groups, few, monkeypatch):
+    monkeypatch.setattr(chunked, "FEW", few)
+    inputs = {name: t.detach() for name, t in make(2, 12, dtype=dtype, gated=gated).items()}
+    y = chunked.rms_norm(**inputs, groups=groups)
+    assert y.dtype == dtype
+    torch.testing.assert_close(y, naive.rms_norm(**inputs, groups=groups))
+
+
 def test_strided_inputs_are_read_as_they_are_and_left_alone():
     wide = torch.randn(2, 9, 20, dtype=torch.float64)
     x, z, weight = wide[..., 3:11], wide[..., 12:], torch.randn(8, dtype=torch.float64)

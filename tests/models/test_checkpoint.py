@@ -165,7 +165,7 @@ def test_a_file_cut_short(make, tmp_path, name, share):
 def test_a_folder_without_weights(make, tmp_path):
     make().save_pretrained(tmp_path)
     (tmp_path / "model.safetensors").unlink()
-    assert "has a config.json and no model.safetensors" in refused(tmp_path)
+    assert "no weights: neither model.safetensors nor pytorch_model.bin" in refused(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -175,7 +175,7 @@ def test_a_folder_without_weights(make, tmp_path):
         ("[]", "holds no mapping of keys to values"),
         ('{"hidden_size": 3}', "a folder of an unknown kind"),
         ('{"model_type": "llama"}', "a transformers folder of the model type 'llama'"),
-        ('{"d_model": 768, "ssm_cfg": {}}', "a state-spaces (mamba_ssm) folder"),
+        ('{"d_model": 768, "n_layer": 2, "attn_layer_idx": [1]}', "attn_layer_idx is [1]"),
         ('{"format": "bimamba-lit", "format_version": 2}', "format version 2"),
         ('{"format": "bimamba-lit", "format_version": 1}', "must hold 'config'"),
     ],
@@ -216,6 +216,11 @@ def test_a_pickle_that_runs_code_is_not_run(make, tmp_path):
     file = write_lightning(make(), tmp_path / "a.ckpt", callbacks=Trap(tmp_path / "trapped"))
     assert "nothing else is opened" in refused(file)
     assert not (tmp_path / "trapped").exists()
+
+
+def test_a_word_for_what_is_refused_is_only_a_word(make, tmp_path):
+    file = write_lightning(lm := make(), tmp_path / "a.ckpt", tokenizer='{"model": {"vocab": {"bytearray": 3}}}')
+    assert_same(load_lm(file), lm)
 
 
 @pytest.mark.parametrize("content", [{"state_dict": {}}, [1], {"lm": {}, "state_dict": []}])

@@ -121,4 +121,4 @@ def test_files_that_are_missing_damaged_or_elsewhere(folders, tmp_path):
     assert "is not readable JSON of an index of shards" in refused(tmp_path)
     index.unlink()
     (tmp_path / "pytorch_model.bin").touch()
-    assert "only pytorch_model.bin, a pickle, which is not opened" in refused(tmp_path)
+    assert "pytorch_model.bin is no checkpoint, or is damaged or cut short" in refused(tmp_path)

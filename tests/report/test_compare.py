@@ -29,7 +29,7 @@ def runs(run: Run) -> list[Path]:
 def test_the_report_in_files(runs: list[Path], tmp_path: Path) -> None:
     comparison = compare(runs, tmp_path / "out" / "deep")
     folder = tmp_path / "out" / "deep"
-    assert {path.name for path in folder.iterdir()} == {"report.md", "report.csv", "report.png"}
+    assert {path.name for path in folder.iterdir()} == {"report.md", "report.csv", "report.tex", "report.png"}
     text = (folder / "report.md").read_text()
     assert "**offline corpus, val** (SHA-256 abababababab), context 256, stride 128" in text
     assert "![Bits per byte against true size](report.png)" in text
@@ -37,7 +37,7 @@ def test_the_report_in_files(runs: list[Path], tmp_path: Path) -> None:
     assert [row.split(" | ")[0].strip("| ") for row in rows] == ["teacher", "fbi", "sign\\|untrained"]
     assert rows[0].startswith("| teacher | fp (teacher) | 2.040 | 1 | – | 13.4 | – | 5.40 |")
     assert rows[1].startswith(
-        "| fbi | FBI | 2.170 ± 0.014 | 2 | +0.130 | 13.4 | 75.0% | 0.900 | 3.77 | 75.0% | 2.05M |"
+        "| fbi | FBI | 2.170 ± 0.014 | 2 | +0.130 | 13.4 | 75.0% | 0.900 | 3.77 | – | 75.0% | 2.05M |"
     )
     assert "| +4.260 | 1.6e8 |" in rows[2]
     with (folder / "report.csv").open(newline="") as file:

@@ -1,0 +1,130 @@
+"""Timing on a GPU: CUDA graphs, a cold L2 cache, the first call apart."""
+
+import gc
+import statistics
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bimamba_lit.bench.gpu.case import Call, Case, Inputs, Machine, Row, tensors
+
+COLD_BYTES = 240e6  # more than any GPU's L2 cache several times over
+MAX_SETS = 256
+LONG_ENOUGH_MS = 60.0
+MAX_REPLAYS = 50
+
+
+def machine() -> Machine:
+    """Measure the GPU at hand."""
+    source = torch.empty(2**30, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    copied = _median_ms(partial(target.copy_, source))
+    del source, target
+    a, b = (torch.randn(8192, 8192, dtype=torch.bfloat16, device="cuda") for _ in range(2))
+    multiplied = _median_ms(lambda: a @ b)
+    return Machine(torch.cuda.get_device_name(), 2 * 2**30 / copied * 1e3, 2 * 8192**3 / multiplied * 1e3)
+
+
+def measure(case: Case, at: Machine) -> list[Row]:
+    """Run every call of a case and return its rows; a call that fails has a note instead of a time."""
+    floor = None if case.work is None else at.floor_ms(case.work)
+    first = _fresh(case)
+    sets = [first]
+    if case.rotate:
+        count = min(MAX_SETS, int(COLD_BYTES // max(_bytes(first), 1)) + 1)
+        sets += [case.inputs() for _ in range(count - 1)]
+    right = None if case.right is None else [t.detach() for t in tensors(case.right(first))]
+    rows = []
+    for by, call in case.calls.items():
+        try:
+            rows.append(_row(case, by, call, sets, right, floor))
+        except Exception as error:  # a peer's failure, or memory, must not end the run
+            note = " ".join(f"{type(error).__name__}: {error}".split())[:120]
+            rows.append(Row(case.op, case.name, case.shape, by, floor_ms=floor, note=note))
+        release()
+    return rows
+
+
+def _fresh(case: Case) -> Inputs:
+    """Return inputs that are the same every time: a call may overwrite those it is given."""
+    torch.manual_seed(0)
+    return case.inputs()
+
+
+def release() -> None:
+    """Give memory back to the device."""
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+def _row(case: Case, by: str, call: Call, sets: list[Inputs], right: list[Tensor] | None, floor: float | None) -> Row:
+    fresh = _fresh(case)
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    found = call(fresh)
+    torch.cuda.synchronize()
+    first = time.perf_counter() - start
+    error = None if right is None else error_of(tensors(found), right)
+    del fresh, found
+    release()
+    torch.cuda.reset_peak_memory_stats()
+    before = 0 if case.resident else torch.cuda.memory_allocated()
+    call(sets[0])
+    torch.cuda.synchronize()
+    peak = (torch.cuda.max_memory_allocated() - before) / 1e6
+    ms, graph = _graphed([partial(call, given) for given in sets])
+    return Row(case.op, case.name, case.shape, by, ms, floor, error, peak, first, graph)
+
+
+def _graphed(calls: list[Callable[[], Any]]) -> tuple[float, bool]:
+    """Return the median milliseconds of one of the calls, one after the other, and whether a graph was replayed."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        calls[0]()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph):
+            for call in calls:
+                call()
+    except Exception:  # the call waits for the device, or its library forbids capture
+        torch.cuda.synchronize()
+        release()
+        return _median_ms(lambda: [call() for call in calls]) / len(calls), False
+    ms = _median_ms(graph.replay) / len(calls)
+    graph.reset()
+    return ms, True
+
+
+def _median_ms(run: Callable[[], Any]) -> float:
+    run()
+    once = _elapsed(run)
+    replays = max(3, min(MAX_REPLAYS, int(LONG_ENOUGH_MS / max(once, 1e-3))))
+    return statistics.median(_elapsed(run) for _ in range(replays))
+
+
+def _elapsed(run: Callable[[], Any]) -> float:
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    run()
+    end.record()
+    torch.cuda.synchronize()
+    return float(start.elapsed_time(end))
+
+
+def _bytes(inputs: Inputs) -> int:
+    return sum(value.nbytes for value in inputs.values() if isinstance(value, Tensor))
+
+
+def error_of(found: list[Tensor], right: list[Tensor]) -> float:
+    """Return the largest ratio of the RMS of an output's error to that of the output."""
+    ratios = []
+    for a, b in zip(found, right, strict=True):
+        exact = b.double()
+        ratios.append(float((a.detach().double() - exact).norm() / exact.norm().clamp(min=1e-30)))
+    return max(ratios)

@@ -1,0 +1,89 @@
+"""Training on from what a post-training scheme made of a model."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from bimamba_lit import ops
+from bimamba_lit.binarize.apply import Scheme, binarize_
+from bimamba_lit.binarize.linear import TERMS, BinaryLinear, compose
+from bimamba_lit.binarize.ptb.layer import PTBLinear
+from bimamba_lit.binarize.targets import TARGETS
+
+_ROUNDING = 1e-6
+
+
+class Start(NamedTuple):
+    """Where the layers of a model start from, in numbers of layers.
+
+    Attributes:
+        exact: Those that have signs and scales of the post-training result.
+        near: Those whose latent weight is the result's dense weight, binarized again by the trained scheme.
+    """
+
+    exact: int
+    near: int
+
+
+def retrain_(model: nn.Module, scheme: Scheme | None, targets: Sequence[str] = TARGETS) -> Start:
+    """Make trainable layers of the post-training results in a model, in place.
+
+    A result of one sign a weight keeps its signs and scales where the trained scheme has the same terms: ``FBI`` by row
+    those of ``ptb.ScaledSign``, centred or not, and of 1-bit ``ptb.GPTQ`` in one group, ``ScaledSign`` and ``Sign``
+    those of their namesakes. Otherwise the latent weights start at the result's dense weight.
+
+    Args:
+        model: A model, with :class:`PTBLinear` layers or without.
+        scheme: The trained scheme; None makes full-precision layers of the results.
+        targets: Layers to make binary, as in :func:`bimamba_lit.binarize.binarize_`.
+
+    Raises:
+        UserError: If a target matches no layer.
+    """
+    results: dict[int, PTBLinear] = {}
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, PTBLinear):
+            linear = layer.dense()
+            model.set_submodule(name, linear)
+            results[id(linear)] = layer
+    if scheme is None:
+        return Start(0, 0)
+    starts: list[bool] = []
+
+    def start(linear: nn.Linear) -> BinaryLinear:
+        result = results.get(id(linear))
+        exact = None if result is None else _exact(scheme, linear, result)
+        if result is not None:
+            starts.append(exact is not None)
+        return scheme(linear) if exact is None else exact
+
+    binarize_(model, start, targets)
+    return Start(sum(starts), len(starts) - sum(starts))
+
+
+@torch.no_grad()
+def _exact(scheme: Scheme, linear: nn.Linear, result: PTBLinear) -> BinaryLinear | None:
+    """Return a trainable layer whose binary weight is that of ``result``, or None if the scheme has no such layer."""
+    terms = result.terms()
+    if terms is None:
+        return None
+    signs = ops.unpack_signs(result.packed_signs(), result.in_features)
+    latent = nn.Linear(linear.in_features, linear.out_features, device="meta")
+    latent.weight = nn.Parameter(compose(signs, {name: term for name, term in terms.items() if "scale" in name}))
+    latent.bias = linear.bias
+    layer = scheme(latent)
+    for name, parameter in layer.named_parameters(recurse=False):
+        if name in TERMS and _broadcasts(value := terms.get(name, _neutral(name)), parameter):
+            parameter.copy_(value)
+    same = torch.allclose(layer.weight, result.weight.float(), rtol=_ROUNDING, atol=0.0)
+    return layer if same else None
+
+
+def _neutral(name: str) -> Tensor:
+    return torch.tensor([1.0 if "scale" in name else 0.0])
+
+
+def _broadcasts(value: Tensor, parameter: Tensor) -> bool:
+    return value.shape == parameter.shape or value.numel() == 1

@@ -1,0 +1,64 @@
+"""PyTorch's own files (``torch.save``), opened as plain tensors and values and nothing else.
+
+``weights_only=True`` keeps a pickle from running code, and tensors stay in the memory-mapped file until copied. What is
+left to guard against is a small file that asks for much memory: records are required to lie in the file as they are,
+uncompressed, so that no record is larger than the file, and ``bytearray``, which allocates as many bytes as it is told
+and which no checkpoint needs, is refused. The checksums of the records are those of the zip format.
+"""
+
+import pickle
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bimamba_lit.errors import UserError
+
+_BYTEARRAY = (b"cbuiltins\nbytearray\n", b"c__builtin__\nbytearray\n")  # how a pickle names it
+_LARGEST_STRUCTURE = 1 << 28  # bytes of a checkpoint's pickle, which holds names and shapes but no tensor
+
+
+def load_plain(file: Path, wanted: str) -> Any:
+    """Return the content of a PyTorch file, its tensors on the CPU and memory-mapped.
+
+    Args:
+        file: The file.
+        wanted: What would be right, told when it is not.
+
+    Raises:
+        UserError: If it holds more than tensors and plain values, is damaged, or is no PyTorch file.
+    """
+    try:
+        _check_archive(file, wanted)
+        return torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+    except UserError:
+        raise
+    except pickle.UnpicklingError as error:
+        raise UserError(
+            f"{file} is not a checkpoint of plain tensors and values, and nothing else is opened; give {wanted}"
+        ) from error
+    except Exception as error:  # a damaged pickle raises whatever its bytes happen to ask for
+        raise UserError(f"{file} is no checkpoint, or is damaged or cut short; give {wanted}") from error
+
+
+def _check_archive(file: Path, wanted: str) -> None:
+    size = file.stat().st_size
+    with zipfile.ZipFile(file) as archive:
+        records = archive.infolist()
+        if any(record.compress_type != zipfile.ZIP_STORED or record.file_size > size for record in records):
+            raise UserError(f"{file} is compressed or damaged: PyTorch stores its records as they are; give {wanted}")
+        for record in records:
+            if record.filename.endswith("/data.pkl") and not _is_harmless(archive, record):
+                raise UserError(
+                    f"{file} is not a checkpoint of plain tensors and values, and nothing else is opened; give {wanted}"
+                )
+        if damaged := archive.testzip():
+            raise UserError(f"{file} is damaged: {damaged} in it does not have its checksum; save or copy it again")
+
+
+def _is_harmless(archive: zipfile.ZipFile, record: zipfile.ZipInfo) -> bool:
+    if record.file_size > _LARGEST_STRUCTURE:
+        return False
+    structure = archive.read(record)
+    return not any(name in structure for name in _BYTEARRAY)

@@ -1,0 +1,66 @@
+"""torch.export: both programs equal their source at other batches and lengths, where this package is not."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from bimamba_lit import MambaConfig, MambaLM
+from bimamba_lit.binarize import FBI, binarize_, pack_
+from bimamba_lit.errors import UserError
+from bimamba_lit.export.pt2 import export_pt2
+
+BARE = """
+import json, sys
+sys.modules["bimamba_lit"] = None  # importing it fails
+import torch
+files = {"model.json": "", "tokenizer.json": ""}
+read = torch.export.load(sys.argv[1], extra_files=files).module()
+step = torch.export.load(sys.argv[2]).module()
+shapes = json.loads(files["model.json"])["state"]
+assert json.loads(files["tokenizer.json"]) == {"type": "bytes"}
+answers = []
+for ids in torch.load(sys.argv[3]):
+    state = [torch.zeros(len(ids), *shape) for shape in shapes]
+    logits, state = read(ids[:, :-1], state)
+    last, state = step(ids[:, -1], state)
+    answers.append(torch.cat([logits, last[:, None]], 1))
+torch.save(answers, sys.argv[4])
+"""
+
+
+def small(**options):
+    torch.manual_seed(0)
+    sizes = {"d_model": 32, "n_layer": 2, "vocab_size": 61, "headdim": 16, "mixer": ["mamba", "mamba2"]}
+    lm = binarize_(MambaLM(MambaConfig(**(sizes | options))), FBI)
+    return lm.eval().requires_grad_(False)
+
+
+def test_a_process_without_this_package(tmp_path):
+    lm = small()
+    export_pt2(lm, tmp_path / "model.pt2", '{"type": "bytes"}')
+    texts = [torch.randint(61, shape) for shape in ((1, 2), (1, 65), (2, 64), (4, 200))]
+    torch.save(texts, tmp_path / "ids.pt")
+    arguments = [tmp_path / name for name in ("model.pt2", "model.step.pt2", "ids.pt", "logits.pt")]
+    done = subprocess.run([sys.executable, "-I", "-c", BARE, *map(str, arguments)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    source = pack_(lm)
+    for tensor in source.state_dict().values():
+        if tensor.is_floating_point():
+            tensor.copy_(tensor.half())
+    for ids, logits in zip(texts, torch.load(tmp_path / "logits.pt"), strict=True):
+        expected = source(ids).logits
+        assert (logits - expected).norm() < 2e-6 * expected.norm(), ids.shape
+
+
+def test_what_cannot_be_written(tmp_path):
+    lm, out = small(n_layer=1, mixer="mamba2"), tmp_path / "model.pt2"
+    with pytest.raises(UserError, match="is a folder, and pt2 is one file"):
+        export_pt2(lm, tmp_path, None)
+    with pytest.raises(UserError, match="or as int8 here, not as 'int3'"):
+        export_pt2(lm, out, None, embedding="int3")
+    (tmp_path / "model.step.pt2").mkdir()
+    with pytest.raises(UserError, match="model.step.pt2 is a folder"):
+        export_pt2(lm, out, None)
+    assert not out.exists()
