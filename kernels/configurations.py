@@ -79,18 +79,30 @@ TABLE: dict[str, tuple[Row, ...]] = {
     # ssd
     # The size is that of a state: head width times state size, each rounded up to a power of two.
     "ssd/chunk": (
-        Row(Configuration({"Q": 64, "R": 32}), architectures=("interpreter",)),
-        Row(Configuration({"Q": 128, "R": 64}), architectures=("sm_80", "sm_90", "sm_100"), itemsize=2, up_to=8192),
-        Row(Configuration({"Q": 64, "R": 64}), itemsize=2),
+        Row(Configuration({"Q": 64, "R": 32}), architectures=(INTERPRETER,)),
+        Row(Configuration({"Q": 128, "R": 64}), architectures=("sm_90",), itemsize=2, up_to=8192),
+        Row(Configuration({"Q": 64, "R": 32}), itemsize=2),
         Row(Configuration({"Q": 32, "R": 32}), itemsize=4),
     ),
     "ssd/decays": (Row(Configuration({"BLOCK_H": 16})),),
     "ssd/gate": (Row(Configuration({"BLOCK_R": 32})),),
-    "ssd/carry": (Row(Configuration({"BLOCK_P": 64, "BLOCK_N": 64}, 4, 3)),),
-    "ssd/outputs": (Row(Configuration({"HEADS": 8}, 4, 2)),),
+    "ssd/scores": (
+        Row(Configuration({"BLOCK_Q": 64}, 4, 1), itemsize=2),
+        Row(Configuration({"BLOCK_Q": 32}, 8, 1)),
+    ),
+    "ssd/carry": (
+        Row(Configuration({"BLOCK_P": 64, "BLOCK_N": 64}, 4, 3), architectures=("sm_90",), itemsize=2, up_to=8192),
+        Row(Configuration({"BLOCK_P": 64, "BLOCK_N": 64}, 8, 2)),
+    ),
+    "ssd/outputs": (
+        Row(Configuration({"HEADS": 8}, 4, 2), architectures=("sm_90",), itemsize=2, up_to=8192),
+        Row(Configuration({"HEADS": 8}, 8, 1)),
+    ),
     "ssd/input_gradients": (Row(Configuration({"HEADS": 16}, 8, 2)),),
-    "ssd/map_gradients": (Row(Configuration({"BLOCK_Q": 64, "BLOCK_N": 128}, 8, 1)),),
-    "ssd/scores": (Row(Configuration({"BLOCK_Q": 64}, 4, 1)),),
+    "ssd/map_gradients": (
+        Row(Configuration({"BLOCK_Q": 64, "BLOCK_N": 128}, 8, 1), itemsize=2, up_to=8192),
+        Row(Configuration({"BLOCK_Q": 64, "BLOCK_N": 64}, 8, 1)),
+    ),
     # selective_scan
     # causal_conv1d
     # rms_norm

@@ -1,9 +1,10 @@
 """Triton kernels of the SSD forward pass, and their launches.
 
-Three launches: `decays` (step sizes and the decays of every chunk), `carry` (the state before every chunk) and `outputs`
-(everything inside chunks). Only the states between chunks, in the inputs' dtype, and the decays, four numbers a token
-and head, go through memory: C B^T is formed once for all heads that a program serves and stays in registers. The
-backward pass uses the same `carry` to walk the gradients of the states from the end.
+Four launches: `decays` (step sizes and the decays of every chunk), `carry` (the state before every chunk), `scores`
+(C B^T inside chunks, one matrix for all heads of a group) and `outputs` (what is local to a chunk). What goes through
+memory between them is the states between chunks and C B^T, both in half precision where the inputs are, and five
+numbers a token and head. The backward pass starts from the same three, and walks the gradients of the states with the
+same kernel as the states.
 
 Decays are powers of two of differences of `total`, the running sum of log2 decays inside a chunk. Offsets of tiles are
 64-bit. No kernel has atomics: repeated runs are equal bit for bit.
@@ -52,9 +53,7 @@ class Shape(NamedTuple):
         batch, length, heads, width = x.shape
         groups, size = B.shape[2:]
         chosen = configuration("ssd/chunk", x.dtype, block(width) * block(size), x.device)
-        # Products of float32 stay within 1e-4 of exact ones, which a single TF32 product does not.
-        name = architecture(x.device)
-        precision = {"sm": "tf32x3", "in": INTERPRETER}.get(name[:2], "ieee")
+        precision = "interpreter" if architecture(x.device) == INTERPRETER else "ieee"
         return cls(batch, length, heads, width, groups, size, chosen.blocks["Q"], chosen.blocks["R"], precision)
 
     @property
@@ -316,9 +315,7 @@ def decays(
     return out
 
 
-def carry(
-    shape: Shape, values: Tensor, maps: Tensor, decays: Tensor, start: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def carry(shape: Shape, values: Tensor, maps: Tensor, decays: Tensor, start: Tensor | None) -> tuple[Tensor, Tensor]:
     """Return the states before every chunk (B, c, H, P, N), and after the last in float32 (B, H, P, N)."""
     states, end, _ = _carry(shape, values, maps, decays, start, None)
     return states, end
@@ -341,16 +338,17 @@ def _carry(
     states = values.new_empty(shape.batch, shape.chunks, *cells)
     end = values.new_empty(shape.batch, *cells, dtype=torch.float32)
     options = shape.launch("carry", values)
-    blocks = {"BLOCK_P": min(options["BLOCK_P"], block(shape.width)), "BLOCK_N": min(options["BLOCK_N"], block(shape.size))}
+    blocks = {
+        "BLOCK_P": min(options["BLOCK_P"], block(shape.width)),
+        "BLOCK_N": min(options["BLOCK_N"], block(shape.size)),
+    }
     constants = {**shape.constants, **options, **blocks}
     grid = (
         shape.batch * shape.heads,
         triton.cdiv(shape.width, blocks["BLOCK_P"]),
         triton.cdiv(shape.size, blocks["BLOCK_N"]),
     )
-    passed = None
-    if before is not None:
-        passed = decays.new_empty(shape.batch, shape.heads, shape.chunks, grid[1] * grid[2])
+    passed = decays.new_empty(shape.batch, shape.heads, shape.chunks, grid[1] * grid[2])
     carry_kernel[grid](
         values, maps, decays, start, states, end, before, passed, shape.length, shape.heads,
         shape.heads // shape.groups, shape.chunks, *values.stride(), *maps.stride(), REVERSE=before is not None,

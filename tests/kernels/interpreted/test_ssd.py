@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from bimamba_lit import ops
-from bimamba_lit.kernels.ssd import naive
 
 BOUNDS = {torch.float32: 1e-4, torch.bfloat16: 0.005, torch.float16: 0.005}
 
