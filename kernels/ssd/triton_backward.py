@@ -2,8 +2,8 @@
 
 `carry_back` walks the gradients of the states from the end. Then everything is local to a chunk: `input_gradients`
 gives those of x, of C B^T by the heads that a program serves, and of decays inside a chunk; `gradient_of_B` and
-`gradient_of_C` are products over all heads of a group, to which the share of C B^T is added; `decay_gradients` goes from
-decays to dt, A and the bias. Sums over heads and chunks have a fixed order, and there are no atomics.
+`gradient_of_C` are products over all heads of a group, to which the share of C B^T is added; `decay_gradients` goes
+from decays to dt, A and the bias. Sums over heads and chunks have a fixed order, and there are no atomics.
 
 With ``F_ij = dL/dM_ij * M_ij``, ``M_ij`` the weight of token j in the output of token i, a log decay gets the sum of F
 over the pairs that it lies between. Row and column sums of one float32 F are added up within a chunk only, so that they
