@@ -265,12 +265,12 @@ class DeployedLM(nn.Module):
         embedding, head = backbone.embedding.weight, lm.lm_head
         self.tied = head.weight is embedding
         self.embedding = DeployedTable(embedding[: self.vocab_size], self.tied, dtype, int8)
+        self.blocks = nn.ModuleList(DeployedBlock(block, dtype) for block in backbone.layers)  # type: ignore[arg-type]
         if not self.tied:
             dense = isinstance(head, nn.Linear) and not isinstance(head, BinaryLinear)
             self.head = (
                 DeployedTable(head.weight[: self.vocab_size], True, dtype, int8) if dense else deployed(head, dtype)
             )
-        self.blocks = nn.ModuleList(DeployedBlock(block, dtype) for block in backbone.layers)  # type: ignore[arg-type]
         self.eps = backbone.norm_f.eps
         self.register_buffer("norm", rounded(backbone.norm_f.weight, dtype))
 

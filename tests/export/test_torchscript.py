@@ -84,8 +84,8 @@ MODELS = {
     "FBI": small,
     "row, two groups": partial(small, partial(FBI, pattern="row"), ngroups=2),
     "every term, head": partial(small, Everything, ("in_proj", "lm_head"), tie_embeddings=False),
-    "sign, Mamba-1": partial(small, Sign, ("in_proj", "out_proj", "x_proj", "dt_proj"), mixer="mamba"),
-    "both mixers": partial(small, ScaledSign, mixer=["mamba", "mamba2"]),
+    "every projection of Mamba-1": partial(small, ScaledSign, ("*_proj",), mixer="mamba"),
+    "both mixers": partial(small, Sign, mixer=["mamba", "mamba2"]),
     "full precision, untied": partial(small, None, tie_embeddings=False),
 }
 
