@@ -170,7 +170,7 @@ def _convert(chosen: argparse.Namespace) -> None:
 
 
 def _share_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", metavar="RUN_DIR", help="the folder of a finished run")
+    parser.add_argument("folder", metavar="RUN_DIR", help="the folder of a finished run")
     parser.add_argument("--out", required=True, help="the folder to write")
     parser.add_argument("--dtype", help="of what is not binary: float16, bfloat16 or float32")
     parser.add_argument("--embedding", help="of the embedding and the head: int8 or int4 instead of --dtype")
@@ -185,7 +185,7 @@ def _share(chosen: argparse.Namespace) -> None:
     from bimamba_lit.report.share import share
 
     options = {name: value for name in ("dtype", "embedding") if (value := getattr(chosen, name)) is not None}
-    share(chosen.run, chosen.out, options)
+    share(chosen.folder, chosen.out, options)
     print(f"Written: {chosen.out}")
 
 

@@ -3,7 +3,6 @@
 import json
 
 
-
 def test_a_run_is_shared(tiny, bimamba, tmp_path):
     out = tmp_path / "shared"
     answer = bimamba("share", tiny.teacher, "--out", out)
