@@ -169,6 +169,26 @@ def _convert(chosen: argparse.Namespace) -> None:
     print(f"Written: {chosen.target}")
 
 
+def _share_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", metavar="RUN_DIR", help="the folder of a finished run")
+    parser.add_argument("--out", required=True, help="the folder to write")
+    parser.add_argument("--dtype", help="of what is not binary: float16, bfloat16 or float32")
+    parser.add_argument("--embedding", help="of the embedding and the head: int8 or int4 instead of --dtype")
+    parser.add_argument(
+        "--import", dest="module", metavar="MODULE", help="import a module first, one that defines the model's scheme"
+    )
+
+
+def _share(chosen: argparse.Namespace) -> None:
+    if chosen.module is not None:
+        _import(chosen.module)
+    from bimamba_lit.report.share import share
+
+    options = {name: value for name in ("dtype", "embedding") if (value := getattr(chosen, name)) is not None}
+    share(chosen.folder, chosen.out, options)
+    print(f"Written: {chosen.out}")
+
+
 def _compare_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("runs", nargs="+", metavar="RUN_DIR", help="folders of finished runs")
     parser.add_argument(
@@ -286,6 +306,7 @@ _COMMANDS = {
     "generate": ("continue a text with a trained model", _generate_arguments, _generate),
     "export": ("write a trained model in the form that another program runs", _export_arguments, _export),
     "convert": ("read a model in any form and write it in another", _convert_arguments, _convert),
+    "share": ("write a folder to share: the packed model and a card with its figures", _share_arguments, _share),
     "compare": ("lay finished runs side by side: a table and a plot", _compare_arguments, _compare),
     "ablate": ("run a grid of settings and seeds, then lay the runs side by side", _ablate_arguments, _ablate),
     "check-scheme": (

@@ -19,7 +19,7 @@ def test_every_quickstart_command_is_shown():
         for block in re.findall(r"```bash\n(.*?)```", README, flags=re.DOTALL)
         for line in block.split("\n")
     }
-    assert len(STEPS) == 6
+    assert len(STEPS) == 7
     for _, command, _ in STEPS:
         assert f"bimamba {command}" in shown
 

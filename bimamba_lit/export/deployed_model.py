@@ -32,6 +32,7 @@ from bimamba_lit.models import MambaLM
 from bimamba_lit.models.lm import Block
 from bimamba_lit.models.mamba1 import Mamba1
 from bimamba_lit.models.mamba2 import Mamba2
+from bimamba_lit.models.quantized_table import QuantizedEmbedding
 
 
 class DeployedMamba2(nn.Module):
@@ -262,15 +263,16 @@ class DeployedLM(nn.Module):
         self.vocab_size = lm.config.known_vocab_size
         self.mode = ""
         backbone = lm.backbone
-        embedding, head = backbone.embedding.weight, lm.lm_head
-        self.tied = head.weight is embedding
-        self.embedding = DeployedTable(embedding[: self.vocab_size], self.tied, dtype, int8)
+        embedding, head = backbone.embedding, lm.lm_head
+        quantized = isinstance(embedding, QuantizedEmbedding) and isinstance(head, QuantizedEmbedding)
+        self.tied = head.table is embedding.table if quantized else head.weight is embedding.weight
+        self.embedding = DeployedTable(embedding.weight[: self.vocab_size], self.tied, dtype, int8)
+        self.blocks = nn.ModuleList(DeployedBlock(block, dtype) for block in backbone.layers)  # type: ignore[arg-type]
         if not self.tied:
-            dense = isinstance(head, nn.Linear) and not isinstance(head, BinaryLinear)
+            dense = isinstance(head, nn.Linear | QuantizedEmbedding) and not isinstance(head, BinaryLinear)
             self.head = (
                 DeployedTable(head.weight[: self.vocab_size], True, dtype, int8) if dense else deployed(head, dtype)
             )
-        self.blocks = nn.ModuleList(DeployedBlock(block, dtype) for block in backbone.layers)  # type: ignore[arg-type]
         self.eps = backbone.norm_f.eps
         self.register_buffer("norm", rounded(backbone.norm_f.weight, dtype))
 

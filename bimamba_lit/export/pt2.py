@@ -4,6 +4,7 @@ A graph cannot choose how to unpack, so it unpacks its 1-bit weights in every ca
 compiler may fold that away. Batch and length are dynamic.
 """
 
+import io
 import warnings
 from contextlib import ExitStack
 from pathlib import Path
@@ -13,7 +14,6 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
-from bimamba_lit.errors import UserError
 from bimamba_lit.export.deployable import deployable, extra_files
 from bimamba_lit.export.deployed_model import DeployedLM
 from bimamba_lit.export.options import check_is_file
@@ -70,12 +70,9 @@ def export_pt2(
         for file, module, example in zip(files, (_Prefill(model), _Step(model)), (ids, ids[:, 0]), strict=True):
             shapes = (dict.fromkeys(range(example.ndim), _DYNAMIC), [{0: _DYNAMIC}] * len(state))
             program = _traced(module, (example, state), shapes)
-            temporary = stack.enter_context(replacing(file))
-            try:
-                with temporary.open("wb") as opened:
-                    torch.export.save(program, opened, extra_files=extra)
-            except RuntimeError as error:
-                raise UserError(f"cannot write {file}: {str(error).splitlines()[0]}") from error
+            content = io.BytesIO()  # where a disk is full, PyTorch's own writer ends the whole process
+            torch.export.save(program, content, extra_files=extra)
+            stack.enter_context(replacing(file)).write_bytes(content.getbuffer())
 
 
 def _traced(module: nn.Module, args: tuple[Any, ...], shapes: tuple[Any, ...]) -> ExportedProgram:

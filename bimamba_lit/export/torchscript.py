@@ -5,12 +5,12 @@ registers, so the model is written once more in plain tensor operations (:mod:`d
 weights by itself where it is loaded.
 """
 
+import io
 import warnings
 from pathlib import Path
 
 import torch
 
-from bimamba_lit.errors import UserError
 from bimamba_lit.export.deployable import deployable, extra_files
 from bimamba_lit.export.options import check_is_file
 from bimamba_lit.files import replacing
@@ -42,8 +42,8 @@ def export_torchscript(
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*torch.jit.*deprecated.*", DeprecationWarning)
         scripted = torch.jit.script(deployed)
-        with replacing(out) as temporary:
-            try:
-                torch.jit.save(scripted, str(temporary), _extra_files=files)
-            except RuntimeError as error:
-                raise UserError(f"cannot write {out}: {str(error).splitlines()[0]}") from error
+        # Through memory: where a disk is full, PyTorch's own writer ends the whole process.
+        content = io.BytesIO()
+        torch.jit.save(scripted, content, _extra_files=files)
+    with replacing(out) as temporary:
+        temporary.write_bytes(content.getbuffer())

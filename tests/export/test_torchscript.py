@@ -17,6 +17,7 @@ from bimamba_lit.binarize import FBI, BinaryLinear, ScaledSign, Sign, binarize_,
 from bimamba_lit.errors import UserError
 from bimamba_lit.export.deployed_linear import multiply_integers, to_integers
 from bimamba_lit.export.torchscript import export_torchscript
+from bimamba_lit.models.quantized_table import quantize_tables_
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.*deprecated:DeprecationWarning")
 IDS = torch.randint(61, (2, 83), generator=torch.Generator().manual_seed(1))
@@ -84,8 +85,8 @@ MODELS = {
     "FBI": small,
     "row, two groups": partial(small, partial(FBI, pattern="row"), ngroups=2),
     "every term, head": partial(small, Everything, ("in_proj", "lm_head"), tie_embeddings=False),
-    "sign, Mamba-1": partial(small, Sign, ("in_proj", "out_proj", "x_proj", "dt_proj"), mixer="mamba"),
-    "both mixers": partial(small, ScaledSign, mixer=["mamba", "mamba2"]),
+    "every projection of Mamba-1": partial(small, ScaledSign, ("*_proj",), mixer="mamba"),
+    "both mixers": partial(small, Sign, mixer=["mamba", "mamba2"]),
     "full precision, untied": partial(small, None, tie_embeddings=False),
 }
 
@@ -136,6 +137,16 @@ def test_int8_embedding(tie, tmp_path):
     assert error(model(IDS), lm(IDS).logits) < 0.02
     stored = dict(model.named_buffers())["embedding.stored"]
     assert stored.dtype == torch.int8 and stored.abs().amax() == 127
+
+
+@pytest.mark.parametrize("tie", [True, False])
+def test_a_model_with_a_quantized_embedding(tie, tmp_path):
+    lm = small(tie_embeddings=tie)
+    quantize_tables_(lm, 8)
+    export_torchscript(lm, tmp_path / "model.pt", None, embedding="int8")
+    model = torch.jit.load(tmp_path / "model.pt")
+    assert torch.equal(dict(model.named_buffers())["embedding.stored"], lm.backbone.embedding.table.codes[:61])
+    assert error(model(IDS), rounded_(lm)(IDS).logits) < 2e-6
 
 
 def test_integers_are_exact_where_signs_are():

@@ -1,0 +1,90 @@
+"""A folder to share: the packed model, its tokenizer, and a model card with the figures of its run."""
+
+from pathlib import Path
+from typing import Any
+
+from bimamba_lit.errors import UserError
+from bimamba_lit.export import export
+from bimamba_lit.files import replacing
+from bimamba_lit.report.summary import Summary, read_summary
+
+CARD = "README.md"
+_MIB = 8 * 1024**2
+
+
+def share(run: str | Path, out: str | Path, options: dict[str, Any]) -> None:
+    """Write ``config.json``, ``model.safetensors``, ``tokenizer.json`` and the model card of a finished run.
+
+    Args:
+        run: The run folder.
+        out: The folder to write.
+        options: Those of ``bimamba export --format safetensors``.
+
+    Raises:
+        UserError: If the run is not finished, or the folder is a file or the run itself, or cannot be written.
+    """
+    summary, folder = read_summary(run), Path(out)
+    if folder.is_file():
+        raise UserError(f"{folder} is a file, and what is shared is a folder")
+    if folder.resolve() == Path(run).resolve():
+        raise UserError(f"{folder} is the run's own folder: give another to --out")
+    export(run, "safetensors", folder, options)
+    with replacing(folder / CARD) as temporary:
+        temporary.write_text(model_card(summary, folder), encoding="utf-8")
+
+
+def model_card(summary: Summary, folder: Path) -> str:
+    """Return the text of a model card, in the form of the Hugging Face hub, from a run's figures.
+
+    Args:
+        summary: The figures.
+        folder: The folder that the model lies in, whose file sizes are told.
+    """
+    binary = summary.binarized_params / summary.params
+    kind = "in full precision" if not summary.binarized_params else f"with 1-bit weights ({summary.scheme})"
+    data = f"{summary.eval_data['name']} (SHA-256 {summary.eval_data['sha256'][:12]}…)"
+    rows = {
+        "bits per byte": f"{summary.bits_per_byte:.3f}",
+        "perplexity a token": f"{summary.perplexity:.2f}",
+        "measured on": f"{data}, windows of {summary.context} tokens, {summary.stride} apart",
+        "the teacher's likeliest token taken": None if summary.agreement is None else f"{summary.agreement:.1%}",
+        "weights": f"{summary.params:,}, {binary:.1%} of them one bit",
+        "true size": f"{summary.true_bits / _MIB:.2f} MiB, all else at 16 bits",
+        "trained on": f"{summary.tokens_seen:,} tokens",
+        "teacher": summary.teacher,
+        "seed": summary.seed,
+        "made with": f"bimamba-lit {summary.version}",
+    }
+    table = "\n".join(f"| {name} | {value} |" for name, value in rows.items() if value is not None)
+    files = "\n".join(
+        f"* `{file.name}`: {file.stat().st_size:,} bytes"
+        for file in sorted(folder.iterdir())
+        if file.is_file() and file.name != CARD and not file.name.startswith(".")
+    )
+    return f"""---
+library_name: bimamba-lit
+pipeline_tag: text-generation
+tags: [mamba, {"1-bit, " if summary.binarized_params else ""}bimamba-lit]
+---
+
+# {summary.name}
+
+A Mamba language model {kind}, made with bimamba-lit (Bi-Mamba: arXiv 2411.11843).
+
+| | |
+|---|---|
+{table}
+
+```python
+from bimamba_lit import MambaLM
+
+lm = MambaLM.from_pretrained("path/to/this/folder")  # signs stay packed
+```
+
+```bash
+bimamba generate --ckpt path/to/this/folder --prompt 'Once upon a time'
+bimamba export --ckpt path/to/this/folder --format torchscript --out model.pt  # needs bimamba-lit no longer
+```
+
+{files}
+"""
