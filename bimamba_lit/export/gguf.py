@@ -132,8 +132,8 @@ def _fits(lm: MambaLM, fallback: str | None) -> dict[str, Fit]:
         elif fallback is None:
             raise UserError(
                 f"{name} ({layer.kind()['scheme']}) does not fit Q1_0: {found}; what fits is one scale by row or by "
-                "128 inputs of a row, as ScaledSign has, and by input where a norm comes before, all without shifts; or "
-                "give --fallback f16 to write such layers as F16"
+                "128 inputs of a row, as ScaledSign has, and by input where a norm comes before, all without shifts; "
+                "or give --fallback f16 to write such layers as F16"
             )
     return fits
 
