@@ -79,10 +79,12 @@ TABLE: dict[str, tuple[Row, ...]] = {
     # ssd
     # The size is that of a state: head width times state size, each rounded up to a power of two.
     "ssd/chunk": (
-        Row(Configuration({"Q": 64, "R": 32}), architectures=(INTERPRETER,)),
-        Row(Configuration({"Q": 128, "R": 64}), architectures=("sm_90",), itemsize=2, up_to=8192),
-        Row(Configuration({"Q": 64, "R": 32}), itemsize=2),
-        Row(Configuration({"Q": 32, "R": 32}), itemsize=4),
+        Row(Configuration({"Q": 64, "R": 32}), architectures=(INTERPRETER,), up_to=1 << 15),
+        Row(Configuration({"Q": 64, "R": 32}), itemsize=2, up_to=1 << 12),
+        Row(Configuration({"Q": 128, "R": 64}), architectures=("sm_90",), itemsize=2, up_to=1 << 13),
+        Row(Configuration({"Q": 64, "R": 32}), itemsize=2, up_to=1 << 13),
+        Row(Configuration({"Q": 64, "R": 32}), architectures=("sm_80", "sm_90", "sm_100"), itemsize=2, up_to=1 << 15),
+        Row(Configuration({"Q": 32, "R": 32}), architectures=("sm_80", "sm_90", "gfx942"), itemsize=4, up_to=1 << 13),
     ),
     "ssd/decays": (Row(Configuration({"BLOCK_H": 16})),),
     "ssd/gate": (Row(Configuration({"BLOCK_R": 32})),),
@@ -91,17 +93,28 @@ TABLE: dict[str, tuple[Row, ...]] = {
         Row(Configuration({"BLOCK_Q": 32}, 8, 1)),
     ),
     "ssd/carry": (
-        Row(Configuration({"BLOCK_P": 64, "BLOCK_N": 64}, 4, 3), architectures=("sm_90",), itemsize=2, up_to=8192),
+        Row(Configuration({"BLOCK_P": 64, "BLOCK_N": 64}, 8, 1), architectures=("gfx942",)),
+        Row(Configuration({"BLOCK_P": 64, "BLOCK_N": 64}, 8, 3), itemsize=2, up_to=1 << 12),
+        Row(Configuration({"BLOCK_P": 64, "BLOCK_N": 128}, 8, 3), architectures=("sm_90",), itemsize=2, up_to=1 << 13),
         Row(Configuration({"BLOCK_P": 64, "BLOCK_N": 64}, 8, 2)),
     ),
     "ssd/outputs": (
-        Row(Configuration({"HEADS": 8}, 4, 2), architectures=("sm_90",), itemsize=2, up_to=8192),
-        Row(Configuration({"HEADS": 8}, 8, 1)),
+        Row(Configuration({"HEADS": 8}, 4, 2), itemsize=2, up_to=1 << 13),
+        Row(Configuration({"HEADS": 8}, 4, 2), architectures=("gfx942",)),
+        Row(Configuration({"HEADS": 8}, 8, 1), itemsize=2),
+        Row(Configuration({"HEADS": 8}, 8, 2)),
     ),
-    "ssd/input_gradients": (Row(Configuration({"HEADS": 16}, 8, 2)),),
+    "ssd/input_gradients": (
+        Row(Configuration({"HEADS": 16}, 4, 1), architectures=("gfx942",), itemsize=4),
+        Row(Configuration({"HEADS": 16}, 8, 1), architectures=("gfx942",)),
+        Row(Configuration({"HEADS": 16}, 8, 2), itemsize=2),
+        Row(Configuration({"HEADS": 16}, 8, 1)),
+    ),
     "ssd/map_gradients": (
-        Row(Configuration({"BLOCK_Q": 64, "BLOCK_N": 128}, 8, 1), itemsize=2, up_to=8192),
-        Row(Configuration({"BLOCK_Q": 64, "BLOCK_N": 64}, 8, 1)),
+        Row(Configuration({"BLOCK_Q": 64, "BLOCK_N": 64}, 8, 1), architectures=("gfx942",), itemsize=2),
+        Row(Configuration({"BLOCK_Q": 64, "BLOCK_N": 128}, 8, 1), itemsize=2, up_to=1 << 13),
+        Row(Configuration({"BLOCK_Q": 64, "BLOCK_N": 64}, 8, 1), itemsize=2),
+        Row(Configuration({"BLOCK_Q": 32, "BLOCK_N": 32}, 4, 1)),
     ),
     # selective_scan
     # causal_conv1d

@@ -14,14 +14,30 @@ import torch
 from torch import Tensor
 
 from bimamba_lit.kernels.causal_conv1d.naive import document_numbers
-from bimamba_lit.kernels.configurations import CompileCase
+from bimamba_lit.kernels.configurations import TABLE, CompileCase, architecture
 from bimamba_lit.kernels.ssd import parallel, triton_backward, triton_forward
 from bimamba_lit.kernels.ssd.triton_forward import Shape, block, readable
 
 DIFFERENTIABLE = ("x", "dt", "A", "B", "C", "D", "z", "dt_bias", "initial_states")
-# Of a head, and head width times state size, each rounded up to a power of two.
-WIDEST = 128
-LARGEST_STATE = {torch.bfloat16: 128 * 256, torch.float16: 128 * 256, torch.float32: 64 * 128}
+WIDEST = 128  # head that a program takes
+
+
+def _largest_state(dtype: torch.dtype, device: torch.device) -> int:
+    """Return head width times state size, each rounded up to a power of two, up to which the table has a chunk."""
+    rows = TABLE["ssd/chunk"]
+    name = architecture(device)
+    return max(
+        (
+            row.up_to or 0
+            for row in rows
+            if row.itemsize in (None, dtype.itemsize) and (not row.architectures or name in row.architectures)
+        ),
+        default=0,
+    )
+
+
+# As torch.compiler.assume_constant_result does: the table is not traced.
+_largest_state._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def ssd(
@@ -45,7 +61,7 @@ def ssd(
     Inputs in float64, and states of one head that are too large for a program's registers, take the `parallel` form.
     """
     width, size = block(x.shape[-1]), block(B.shape[-1])
-    if width > WIDEST or width * size > LARGEST_STATE.get(x.dtype, 0):
+    if x.dtype == torch.float64 or width > WIDEST or width * size > _largest_state(x.dtype, x.device):
         return parallel.ssd(
             x, dt, A, B, C, chunk_size, D, z, dt_bias, dt_softplus, dt_limit, initial_states, seq_idx,
             return_final_states,
@@ -242,5 +258,4 @@ def compile_cases() -> list[CompileCase]:
         case("fp16 wide", torch.float16, 128, 256, optional=True),
         case("bf16 odd", bf16, 40, 24, groups=3),
         case("fp32", fp32, 64, 128, optional=True),
-        case("fp32 odd", fp32, 40, 24, groups=3),
     ]

@@ -37,9 +37,26 @@ from bimamba_lit.kernels.ssd.triton_forward import (
 
 
 @triton.jit
+def read_by(
+    dscores, written, dx, AT: tl.constexpr, x, dt, total, dy_ptr, totals_ptr, scores_ptr, read_ptr, dy_l, dy_p, left,
+    P: tl.constexpr, Q: tl.constexpr, BLOCK_P: tl.constexpr, HALF: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Add what the readers AT tokens from the part's first give to it: a few readers at a time, to spare registers."""
+    columns, p = AT + tl.arange(0, HALF), tl.arange(0, BLOCK_P)
+    dy = load_tile(dy_ptr, columns, p, dy_l, dy_p, left, P)
+    products = product(x, tl.trans(dy), None, PRECISION)
+    decay = bounded_exp2(tl.load(totals_ptr + columns)[None, :] - total[:, None])
+    weights = decay * tl.load(scores_ptr + columns[None, :] * Q)
+    flow = products * weights
+    tl.store(read_ptr + columns, tl.sum(flow * dt[:, None], 0))
+    dx = product((weights * dt[:, None]).to(x.dtype), dy, dx, PRECISION)
+    return dscores + products * decay * dt[:, None], written + tl.sum(flow, 1), dx
+
+
+@triton.jit
 def input_gradients_kernel(
     x_ptr, dy_ptr, B_ptr, D_ptr, scores_ptr, decays_ptr, after_ptr,
-    dx_ptr, dD_ptr, dscores_ptr, by_token_ptr, by_part_ptr,
+    dx_ptr, dD_ptr, dscores_ptr, by_token_ptr,
     length, heads, per_group, chunks, splits, heads_each,
     x_b, x_l, x_h, x_p, dy_b, dy_l, dy_h, dy_p, B_b, B_l, B_g, B_n, D_h, D_p,
     HAS_D: tl.constexpr, P: tl.constexpr, N: tl.constexpr, Q: tl.constexpr, R: tl.constexpr, BLOCK_P: tl.constexpr,
@@ -52,63 +69,66 @@ def input_gradients_kernel(
     """
     part, chunk, b, group, begin, end = place(heads, per_group, chunks, splits, heads_each, Q // R)
     rows, p, n = tl.arange(0, R), tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_N)
+    HALF: tl.constexpr = R // 2
     first = chunk.to(tl.int64) * Q
     mine = first + part * R
     left = length - chunk * Q - part * R
     dtype = dx_ptr.dtype.element_ty
     B_rn = load_tile(B_ptr + b * B_b + mine * B_l + group * B_g, rows, n, B_l, B_n, left, N).to(dtype)
-    square = scores_ptr + ((b * chunks + chunk) * (heads // per_group) + group) * (Q * Q) + part * R
-    square += rows[:, None] + rows[None, :] * Q
-    dscores = tl.zeros((R, R), tl.float32)
-    later_dscores = tl.zeros((R, R), tl.float32)
+    square = scores_ptr + ((b * chunks + chunk) * (heads // per_group) + group) * (Q * Q) + part * (R * Q + R)
+    square += rows[:, None]
+    ds_0, ds_1 = tl.zeros((R, HALF), tl.float32), tl.zeros((R, HALF), tl.float32)
+    ds_2, ds_3 = tl.zeros((R, HALF), tl.float32), tl.zeros((R, HALF), tl.float32)
     for head in tl.range(begin, end, disable_licm=True):
         h = tl.cast(head, tl.int64)
         place_of_head = (b * heads + h) * chunks + chunk
-        decays = decays_ptr + place_of_head * (PLANES * Q) + part * R + rows
-        dt, total = tl.load(decays + DT * Q), tl.load(decays + TOTAL * Q)
-        by_token = by_token_ptr + place_of_head * (3 * Q) + part * R + rows
+        decays = decays_ptr + place_of_head * (PLANES * Q) + part * R
+        dt, total = tl.load(decays + DT * Q + rows), tl.load(decays + TOTAL * Q + rows)
+        by_token = by_token_ptr + place_of_head * (4 * Q) + part * R
         x = load_tile(x_ptr + b * x_b + mine * x_l + h * x_h, rows, p, x_l, x_p, left, P)
-        gradients = dy_ptr + b * dy_b + h * dy_h
-        dy = load_tile(gradients + mine * dy_l, rows, p, dy_l, dy_p, left, P)
-
+        dy = dy_ptr + b * dy_b + h * dy_h + mine * dy_l
         after = load_tile(after_ptr + ((b * chunks + chunk) * heads + h) * (P * N), n, p, 1, N, N, P)
-        back = product(B_rn, after, None, PRECISION) * tl.load(decays + TO_END * Q)[:, None]
+        back = product(B_rn, after, None, PRECISION) * tl.load(decays + TO_END * Q + rows)[:, None]
         written = tl.sum(back * x.to(tl.float32), 1)
-        tl.store(by_part_ptr + place_of_head * (Q // R) + part, tl.sum(written * dt))
+        tl.store(by_token + 3 * Q + rows, written)
         dx = back * dt[:, None]
-        if HAS_D:
-            dx += tl.load(D_ptr + h * D_h + p * D_p, mask=p < P, other=0.0)[None, :] * dy.to(tl.float32)
-            dD = dD_ptr + (((b * chunks + chunk) * (Q // R) + part) * heads + h) * P + p
-            tl.store(dD, tl.sum(x.to(tl.float32) * dy.to(tl.float32), 0), mask=p < P)
-
-        products = product(x, tl.trans(dy), None, PRECISION)
-        decay = bounded_exp2(tl.load(decays + TOTAL * Q)[None, :] - total[:, None])
-        weights = decay * tl.load(square + part * R * Q)
-        dscores += products * decay * dt[:, None]
-        flow = products * weights
-        written += tl.sum(flow, 1)
-        tl.store(by_token + Q, tl.sum(flow * dt[:, None], 0))
-        dx = product((weights * dt[:, None]).to(dtype), dy, dx, PRECISION)
+        totals = decays + TOTAL * Q
+        ds_0, written, dx = read_by(
+            ds_0, written, dx, 0, x, dt, total, dy, totals, square, by_token + Q, dy_l, dy_p, left, P, Q, BLOCK_P,
+            HALF, PRECISION,
+        )  # fmt: skip
+        ds_1, written, dx = read_by(
+            ds_1, written, dx, HALF, x, dt, total, dy, totals, square, by_token + Q,
+            dy_l, dy_p, left, P, Q, BLOCK_P, HALF, PRECISION,
+        )  # fmt: skip
         if Q > R:
             if part == 0:
-                dy_later = load_tile(gradients + (first + R) * dy_l, rows, p, dy_l, dy_p, left - R, P)
-                products = product(x, tl.trans(dy_later), None, PRECISION)
-                decay = bounded_exp2(tl.load(decays + TOTAL * Q + R)[None, :] - total[:, None])
-                weights = decay * tl.load(square + R * Q)
-                later_dscores += products * decay * dt[:, None]
-                flow = products * weights
-                written += tl.sum(flow, 1)
-                tl.store(by_token + 2 * Q + R, tl.sum(flow * dt[:, None], 0))
-                dx = product((weights * dt[:, None]).to(dtype), dy_later, dx, PRECISION)
-        tl.store(by_token, written)
+                ds_2, written, dx = read_by(
+                    ds_2, written, dx, R, x, dt, total, dy, totals, square, by_token + 2 * Q,
+                    dy_l, dy_p, left, P, Q, BLOCK_P, HALF, PRECISION,
+                )  # fmt: skip
+                ds_3, written, dx = read_by(
+                    ds_3, written, dx, R + HALF, x, dt, total, dy, totals, square, by_token + 2 * Q,
+                    dy_l, dy_p, left, P, Q, BLOCK_P, HALF, PRECISION,
+                )  # fmt: skip
+        if HAS_D:
+            direct = load_tile(dy, rows, p, dy_l, dy_p, left, P).to(tl.float32)
+            dx += tl.load(D_ptr + h * D_h + p * D_p, mask=p < P, other=0.0)[None, :] * direct
+            x = load_tile(x_ptr + b * x_b + mine * x_l + h * x_h, rows, p, x_l, x_p, left, P)
+            dD = dD_ptr + (((b * chunks + chunk) * (Q // R) + part) * heads + h) * P + p
+            tl.store(dD, tl.sum(x.to(tl.float32) * direct, 0), mask=p < P)
+        tl.store(by_token + rows, written)
         out = dx_ptr + ((b * length + mine) * heads + h) * P + rows[:, None] * (heads * P) + p[None, :]
         tl.store(out, dx.to(dtype), mask=(rows[:, None] < left) & (p[None, :] < P))
     # (programs / parts, Q, Q): what a half cannot reach is not written.
-    square = dscores_ptr + (tl.program_id(0) // (Q // R)).to(tl.int64) * (Q * Q) + part * (R * Q)
-    square += rows[:, None] * Q + rows[None, :]
-    tl.store(square + part * R, dscores)
+    square = dscores_ptr + (tl.program_id(0) // (Q // R)).to(tl.int64) * (Q * Q) + part * (R * Q + R)
+    square += rows[:, None] * Q + tl.arange(0, HALF)[None, :]
+    tl.store(square, ds_0)
+    tl.store(square + HALF, ds_1)
     if Q > R:
-        tl.store(square + R, later_dscores, mask=(rows[:, None] >= 0) & (part == 0))
+        first_half = (rows[:, None] >= 0) & (part == 0)
+        tl.store(square + R, ds_2, mask=first_half)
+        tl.store(square + R + HALF, ds_3, mask=first_half)
 
 
 @triton.jit
@@ -171,7 +191,7 @@ def map_gradients_kernel(
 
 @triton.jit
 def decay_gradients_kernel(
-    dt_ptr, A_ptr, bias_ptr, decays_ptr, by_token_ptr, by_part_ptr, read_ptr, passed_ptr, ddt_ptr, dA_ptr, dbias_ptr,
+    dt_ptr, A_ptr, bias_ptr, decays_ptr, by_token_ptr, read_ptr, passed_ptr, ddt_ptr, dA_ptr, dbias_ptr,
     length, heads, chunks, low, high, dt_b, dt_l, dt_h,
     SOFTPLUS: tl.constexpr, HAS_BIAS: tl.constexpr, Q: tl.constexpr, R: tl.constexpr, READ_BLOCKS: tl.constexpr,
     PASSED_BLOCKS: tl.constexpr, BLOCK_H: tl.constexpr,
@@ -184,13 +204,12 @@ def decay_gradients_kernel(
     inside = (rows[:, None] < left) & there[None, :]
     place_of_head = (b * heads + h).to(tl.int64) * chunks + chunk
     dt = tl.load(decays_ptr + (place_of_head * (PLANES * Q) + DT * Q)[None, :] + rows[:, None], mask=inside, other=0.0)
-    by_token = by_token_ptr + (place_of_head * (3 * Q))[None, :] + rows[:, None]
+    by_token = by_token_ptr + (place_of_head * (4 * Q))[None, :] + rows[:, None]
     written = tl.load(by_token, mask=inside, other=0.0)
     read = tl.load(by_token + Q, mask=inside, other=0.0)
-    through = tl.load(by_part_ptr + place_of_head * (Q // R), mask=there, other=0.0)
+    through = tl.sum(dt * tl.load(by_token + 3 * Q, mask=inside, other=0.0), 0)
     if Q > R:
         read += tl.load(by_token + 2 * Q, mask=inside & (rows[:, None] >= R), other=0.0)
-        through += tl.load(by_part_ptr + place_of_head * 2 + 1, mask=there, other=0.0)
     for i in tl.static_range(READ_BLOCKS):
         state_read = read_ptr + ((place_of_head * READ_BLOCKS + i) * Q)[None, :] + rows[:, None]
         read += tl.load(state_read, mask=inside, other=0.0)
@@ -247,16 +266,15 @@ class InputGradients(NamedTuple):
         dx: (B, L, H, P).
         dD: By part of a chunk, (B * c * Q / R, H, P), or None.
         dscores: Of B C^T by split (B, c, G, s, Q, Q), the later token in columns; anything where it is not the later.
-        by_token: Sums of F over the readers of a token, without its step size; over what it reads; and over what it
-            reads in the first half of a chunk, where it is in the second (B, H, c, 3, Q).
-        by_part: What the tokens of a part write to the state after the chunk (B, H, c, Q / R).
+        by_token: Sums of F over the readers of a token and the state after the chunk, without its step size; over what
+            it reads; over what it reads in the first half of a chunk, where it is in the second; and the first sum's
+            share of the state (B, H, c, 4, Q).
     """
 
     dx: Tensor
     dD: Tensor | None
     dscores: Tensor
     by_token: Tensor
-    by_part: Tensor
 
 
 def input_gradients(
@@ -271,11 +289,10 @@ def input_gradients(
         x.new_empty(x.shape),
         None if D is None else decays.new_empty(batch * chunks * parts, heads, shape.width),
         decays.new_empty(batch, chunks, shape.groups, splits, chunk, chunk),
-        decays.new_empty(batch, heads, chunks, 3, chunk),
-        decays.new_empty(batch, heads, chunks, parts),
+        decays.new_empty(batch, heads, chunks, 4, chunk),
     )
     input_gradients_kernel[(shape.programs(splits),)](
-        x, dy, B, D, scores, decays, after, found.dx, found.dD, found.dscores, found.by_token, found.by_part,
+        x, dy, B, D, scores, decays, after, found.dx, found.dD, found.dscores, found.by_token,
         shape.length, heads, heads // shape.groups, chunks, splits, heads_each, *x.stride(), *dy.stride(),
         *B.stride(), *((0, 0) if D is None else D.stride()), HAS_D=D is not None, R=shape.part, **shape.constants,
         **options,
@@ -333,7 +350,7 @@ def decay_gradients(
     dbias = None if dt_bias is None else torch.empty_like(dA)
     grid = (shape.batch * shape.chunks, triton.cdiv(shape.heads, options["BLOCK_H"]))
     decay_gradients_kernel[grid](
-        dt, A, dt_bias, decays, found.by_token, found.by_part, read, passed, ddt, dA, dbias, shape.length, shape.heads,
+        dt, A, dt_bias, decays, found.by_token, read, passed, ddt, dA, dbias, shape.length, shape.heads,
         shape.chunks, *limit, *dt.stride(), SOFTPLUS=softplus, HAS_BIAS=dt_bias is not None, Q=shape.chunk,
         R=shape.part, READ_BLOCKS=read.shape[3], PASSED_BLOCKS=passed.shape[3], **options,
     )  # fmt: skip
