@@ -116,9 +116,42 @@ TABLE: dict[str, tuple[Row, ...]] = {
         Row(Configuration({"BLOCK_Q": 64, "BLOCK_N": 64}, 8, 1), itemsize=2),
         Row(Configuration({"BLOCK_Q": 32, "BLOCK_N": 32}, 4, 1)),
     ),
-    # selective_scan
-    # causal_conv1d
-    # rms_norm
+    # the size is that of heads in all sequences
+    "ssd/step": (
+        Row(Configuration({"BLOCK_P": 4}, num_warps=1), up_to=512),
+        Row(Configuration({"BLOCK_P": 16}, num_warps=2)),
+    ),
+    # selective_scan: the size is the number of channels
+    "selective_scan/ends": (Row(Configuration({"BLOCK_D": 64, "T": 4}, num_warps=1)),),
+    "selective_scan/forward": (Row(Configuration({"BLOCK_D": 64, "T": 4}, num_warps=1)),),
+    "selective_scan/backward": (
+        Row(Configuration({"BLOCK_D": 32, "T": 4, "BY_DOT": 0}), architectures=(INTERPRETER,)),
+        Row(Configuration({"BLOCK_D": 64, "T": 8, "BY_DOT": 0}, num_warps=1), architectures=("gfx942",), itemsize=2),
+        Row(Configuration({"BLOCK_D": 64, "T": 2, "BY_DOT": 0}, num_warps=1), architectures=("gfx942",)),
+        Row(
+            Configuration({"BLOCK_D": 32, "T": 16, "BY_DOT": 1}, num_warps=1),
+            architectures=("sm_90", "sm_100"),
+            itemsize=2,
+        ),
+        Row(Configuration({"BLOCK_D": 32, "T": 16, "BY_DOT": 0}, num_warps=1)),
+    ),
+    "selective_scan/step": (Row(Configuration({"BLOCK_D": 16}, num_warps=1)),),
+    # causal_conv1d: the size is the number of channels
+    "causal_conv1d/forward": (
+        Row(Configuration({"BLOCK_L": 8, "BLOCK_D": 256}, num_warps=2), itemsize=2),
+        Row(Configuration({"BLOCK_L": 16, "BLOCK_D": 128})),
+    ),
+    "causal_conv1d/backward": (
+        Row(Configuration({"SPAN": 32, "BLOCK_D": 256}), architectures=(INTERPRETER,)),
+        Row(Configuration({"SPAN": 64, "BLOCK_D": 256}, num_warps=2)),
+    ),
+    "causal_conv1d/step": (Row(Configuration({"BLOCK_D": 64}, num_warps=1)),),
+    # rms_norm: the size is the number of features of a group
+    "rms_norm/forward": (Row(Configuration({"ROWS": 1}, num_warps=16)),),
+    "rms_norm/backward": (
+        Row(Configuration({"ROWS": 2, "WAVES": 1}, num_warps=16), up_to=4096),
+        Row(Configuration({"ROWS": 1, "WAVES": 2}, num_warps=8)),
+    ),
     # signs and binary_linear
     # distillation_loss: the size is the vocabulary's
     "distillation_loss/rows": (

@@ -17,6 +17,8 @@ from bimamba_lit.kernels.causal_conv1d.naive import document_numbers
 from bimamba_lit.kernels.configurations import TABLE, CompileCase, architecture
 from bimamba_lit.kernels.ssd import parallel, triton_backward, triton_forward
 from bimamba_lit.kernels.ssd.triton_forward import Shape, block, readable
+from bimamba_lit.kernels.ssd.triton_step import compile_step
+from bimamba_lit.kernels.ssd.triton_step import ssd_step as ssd_step
 
 DIFFERENTIABLE = ("x", "dt", "A", "B", "C", "D", "z", "dt_bias", "initial_states")
 WIDEST = 128  # head that a program takes
@@ -258,4 +260,6 @@ def compile_cases() -> list[CompileCase]:
         case("fp16 wide", torch.float16, 128, 256, optional=True),
         case("bf16 odd", bf16, 40, 24, groups=3),
         case("fp32", fp32, 64, 128, optional=True),
+        CompileCase("step", lambda: compile_step(1)),
+        CompileCase("step of many", lambda: compile_step(8)),
     ]

@@ -1,0 +1,184 @@
+"""Gated RMS norm in Triton, as operations that torch.compile and autograd know.
+
+A program takes whole groups of features, so a mean is taken without leaving it; the backward pass computes the gate and
+the normed values again, and keeps one number a token and group. The gradient of the gains is summed by as many programs
+as fill the device, and these sums are added afterwards in a fixed order.
+
+Legend: T tokens, D features, G groups.
+"""
+
+import math
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from bimamba_lit.kernels.causal_conv1d.naive import accumulator
+from bimamba_lit.kernels.configurations import CompileCase, configuration, multiprocessors
+from bimamba_lit.kernels.pointwise import sigmoid, silu_slope
+
+
+def rms_norm(x: Tensor, weight: Tensor, z: Tensor | None = None, eps: float = 1e-5, groups: int = 1) -> Tensor:
+    """Compute what `naive.rms_norm` computes."""
+    x_TD = x.reshape(-1, x.shape[-1])
+    y: Tensor = _norm(x_TD, weight, None if z is None else z.reshape(x_TD.shape), eps, groups)[0]
+    return y.view(x.shape)
+
+
+@triton.jit
+def norm_forward(
+    x, weight, z, y, scale, tokens, width, eps, x_t, x_d, weight_d, z_t, z_d,
+    ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Write y (T, D) and the reciprocal root of the mean square (T, G)."""
+    dtype = scale.dtype.element_ty
+    group, groups = tl.program_id(1), tl.num_programs(1)
+    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
+    inside = tl.arange(0, BLOCK_D)[None, :]
+    feature = group * width + inside
+    real = (row < tokens) & (inside < width)
+    v = tl.load(x + row * x_t + feature * x_d, mask=real, other=0.0).to(dtype)
+    if z is not None:
+        gate = tl.load(z + row * z_t + feature * z_d, mask=real, other=0.0).to(dtype)
+        v *= gate * sigmoid(gate)
+    size = tl.sum(v * v, axis=1)[:, None] / width
+    factor = 1.0 / tl.sqrt(size + eps)
+    gain = tl.load(weight + feature * weight_d, mask=inside < width, other=0.0).to(dtype)
+    tl.store(y + row * (width * groups) + feature, (v * factor * gain).to(y.dtype.element_ty), mask=real)
+    tl.store(scale + row * groups + group, factor, mask=row < tokens)
+
+
+@triton.jit
+def norm_backward(
+    x, weight, z, gy, scale, gx, gz, gw, tokens, width, x_t, x_d, weight_d, z_t, z_d, gy_t, gy_d,
+    ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Write the gradients of x and z (T, D) and a part of the gains' (programs, D)."""
+    dtype = scale.dtype.element_ty
+    group, groups = tl.program_id(1), tl.num_programs(1)
+    inside = tl.arange(0, BLOCK_D)[None, :]
+    feature = group * width + inside
+    gain = tl.load(weight + feature * weight_d, mask=inside < width, other=0.0).to(dtype)
+    g_gain = tl.zeros((ROWS, BLOCK_D), dtype)
+    for first in range(tl.program_id(0) * ROWS, tokens, tl.num_programs(0) * ROWS):
+        row = (first + tl.arange(0, ROWS)).to(tl.int64)[:, None]
+        real = (row < tokens) & (inside < width)
+        value = tl.load(x + row * x_t + feature * x_d, mask=real, other=0.0).to(dtype)
+        g = tl.load(gy + row * gy_t + feature * gy_d, mask=real, other=0.0).to(dtype)
+        factor = tl.load(scale + row * groups + group, mask=row < tokens, other=0.0)
+        v = value
+        if z is not None:
+            gate = tl.load(z + row * z_t + feature * z_d, mask=real, other=0.0).to(dtype)
+            v = value * gate * sigmoid(gate)
+        normal = v * factor
+        g_gain += g * normal
+        g *= gain
+        g = factor * (g - normal * (tl.sum(g * normal, axis=1)[:, None] / width))
+        at = row * (width * groups) + feature
+        if z is not None:
+            tl.store(gz + at, (g * value * silu_slope(gate)).to(gz.dtype.element_ty), mask=real)
+            g *= gate * sigmoid(gate)
+        tl.store(gx + at, g.to(gx.dtype.element_ty), mask=real)
+    total = tl.sum(g_gain, axis=0)[None, :]
+    tl.store(gw + tl.program_id(0) * (width * groups) + feature, total, mask=inside < width)
+
+
+def _strides(t: Tensor | None) -> tuple[int, int]:
+    return (0, 0) if t is None else (t.stride(0), t.stride(1))
+
+
+@torch.library.custom_op("bimamba_lit::rms_norm", mutates_args=())
+def _norm(x: Tensor, weight: Tensor, z: Tensor | None, eps: float, groups: int) -> tuple[Tensor, Tensor]:
+    return _forward(x, weight, z, eps, groups)
+
+
+@_norm.register_fake
+def _(x, weight, z, eps, groups):
+    return _outputs(x, groups)
+
+
+def _outputs(x: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    return y, x.new_empty(x.shape[0], groups, dtype=accumulator(x))
+
+
+def _launch(kernel: str, x: Tensor, width: int) -> dict[str, int]:
+    return {"BLOCK_D": triton.next_power_of_2(width), **configuration(kernel, x.dtype, width, x.device).launch()}
+
+
+def _forward(x: Tensor, weight: Tensor, z: Tensor | None, eps: float, groups: int) -> tuple[Tensor, Tensor]:
+    tokens, width = x.shape[0], x.shape[1] // groups
+    y, scale = _outputs(x, groups)
+    if tokens:
+        launch = _launch("rms_norm/forward", x, width)
+        norm_forward[(math.ceil(tokens / launch["ROWS"]), groups)](
+            x, weight, z, y, scale, tokens, width, eps, *x.stride(), *weight.stride(), *_strides(z), **launch
+        )
+    return y, scale
+
+
+@torch.library.custom_op("bimamba_lit::rms_norm_backward", mutates_args=())
+def _norm_backward(
+    gy: Tensor, x: Tensor, weight: Tensor, z: Tensor | None, scale: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _backward(gy, x, weight, z, scale)
+
+
+@_norm_backward.register_fake
+def _(gy, x, weight, z, scale):
+    gx, gz = _gradient_outputs(x, z)
+    return gx, gz, torch.empty_like(weight, dtype=scale.dtype)
+
+
+def _gradient_outputs(x: Tensor, z: Tensor | None) -> tuple[Tensor, Tensor]:
+    gx = torch.empty_like(x, memory_format=torch.contiguous_format)
+    return gx, x.new_empty(0) if z is None else torch.empty_like(z, memory_format=torch.contiguous_format)
+
+
+def _backward(gy: Tensor, x: Tensor, weight: Tensor, z: Tensor | None, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    tokens, groups = scale.shape
+    width = x.shape[1] // groups
+    launch = _launch("rms_norm/backward", x, width)
+    programs = min(max(1, math.ceil(tokens / launch["ROWS"])), launch.pop("WAVES") * multiprocessors(x.device))
+    gx, gz = _gradient_outputs(x, z)
+    gw = x.new_empty(programs, x.shape[1], dtype=scale.dtype)
+    norm_backward[(programs, groups)](
+        x, weight, z, gy, scale, gx, gz, gw, tokens, width, *x.stride(), *weight.stride(), *_strides(z), *gy.stride(),
+        **launch,
+    )  # fmt: skip
+    return gx, gz, gw.sum(0)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, weight, z, _, _ = inputs
+    ctx.save_for_backward(x, weight, z, output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _gradients(ctx: Any, gy: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    x, weight, z, scale = ctx.saved_tensors
+    if gy is None:
+        return None, None, None, None, None
+    gx, gz, gw = _norm_backward(gy, x, weight, z, scale)
+    return gx, gw.to(weight.dtype), None if z is None else gz, None, None
+
+
+_norm.register_autograd(_gradients, setup_context=_setup)
+
+
+def compile_cases() -> list[CompileCase]:
+    """Return the calls by which the kernels are compiled without a GPU."""
+
+    def both(features: int, dtype: torch.dtype, gated: bool) -> None:
+        x = torch.empty(16384, features, dtype=dtype, device="meta")
+        weight = torch.empty(features, dtype=torch.float32, device="meta")
+        z = torch.empty(16384, 2 * features, dtype=dtype, device="meta")[:, features:] if gated else None
+        y, scale = _forward(x, weight, z, 1e-5, 1)
+        _backward(y, x, weight, z, scale)
+
+    return [
+        CompileCase("gated bf16", lambda: both(5120, torch.bfloat16, True), representative=True),
+        CompileCase("fp32", lambda: both(2560, torch.float32, False)),
+    ]
