@@ -25,6 +25,7 @@ from torch import Tensor
 
 from bimamba_lit.kernels.binary_linear import chunked as chunked_linear
 from bimamba_lit.kernels.binary_linear import naive as naive_linear
+from bimamba_lit.kernels.binary_weight import naive as naive_weight
 from bimamba_lit.kernels.causal_conv1d import chunked as chunked_conv
 from bimamba_lit.kernels.causal_conv1d import naive as naive_conv
 from bimamba_lit.kernels.causal_conv1d import parallel as parallel_conv
@@ -43,6 +44,7 @@ from bimamba_lit.kernels.ssd import parallel as parallel_ssd
 Op = TypeVar("Op", bound=Callable[..., Any])
 
 BACKENDS = ("auto", "naive", "chunked", "triton")
+STRAIGHT_THROUGH = ("identity", "clipped", "tanh", "bireal")
 DIVERGENCES = ("soft_ce", "forward_kl", "reverse_kl")
 
 
@@ -447,6 +449,7 @@ def binary_linear(
     out_shift: Tensor | None = None,
     bias: Tensor | None = None,
     *,
+    activation_bits: int | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """Multiply by packed signs with scales and shifts, each term optional.
@@ -465,36 +468,70 @@ def binary_linear(
         in_shift: (I,) or (1,).
         out_shift: (O,) or (1,).
         bias: (O,) or (1,).
+        activation_bits: 8 rounds ``in_scale * x`` to 255 equal steps from minus to plus its largest magnitude, token by
+            token, before the product with the signs, which is then exact; the gradient passes the rounding unchanged.
+            ``None`` leaves it as it is.
         backend: ``"auto"``, ``"naive"``, ``"chunked"`` or ``"triton"``.
 
     Returns:
-        y (..., O) in x's dtype; `x` and every term receive gradients.
+        y (..., O) in x's dtype; `x` and every term receive gradients. With 8-bit activations the error of the product
+        is at most ``max abs(in_scale x) / 254`` an input: 0.7% in root mean square for normally distributed inputs.
 
     Raises:
-        ValueError: If a shape, `in_features` or the backend is wrong.
+        ValueError: If a shape, `in_features`, `activation_bits` or the backend is wrong.
         TypeError: If `signs` is not uint8.
     """
     _check_signs(signs, in_features)
-    out_features = signs.shape[0]
     if x.ndim < 1 or x.shape[-1] != in_features:
         raise ValueError(f"x has shape {tuple(x.shape)}, but must be (..., I) = (..., {in_features}).")
-    for name, term, letter, count in (
-        ("in_scale", in_scale, "I", in_features),
-        ("out_scale", out_scale, "O", out_features),
-        ("in_shift", in_shift, "I", in_features),
-        ("out_shift", out_shift, "O", out_features),
-        ("bias", bias, "O", out_features),
-    ):
-        if term is not None and tuple(term.shape) not in ((count,), (1,)):
-            raise ValueError(f"{name} has shape {tuple(term.shape)}, but must be ({letter},) = ({count},) or (1,).")
-    if group_scale is not None:
-        _dimensions("group_scale", group_scale, "O G")
-        groups = group_scale.shape[1]
-        _shape("group_scale", group_scale, "O G", (out_features, groups))
-        if groups < 1 or in_features % groups:
-            raise ValueError(f"group_scale has {groups} groups, which must divide in_features = {in_features}.")
+    if activation_bits not in (None, 8):
+        raise ValueError(f"activation_bits is {activation_bits}, but must be None or 8.")
+    _check_terms(signs.shape[0], in_features, in_scale, out_scale, group_scale, in_shift, out_shift, bias)
     run = _pick(backend, x, naive_linear.binary_linear, chunked_linear.binary_linear)
-    return run(x, signs, in_features, in_scale, out_scale, group_scale, in_shift, out_shift, bias)
+    return run(x, signs, in_features, in_scale, out_scale, group_scale, in_shift, out_shift, bias, activation_bits)
+
+
+def binary_weight(
+    latent: Tensor,
+    straight_through: str = "identity",
+    in_scale: Tensor | None = None,
+    out_scale: Tensor | None = None,
+    group_scale: Tensor | None = None,
+    in_shift: Tensor | None = None,
+    out_shift: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+    *,
+    backend: str = "auto",
+) -> Tensor:
+    """Form the dense weight of a binary layer in training: signs of latent weights with scales and shifts.
+
+    ``weight[o, i] = out_scale[o] * group_scale[o, g(i)] * s[o, i] * in_scale[i] + out_shift[o] + in_shift[i]``, with
+    s = +1 where the latent weight is positive and -1 elsewhere: what `binary_linear` multiplies by.
+
+    Args:
+        latent: Latent weights (O, I), any float dtype.
+        straight_through: What stands in for the sign's derivative at a latent weight v: ``"identity"`` 1,
+            ``"clipped"`` 1 where abs(v) <= 1, else 0, ``"tanh"`` 1 - tanh(v)^2, ``"bireal"`` max(0, 2 - 2 abs(v)).
+        in_scale: (I,) or (1,).
+        out_scale: (O,) or (1,).
+        group_scale: (O, G), for G contiguous groups of I / G inputs.
+        in_shift: (I,) or (1,).
+        out_shift: (O,) or (1,).
+        dtype: Of the result, rounded once; by default that of `latent`.
+        backend: ``"auto"``, ``"naive"``, ``"chunked"`` or ``"triton"``.
+
+    Returns:
+        weight (O, I); `latent` and every term receive gradients.
+
+    Raises:
+        ValueError: If a shape, `straight_through` or the backend is wrong.
+    """
+    _dimensions("latent", latent, "O I")
+    if straight_through not in STRAIGHT_THROUGH:
+        raise ValueError(f"straight_through is {straight_through!r}, but must be one of {', '.join(STRAIGHT_THROUGH)}.")
+    _check_terms(latent.shape[0], latent.shape[1], in_scale, out_scale, group_scale, in_shift, out_shift, None)
+    run = _pick(backend, latent, naive_weight.binary_weight)
+    return run(latent, straight_through, in_scale, out_scale, group_scale, in_shift, out_shift, dtype)
 
 
 def distillation_loss(
@@ -679,3 +716,30 @@ def _check_signs(signs: Tensor, in_features: int) -> None:
         raise TypeError(f"signs has dtype {signs.dtype}, but must be torch.uint8.")
     _dimensions("signs", signs, "O ceil(I/8)")
     _shape("signs", signs, "O ceil(I/8)", (signs.shape[0], math.ceil(in_features / 8)))
+
+
+def _check_terms(
+    out_features: int,
+    in_features: int,
+    in_scale: Tensor | None,
+    out_scale: Tensor | None,
+    group_scale: Tensor | None,
+    in_shift: Tensor | None,
+    out_shift: Tensor | None,
+    bias: Tensor | None,
+) -> None:
+    for name, term, letter, count in (
+        ("in_scale", in_scale, "I", in_features),
+        ("out_scale", out_scale, "O", out_features),
+        ("in_shift", in_shift, "I", in_features),
+        ("out_shift", out_shift, "O", out_features),
+        ("bias", bias, "O", out_features),
+    ):
+        if term is not None and tuple(term.shape) not in ((count,), (1,)):
+            raise ValueError(f"{name} has shape {tuple(term.shape)}, but must be ({letter},) = ({count},) or (1,).")
+    if group_scale is not None:
+        _dimensions("group_scale", group_scale, "O G")
+        groups = group_scale.shape[1]
+        _shape("group_scale", group_scale, "O G", (out_features, groups))
+        if groups < 1 or in_features % groups:
+            raise ValueError(f"group_scale has {groups} groups, which must divide in_features = {in_features}.")

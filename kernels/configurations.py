@@ -152,7 +152,49 @@ TABLE: dict[str, tuple[Row, ...]] = {
         Row(Configuration({"ROWS": 2, "WAVES": 1}, num_warps=16), up_to=4096),
         Row(Configuration({"ROWS": 1, "WAVES": 2}, num_warps=8)),
     ),
-    # signs and binary_linear
+    # signs, binary_weight and binary_linear
+    "signs/pack": (
+        Row(Configuration({"ROWS": 4, "BYTES": 4}, num_warps=1), architectures=(INTERPRETER,)),
+        Row(Configuration({"ROWS": 4, "BYTES": 32}, num_warps=4)),
+    ),
+    "binary_weight/forward": (
+        Row(Configuration({"ROWS": 8, "COLUMNS": 16}, num_warps=1), architectures=(INTERPRETER,)),
+        Row(Configuration({"ROWS": 8, "COLUMNS": 256}, num_warps=4)),
+    ),
+    "binary_weight/unpack": (
+        Row(Configuration({"ROWS": 4, "BYTES": 2}, num_warps=1), architectures=(INTERPRETER,)),
+        Row(Configuration({"ROWS": 4, "BYTES": 64}, num_warps=4)),
+    ),
+    "binary_weight/backward": (
+        Row(Configuration({"ROWS": 8, "COLUMNS": 16}, num_warps=1), architectures=(INTERPRETER,)),
+        Row(Configuration({"ROWS": 32, "COLUMNS": 128}, num_warps=8)),
+    ),
+    "binary_linear/digits": (
+        Row(Configuration({"INPUTS": 128}, num_warps=1), architectures=(INTERPRETER,)),
+        Row(Configuration({"INPUTS": 4096}, num_warps=16)),
+    ),
+    "binary_linear/gemv_groups": (
+        Row(Configuration({"ROWS": 16, "PARTS": 1, "BYTES": 32}, num_warps=2), up_to=16),
+        Row(Configuration({"ROWS": 16, "PARTS": 1, "BYTES": 32}, num_warps=4)),
+    ),
+    "binary_linear/gemv": (
+        Row(Configuration({"ROWS": 16, "PARTS": 2, "BYTES": 32}, num_warps=1), architectures=(INTERPRETER, "gfx942")),
+        Row(Configuration({"ROWS": 32, "PARTS": 4, "BYTES": 64}, num_warps=4, num_stages=3)),
+    ),
+    "binary_linear/gemv_wide": (
+        Row(Configuration({"ROWS": 16, "PARTS": 1, "BYTES": 32}, num_warps=1), architectures=(INTERPRETER, "gfx942")),
+        Row(Configuration({"ROWS": 16, "PARTS": 4, "BYTES": 64}, num_warps=4, num_stages=3), up_to=16),
+        Row(Configuration({"ROWS": 16, "PARTS": 4, "BYTES": 32}, num_warps=4, num_stages=3)),
+    ),
+    "binary_linear/gemm8": (
+        Row(Configuration({"TOKENS": 16, "ROWS": 16, "INPUTS": 32, "NEAR": 2}), architectures=(INTERPRETER,)),
+        Row(Configuration({"TOKENS": 64, "ROWS": 64, "INPUTS": 64, "NEAR": 8}), architectures=("gfx942",)),
+        Row(
+            Configuration({"TOKENS": 128, "ROWS": 128, "INPUTS": 64, "NEAR": 8}, num_warps=8, num_stages=3),
+            architectures=("sm_80", "sm_120"),
+        ),
+        Row(Configuration({"TOKENS": 128, "ROWS": 128, "INPUTS": 128, "NEAR": 8}, num_warps=4, num_stages=3)),
+    ),
     # distillation_loss: the size is the vocabulary's
     "distillation_loss/rows": (
         Row(Configuration({"BLOCK": 32}), architectures=(INTERPRETER,)),

@@ -45,19 +45,26 @@ def binarize_(model: Model, scheme: Scheme, targets: Sequence[str] = TARGETS) ->
     return model
 
 
-def pack_(model: Model) -> Model:
+def pack_(model: Model, activation_bits: int | None = None) -> Model:
     """Replace every binary layer of ``model`` by its :class:`PackedLinear`, in place; outputs stay the same.
 
     Binary are the trained layers and those results of post-training schemes that are one sign a weight.
 
+    Args:
+        model: Any module with binary layers.
+        activation_bits: 8 for activations of 8 bits in the packed layers, whose outputs then differ by about a
+            percent; see :class:`PackedLinear`.
+
     Raises:
-        UserError: If the model has no binary layer to pack, or a post-training result holds more than one sign a
-            weight. The model is then as it was.
+        UserError: If the model has no binary layer to pack, a post-training result holds more than one sign a weight,
+            or ``activation_bits`` is neither None nor 8. The model is then as it was.
     """
     layers = {name: layer for name, layer in model.named_modules() if name and isinstance(layer, _UNPACKED)}
     if not layers:
         raise UserError("nothing to pack: the model has no BinaryLinear layer; call binarize_ first")
-    packed = {name: PackedLinear(layer).train(layer.training) for name, layer in layers.items()}
+    if activation_bits not in (None, 8):
+        raise UserError(f"activation_bits must be None or 8, not {activation_bits}")
+    packed = {name: PackedLinear(layer, activation_bits).train(layer.training) for name, layer in layers.items()}
     for name, layer in packed.items():
         model.set_submodule(name, layer)
     return model

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from bimamba_lit import ops
-from bimamba_lit.binarize.straight_through import StraightThrough, straight_through_sign
+from bimamba_lit.binarize.straight_through import StraightThrough
 from bimamba_lit.errors import UserError
+from bimamba_lit.kernels.binary_weight import naive
 from bimamba_lit.kernels.linear import FEW, linear
 
 TERMS = ("in_scale", "out_scale", "group_scale", "in_shift", "out_shift")
@@ -74,13 +75,17 @@ class BinaryLinear(nn.Linear, ABC):
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
         """The binary weight ``(O, I)``."""
-        return compose(straight_through_sign(self.centred(), self.straight_through), self.terms())
+        return self._weight_in(None)
+
+    def _weight_in(self, dtype: torch.dtype | None) -> Tensor:
+        terms: dict[str, Any] = {**self.terms()}
+        return ops.binary_weight(self.centred(), self.straight_through, dtype=dtype, **terms)
 
     def forward(self, x: Tensor) -> Tensor:
         """Multiply ``x`` ``(..., I)`` by the binary weight and add the bias: ``(..., O)``."""
         # Reading a text costs more than forming the weight, decoding a token far less.
         decodes = not (self.training or torch.is_grad_enabled()) and x.numel() <= FEW * self.in_features
-        return linear(x, self._kept_weight() if decodes else self.weight, self.bias)
+        return linear(x, self._kept_weight() if decodes else self._weight_in(_product_dtype(x)), self.bias)
 
     def train(self, mode: bool = True) -> "BinaryLinear":
         """Set training or evaluation mode; the weight kept while decoding is let go."""
@@ -122,6 +127,11 @@ def fingerprint(tensors: Iterable[Tensor]) -> tuple[Any, ...]:
     return tuple((id(t), t.data_ptr(), t._version, t.device, t.dtype) for t in tensors)
 
 
+def _product_dtype(x: Tensor) -> torch.dtype | None:
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+
+
 def no_decay(values: Tensor) -> nn.Parameter:
     """Return ``values`` as a fp32 parameter that weight decay leaves alone (Mamba's ``_no_weight_decay`` mark)."""
     parameter = nn.Parameter(values.detach().to(torch.float32).clone())
@@ -131,19 +141,7 @@ def no_decay(values: Tensor) -> nn.Parameter:
 
 def compose(signs: Tensor, terms: dict[str, Tensor]) -> Tensor:
     """Return the dense weight ``(O, I)`` that signs ``(O, I)`` and the terms of the formula stand for."""
-    weight = signs
-    if "group_scale" in terms:
-        groups = terms["group_scale"].shape[1]
-        weight = (weight.unflatten(1, (groups, -1)) * terms["group_scale"].unsqueeze(2)).flatten(1)
-    if "in_scale" in terms:
-        weight = weight * terms["in_scale"]
-    if "out_scale" in terms:
-        weight = weight * terms["out_scale"].unsqueeze(1)
-    if "in_shift" in terms:
-        weight = weight + terms["in_shift"]
-    if "out_shift" in terms:
-        weight = weight + terms["out_shift"].unsqueeze(1)
-    return weight
+    return naive.compose(signs, **terms)
 
 
 def storage(layer: Any) -> dict[str, int]:

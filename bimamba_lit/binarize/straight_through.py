@@ -1,36 +1,12 @@
-"""The sign function and the gradients that stand in for its own, which is zero almost everywhere.
+"""The sign function and the gradients that stand in for its own, which is zero almost everywhere."""
 
-Each is one ``torch.autograd.Function`` and not ``(b - x).detach() + x``: that idiom returns 0.0 where ``x`` is large
-enough to swallow ``b`` (``x = 1e8`` in fp32).
-"""
+from typing import Literal
 
-from typing import Any, Literal
-
-import torch
 from torch import Tensor
 
+from bimamba_lit.kernels.binary_weight import naive
+
 StraightThrough = Literal["identity", "clipped", "tanh", "bireal"]
-
-
-class _Sign(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, straight_through: StraightThrough) -> Tensor:
-        ctx.straight_through = straight_through
-        ctx.save_for_backward(*(() if straight_through == "identity" else (x,)))
-        return torch.where(x > 0, 1.0, -1.0).to(x.dtype)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        if ctx.straight_through == "identity":
-            return gradient, None
-        (x,) = ctx.saved_tensors
-        if ctx.straight_through == "clipped":
-            slope = (x.abs() <= 1).to(gradient.dtype)
-        elif ctx.straight_through == "tanh":
-            slope = 1 - x.tanh().square()
-        else:
-            slope = (2 - 2 * x.abs()).clamp(min=0)
-        return gradient * slope, None
 
 
 def straight_through_sign(x: Tensor, straight_through: StraightThrough = "identity") -> Tensor:
@@ -45,4 +21,4 @@ def straight_through_sign(x: Tensor, straight_through: StraightThrough = "identi
     Returns:
         Shape and dtype of ``x``.
     """
-    return _Sign.apply(x, straight_through)
+    return naive.straight_through_sign(x, straight_through)

@@ -8,11 +8,14 @@ from bimamba_lit.data.tokenizer import tokenizer_from_json
 from bimamba_lit.distill import find_checkpoint
 from bimamba_lit.errors import UserError
 from bimamba_lit.models.checkpoint import load_lm, load_tokenizer_json
+from bimamba_lit.models.deployed import deployed_
 from bimamba_lit.models.generate import generate
 
 
 def continue_text(path: str | Path, prompt: str, max_new_tokens: int, temperature: float, seed: int) -> str:
-    """Return ``prompt`` and what the model makes of it.
+    """Return ``prompt`` and what the model makes of it, on a GPU where there is one.
+
+    There, binary layers are packed and what stays in full precision is held in bfloat16.
 
     Args:
         path: A run folder, a checkpoint or a saved model's folder, with its tokenizer.
@@ -33,6 +36,8 @@ def continue_text(path: str | Path, prompt: str, max_new_tokens: int, temperatur
     if not ids:
         raise UserError("the prompt is empty: give at least one character to continue")
     lm = load_lm(checkpoint)
-    generator = torch.Generator().manual_seed(seed)
+    if torch.cuda.is_available():
+        lm = deployed_(lm).to("cuda")
+    generator = torch.Generator(lm.device).manual_seed(seed)
     out = generate(lm, torch.tensor([ids]), max_new_tokens, temperature, generator)
     return tokenizer.decode(out[0].tolist())

@@ -6,9 +6,11 @@ import torch
 from torch import Tensor
 
 from bimamba_lit.errors import UserError
+from bimamba_lit.models.cuda_graph import StepGraph
 from bimamba_lit.models.lm import MambaLM
 
 _PREFILL_TOKENS = 2048
+_WORTH_A_GRAPH = 8  # new tokens; recording a step costs about three of them
 
 
 @torch.no_grad()
@@ -51,7 +53,8 @@ def generate(
 def _continue(
     lm: MambaLM, ids: Tensor, max_new_tokens: int, temperature: float, generator: torch.Generator | None
 ) -> Tensor:
-    state, hidden = lm.init_state(ids.shape[0]), None
+    graph = StepGraph(lm, ids.shape[0]) if ids.is_cuda and max_new_tokens >= _WORTH_A_GRAPH else None
+    state, hidden = graph.state if graph else lm.init_state(ids.shape[0]), None
     # In pieces, so that a long prompt needs no more memory than a short one.
     for piece in ids.split(_PREFILL_TOKENS, dim=1):
         hidden, state = lm.backbone.prefill(piece, state)
@@ -59,11 +62,17 @@ def _continue(
     logits = lm.logits(hidden[:, -1])
     if not torch.isfinite(logits).all():
         raise UserError("the model's logits are not finite, so there is nothing to draw from; its training diverged")
+    if graph:
+        graph.read(state)
+        del state
     out = torch.cat([ids, ids.new_empty(ids.shape[0], max_new_tokens)], dim=1)
     for position in range(ids.shape[1], out.shape[1]):
         out[:, position] = token = _draw(logits, temperature, generator)
         if position + 1 < out.shape[1]:
-            logits, state = lm.step(token, state)
+            if graph:
+                logits = graph.step(token)
+            else:
+                logits, state = lm.step(token, state)
     return out
 
 

@@ -27,14 +27,15 @@ def binary_linear(
     in_shift: Tensor | None = None,
     out_shift: Tensor | None = None,
     bias: Tensor | None = None,
+    activation_bits: int | None = None,
 ) -> Tensor:
     """Compute what `naive.binary_linear` computes, which also serves while gradients are recorded."""
     terms = (in_scale, out_scale, group_scale, in_shift, out_shift, bias)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *terms)):
-        return naive.binary_linear(x, signs, in_features, *terms)
+        return naive.binary_linear(x, signs, in_features, *terms, activation_bits)
     wide = naive.accumulator(x)
     x_wide = x.to(wide)
-    scaled = x_wide if in_scale is None else x_wide * in_scale.to(wide)
+    scaled = naive.scaled_inputs(x_wide, in_scale, activation_bits)
     table = byte_table(wide, x.device)
     rows = max(BLOCK // max(in_features, 1), 32)
     products = []

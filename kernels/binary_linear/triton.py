@@ -1,0 +1,147 @@
+"""The packed linear layer on a GPU: the integer units for a few tokens, a dense weight and cuBLAS for many.
+
+The dense weight holds every term of the formula, so beyond the product there is one pass that writes it: 2 bytes a
+weight beside 2 M operations, a tenth of the product's time at 2,048 tokens.
+
+Legend: M tokens, O out features, I in features, G groups of I / G contiguous inputs.
+"""
+
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bimamba_lit.kernels.binary_linear import chunked, naive
+from bimamba_lit.kernels.binary_linear.triton_gemm8 import MULTIPLE, binary_gemm8
+from bimamba_lit.kernels.binary_linear.triton_gemv import binary_gemv
+from bimamba_lit.kernels.binary_weight.triton import Terms, dense_weight, weight_forward, weight_gradients
+from bimamba_lit.kernels.configurations import CompileCase
+
+MOST_COLUMNS = 32  # tokens times digits; beyond, the dense product is faster
+
+
+def binary_linear(
+    x: Tensor,
+    signs: Tensor,
+    in_features: int,
+    in_scale: Tensor | None = None,
+    out_scale: Tensor | None = None,
+    group_scale: Tensor | None = None,
+    in_shift: Tensor | None = None,
+    out_shift: Tensor | None = None,
+    bias: Tensor | None = None,
+    activation_bits: int | None = None,
+) -> Tensor:
+    """Compute what `naive.binary_linear` computes."""
+    terms = (in_scale, out_scale, group_scale, in_shift, out_shift, bias)
+    if x.dtype == torch.float64:
+        return chunked.binary_linear(x, signs, in_features, *terms, activation_bits)
+    device = x.device.type
+    given = x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
+    y = _op(given.reshape(-1, in_features), signs, in_features, *terms, activation_bits)
+    return y.view(*x.shape[:-1], signs.shape[0]).to(x.dtype)
+
+
+@torch.library.custom_op("bimamba_lit::binary_linear", mutates_args=())
+def _op(
+    x: Tensor,
+    signs: Tensor,
+    in_features: int,
+    in_scale: Tensor | None,
+    out_scale: Tensor | None,
+    group_scale: Tensor | None,
+    in_shift: Tensor | None,
+    out_shift: Tensor | None,
+    bias: Tensor | None,
+    activation_bits: int | None,
+) -> Tensor:
+    return linear_forward(
+        x, signs, in_features, (in_scale, out_scale, group_scale, in_shift, out_shift), bias, activation_bits
+    )
+
+
+@_op.register_fake
+def _(x: Tensor, signs: Tensor, *rest: Any) -> Tensor:
+    return x.new_empty(x.shape[0], signs.shape[0])
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, signs, ctx.in_features, *terms, _ = inputs
+    ctx.save_for_backward(x, signs, *terms)
+
+
+def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    x, signs, *terms, bias = ctx.saved_tensors
+    wanted = ctx.needs_input_grad
+    to_x = gradient @ dense_weight(signs, ctx.in_features, tuple(terms), x.dtype) if wanted[0] else None
+    to_terms: list[Tensor | None] = [None] * 5
+    if any(wanted[3:8]):
+        to_terms = weight_gradients(gradient.t() @ x, signs, terms)[1:]
+    to_bias = None
+    if wanted[8]:
+        to_bias = gradient.float().sum(0)
+        to_bias = (to_bias if bias.shape == to_bias.shape else to_bias.sum().reshape(1)).to(bias.dtype)
+    return to_x, None, None, *to_terms, to_bias, None
+
+
+_op.register_autograd(_backward, setup_context=_setup)
+
+
+def linear_forward(
+    x: Tensor,
+    signs: Tensor,
+    in_features: int,
+    terms: Terms,
+    bias: Tensor | None,
+    activation_bits: int | None,
+) -> Tensor:
+    """Map x (M, I) to (M, O), by the faster of the two ways."""
+    if x.shape[0] == 0 or signs.shape[0] == 0:
+        return x.new_empty(x.shape[0], signs.shape[0])
+    in_scale, out_scale, group_scale, in_shift, out_shift = terms
+    groups = 1 if group_scale is None else group_scale.shape[1]
+    digits = 1 if activation_bits == 8 else (4 if x.dtype == torch.float32 else 2)
+    if x.shape[0] * digits <= MOST_COLUMNS and (groups == 1 or in_features // groups % 8 == 0):
+        return binary_gemv(x, signs, in_features, digits, terms, bias)
+    if activation_bits is None:
+        weight = weight_forward(signs, in_features, terms, x.dtype)
+        return F.linear(x, weight, None if bias is None else bias.to(x.dtype).expand(signs.shape[0]))
+    if group_scale is None and in_features % MULTIPLE == 0:
+        return binary_gemm8(x, signs, in_features, terms, bias)
+    # Whole numbers up to 127 are exact in 16 bits.
+    weight = weight_forward(signs, in_features, (None, None, group_scale, None, None), x.dtype)
+    x_wide = x.float()
+    numbers, step = naive.eight_bits(naive.scaled_inputs(x_wide, in_scale, None))
+    y = F.linear(numbers.to(x.dtype), weight).float() * step
+    return naive.add_terms(y, x_wide, out_scale, in_shift, out_shift, bias).to(x.dtype)
+
+
+def compile_cases() -> list[CompileCase]:
+    """Return calls that launch every kernel of this folder; see `CompileCase`."""
+
+    def call(
+        tokens: int, out_features: int, in_features: int, dtype: torch.dtype, groups: int, bits: int | None
+    ) -> None:
+        def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+            return torch.empty(*shape, dtype=dtype, device="meta")
+
+        signs = empty(out_features, -(-in_features // 8), dtype=torch.uint8)
+        group_scale = empty(out_features, groups) if groups > 1 else None
+        terms = (empty(in_features), empty(out_features), group_scale, empty(in_features), empty(1))
+        linear_forward(empty(tokens, in_features, dtype=dtype), signs, in_features, terms, empty(out_features), bits)
+
+    bf16, fp32 = torch.bfloat16, torch.float32
+    return [
+        CompileCase("one token bf16", partial(call, 1, 10576, 2560, bf16, 1, None), representative=True),
+        CompileCase("one token bf16 8-bit", partial(call, 1, 8192, 8192, bf16, 1, 8)),
+        CompileCase("one token fp32 groups", partial(call, 1, 2560, 5120, fp32, 40, None)),
+        CompileCase("one token odd", partial(call, 1, 1001, 2051, bf16, 1, None)),
+        CompileCase("8 tokens bf16", partial(call, 8, 2560, 5120, bf16, 1, None)),
+        CompileCase("16 tokens bf16", partial(call, 16, 2560, 5120, bf16, 1, None)),
+        CompileCase("8 tokens fp32 groups", partial(call, 8, 2560, 5120, fp32, 40, None)),
+        CompileCase("2048 tokens bf16", partial(call, 2048, 10576, 2560, bf16, 1, None)),
+        CompileCase("2048 tokens bf16 8-bit", partial(call, 2048, 10576, 2560, bf16, 1, 8)),
+        CompileCase("300 tokens fp32 8-bit odd", partial(call, 300, 1001, 2048, fp32, 1, 8)),
+    ]

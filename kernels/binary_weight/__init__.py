@@ -1,0 +1,1 @@
+"""The dense weight that a binary layer multiplies by while it trains."""

@@ -1,0 +1,74 @@
+"""The dense weight of signs and the terms of the formula, and the straight-through gradient: the definition.
+
+Legend: O out features, I in features, G groups of I / G contiguous inputs.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def binary_weight(
+    latent: Tensor,
+    straight_through: str = "identity",
+    in_scale: Tensor | None = None,
+    out_scale: Tensor | None = None,
+    group_scale: Tensor | None = None,
+    in_shift: Tensor | None = None,
+    out_shift: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Return the weight (O, I) of the signs of `latent` (O, I), in `dtype` or else in that of the formula."""
+    signs = straight_through_sign(latent, straight_through)
+    weight = compose(signs, in_scale, out_scale, group_scale, in_shift, out_shift)
+    return weight if dtype is None else weight.to(dtype)
+
+
+def compose(
+    signs: Tensor,
+    in_scale: Tensor | None = None,
+    out_scale: Tensor | None = None,
+    group_scale: Tensor | None = None,
+    in_shift: Tensor | None = None,
+    out_shift: Tensor | None = None,
+) -> Tensor:
+    """Return the dense weight (O, I) that signs (O, I) and the terms of the formula stand for."""
+    weight = signs
+    if group_scale is not None:
+        weight = (weight.unflatten(1, (group_scale.shape[1], -1)) * group_scale.unsqueeze(2)).flatten(1)
+    if in_scale is not None:
+        weight = weight * in_scale
+    if out_scale is not None:
+        weight = weight * out_scale.unsqueeze(1)
+    if in_shift is not None:
+        weight = weight + in_shift
+    if out_shift is not None:
+        weight = weight + out_shift.unsqueeze(1)
+    return weight
+
+
+class _Sign(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, straight_through: str) -> Tensor:
+        ctx.straight_through = straight_through
+        ctx.save_for_backward(*(() if straight_through == "identity" else (x,)))
+        return torch.where(x > 0, 1.0, -1.0).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        if ctx.straight_through == "identity":
+            return gradient, None
+        (x,) = ctx.saved_tensors
+        if ctx.straight_through == "clipped":
+            slope = (x.abs() <= 1).to(gradient.dtype)
+        elif ctx.straight_through == "tanh":
+            slope = 1 - x.tanh().square()
+        else:
+            slope = (2 - 2 * x.abs()).clamp(min=0)
+        return gradient * slope, None
+
+
+def straight_through_sign(x: Tensor, straight_through: str = "identity") -> Tensor:
+    """Return +1 where x > 0 and -1 elsewhere, with the gradient that `straight_through` names."""
+    return _Sign.apply(x, straight_through)
