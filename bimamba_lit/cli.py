@@ -118,6 +118,64 @@ def _import(module: str) -> None:
         raise UserError(f"--import: {error}; give a module on PYTHONPATH, by its dotted name") from error
 
 
+def _evaluate_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--ckpt", required=True, help="a run folder, a checkpoint, or a saved model's folder")
+    parser.add_argument(
+        "--text", nargs="+", default=[], metavar="FILE", help="files, folders or patterns; each is a line of the table"
+    )
+    parser.add_argument("--context", type=int, default=2048, help="tokens of a window (default: %(default)s)")
+    parser.add_argument("--stride", type=int, help="tokens from one window to the next (default: the context)")
+    parser.add_argument("--max_tokens", type=int, help="only the first so many tokens of each text")
+    parser.add_argument("--column", default="text", help="the column of a table with the text (default: %(default)s)")
+    parser.add_argument("--document_end", metavar="LINE", help="a line that ends a document within a file")
+    parser.add_argument(
+        "--join_lines",
+        action="store_true",
+        help="for the joined perplexity, join lines instead of documents, as papers do with raw WikiText-2",
+    )
+    parser.add_argument(
+        "--tasks",
+        nargs="+",
+        default=[],
+        metavar="TASK",
+        help="piqa, winogrande, openbookqa, arc_easy, arc_challenge, boolq, hellaswag, or all that have a file",
+    )
+    parser.add_argument("--task_data", metavar="DIR", help="the folder with a file TASK*.jsonl for each task")
+    parser.add_argument("--limit", type=int, help="only the first so many questions of each task")
+    parser.add_argument("--batch_size", type=int, default=8, help="windows or answers at a time (default: %(default)s)")
+    parser.add_argument("--tokenizer", help="a tokenizer.json, a folder with one, or bytes (default: the model's own)")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: a GPU if there is one)")
+    parser.add_argument(
+        "--import", dest="module", metavar="MODULE", help="import a module first, one that defines the model's scheme"
+    )
+    parser.add_argument("--out", metavar="FILE", help="write the figures as JSON too")
+
+
+def _evaluate(chosen: argparse.Namespace) -> None:
+    if chosen.module is not None:
+        _import(chosen.module)
+    from bimamba_lit.data.source import Source
+    from bimamba_lit.eval.evaluate import evaluate, print_evaluation, write_evaluation
+    from bimamba_lit.eval.text import TextSettings
+
+    evaluation = evaluate(
+        chosen.ckpt,
+        [Source(text, column=chosen.column) for text in chosen.text],
+        TextSettings(
+            chosen.context, chosen.stride, chosen.max_tokens, chosen.document_end, chosen.join_lines, chosen.batch_size
+        ),
+        [name for some in chosen.tasks for name in some.split(",") if name],
+        None if chosen.task_data is None else Path(chosen.task_data).expanduser(),
+        chosen.limit,
+        chosen.tokenizer,
+        chosen.device,
+    )
+    print_evaluation(evaluation)
+    if chosen.out is not None:
+        write_evaluation(evaluation, Path(chosen.out))
+        print(f"Written: {chosen.out}")
+
+
 def _export_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ckpt", required=True, help="a run folder, a checkpoint, or a saved model's folder")
     parser.add_argument(
@@ -304,6 +362,7 @@ def _bench(chosen: argparse.Namespace) -> None:
 
 _COMMANDS = {
     "generate": ("continue a text with a trained model", _generate_arguments, _generate),
+    "evaluate": ("measure a model on texts and on zero-shot tasks, from local files", _evaluate_arguments, _evaluate),
     "export": ("write a trained model in the form that another program runs", _export_arguments, _export),
     "convert": ("read a model in any form and write it in another", _convert_arguments, _convert),
     "share": ("write a folder to share: the packed model and a card with its figures", _share_arguments, _share),

@@ -144,6 +144,34 @@ class EvalWindows(Dataset[dict[str, Tensor]]):
         return torch.from_numpy(np.pad(values, (0, self.context - len(values)), constant_values=filler))
 
 
+class SeparateWindows(Dataset[dict[str, Tensor]]):
+    """Windows of L ids one after another, each predicted from itself alone, as quantization papers evaluate.
+
+    A window predicts all its ids but the first, and a last partial window is dropped (GPTQ, arXiv 2210.17323, and those
+    that compare with it). Items are as those of `EvalWindows`; a document's first token counts like any other.
+
+    Args:
+        stream: A sized token stream of one document.
+        context: L, at least 2.
+    """
+
+    def __init__(self, stream: TokenStream, context: int) -> None:
+        self.stream = stream
+        self.context = context
+
+    def __len__(self) -> int:
+        return self.stream.length // self.context
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        window = slice(index * self.context, (index + 1) * self.context)
+        ids, sizes = (
+            torch.from_numpy(values[window].astype(np.int64)) for values in (self.stream.tokens, self.stream.sizes)
+        )
+        labels, label_bytes = torch.full_like(ids, IGNORED), torch.zeros_like(ids)
+        labels[:-1], label_bytes[:-1] = ids[1:], sizes[1:]
+        return {"input_ids": ids, "labels": labels, "label_bytes": label_bytes}
+
+
 class EpochOrder(StatefulDistributedSampler):
     """A rank's share of an order shuffled anew from seed and epoch, which resumes in the right epoch.
 

@@ -19,7 +19,7 @@ from bimamba_lit.data.source import Setting, as_sources, without_held_out
 from bimamba_lit.data.sources import HELD_OUT, Part, Span
 from bimamba_lit.data.stream import StreamBlocks
 from bimamba_lit.data.tokenizer import ByteTokenizer, SubwordTokenizer, load_tokenizer
-from bimamba_lit.data.tokens import TokenStream, token_stream
+from bimamba_lit.data.tokens import TokenStream, default_cache, token_stream
 from bimamba_lit.errors import UserError
 
 
@@ -287,9 +287,7 @@ class TextDataModule(LightningDataModule):
     def _cache(self) -> Path:
         if self.cache_dir is not None:
             return Path(self.cache_dir).expanduser()
-        from datasets import config
-
-        return Path(config.HF_DATASETS_CACHE) / "bimamba_lit"
+        return default_cache()
 
 
 def _tell(split: str, name: str, streams: list[TokenStream]) -> None:

@@ -21,6 +21,11 @@ def is_table(path: Path) -> bool:
     return _kind(path) in (*_JSON_LINES, ".parquet")
 
 
+def is_json_lines(path: Path) -> bool:
+    """Tell by a file's name whether it holds JSON lines, compressed or not."""
+    return _kind(path) in _JSON_LINES
+
+
 def _kind(path: Path) -> str:
     return Path(path.stem).suffix if path.suffix in _COMPRESSED else path.suffix
 
@@ -36,7 +41,7 @@ class FileRows:
 
     def texts(self, document_end: str | None) -> Iterator[tuple[str, bool]]:
         """Yield each row's text, a document; `document_end` means nothing here."""
-        rows = _json_lines(self.path, self.column) if _kind(self.path) in _JSON_LINES else _parquet(self)
+        rows = _json_lines(self.path, self.column) if is_json_lines(self.path) else _parquet(self)
         for text in islice(rows, self.start, self.stop):
             yield text, True
 
@@ -50,7 +55,7 @@ class FileRows:
 
     def count(self) -> int:
         """Return the number of rows of the file."""
-        if _kind(self.path) in _JSON_LINES:
+        if is_json_lines(self.path):
             return sum(1 for _ in _lines(self.path))
         return int(_open_parquet(self.path).metadata.num_rows)
 
@@ -131,7 +136,12 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
             raise UserError(f"cannot read {path}: {error}") from error
 
 
-def _json_lines(path: Path, column: str) -> Iterator[str]:
+def json_objects(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the objects of a file of JSON lines, compressed or not, each after where it stands, for messages.
+
+    Raises:
+        UserError: If the file cannot be read or a line is not a JSON object.
+    """
     for number, line in _lines(path):
         where = f"{path}, line {number}"
         try:
@@ -139,7 +149,12 @@ def _json_lines(path: Path, column: str) -> Iterator[str]:
         except ValueError as error:
             raise UserError(f"{where}: not a line of JSON ({error}); mend or remove it") from error
         if not isinstance(row, dict):
-            raise UserError(f"{where}: a JSON object with the key {column!r} is needed, not {type(row).__name__}")
+            raise UserError(f"{where}: a JSON object is needed, not {type(row).__name__}")
+        yield where, row
+
+
+def _json_lines(path: Path, column: str) -> Iterator[str]:
+    for where, row in json_objects(path):
         yield _text(row, column, where)
 
 

@@ -124,6 +124,13 @@ def token_stream(
         lock.release()
 
 
+def default_cache() -> Path:
+    """Return the folder of token streams where none is set: ``bimamba_lit`` in the cache of Hugging Face datasets."""
+    from datasets import config
+
+    return Path(config.HF_DATASETS_CACHE) / "bimamba_lit"
+
+
 def _load(folder: Path) -> TokenStream | None:
     try:
         fields = json.loads((folder / "stream.json").read_text(encoding="utf-8"))

@@ -4,10 +4,8 @@ from pathlib import Path
 
 import torch
 
-from bimamba_lit.data.tokenizer import tokenizer_from_json
-from bimamba_lit.distill import find_checkpoint
 from bimamba_lit.errors import UserError
-from bimamba_lit.models.checkpoint import load_lm, load_tokenizer_json
+from bimamba_lit.eval.reader import load_reader
 from bimamba_lit.models.deployed import deployed_
 from bimamba_lit.models.generate import generate
 
@@ -27,15 +25,10 @@ def continue_text(path: str | Path, prompt: str, max_new_tokens: int, temperatur
     Raises:
         UserError: If the model or its tokenizer is missing, or an argument is out of range.
     """
-    checkpoint = find_checkpoint(path)
-    text = load_tokenizer_json(checkpoint)
-    if text is None:
-        raise UserError(f"{path} has no tokenizer beside its weights, so there is no way to read the prompt")
-    tokenizer = tokenizer_from_json(text)
+    lm, tokenizer = load_reader(path)
     ids = tokenizer.encode(prompt)
     if not ids:
         raise UserError("the prompt is empty: give at least one character to continue")
-    lm = load_lm(checkpoint)
     if torch.cuda.is_available():
         lm = deployed_(lm).to("cuda")
     generator = torch.Generator(lm.device).manual_seed(seed)

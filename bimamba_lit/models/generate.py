@@ -1,6 +1,7 @@
 """Continuing text token by token, in memory that does not grow with its length."""
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ def generate(
     max_new_tokens: int,
     temperature: float = 1.0,
     generator: torch.Generator | None = None,
+    done: Callable[[Tensor], bool] | None = None,
 ) -> Tensor:
     """Continue every sequence by ``max_new_tokens`` tokens drawn from the model.
 
@@ -29,9 +31,10 @@ def generate(
         max_new_tokens: How many tokens to add to each.
         temperature: Logits are divided by it; 0 takes the most likely token.
         generator: Source of randomness, on the model's device; the global one when not given.
+        done: Called after every token with all that were added (B, n); True ends the texts there.
 
     Returns:
-        Prompts and continuations (B, L + max_new_tokens), int64.
+        Prompts and continuations (B, L + max_new_tokens), or shorter where ``done`` said so; int64.
 
     Raises:
         UserError: If an argument is out of range, or the model's logits are not finite.
@@ -44,14 +47,19 @@ def generate(
     modes = [(module, module.training) for module in lm.modules()]
     lm.eval()
     try:
-        return _continue(lm, ids, max_new_tokens, temperature, generator)
+        return _continue(lm, ids, max_new_tokens, temperature, generator, done)
     finally:
         for module, mode in modes:
             module.training = mode
 
 
 def _continue(
-    lm: MambaLM, ids: Tensor, max_new_tokens: int, temperature: float, generator: torch.Generator | None
+    lm: MambaLM,
+    ids: Tensor,
+    max_new_tokens: int,
+    temperature: float,
+    generator: torch.Generator | None,
+    done: Callable[[Tensor], bool] | None,
 ) -> Tensor:
     graph = StepGraph(lm, ids.shape[0]) if ids.is_cuda and max_new_tokens >= _WORTH_A_GRAPH else None
     state, hidden = graph.state if graph else lm.init_state(ids.shape[0]), None
@@ -68,6 +76,8 @@ def _continue(
     out = torch.cat([ids, ids.new_empty(ids.shape[0], max_new_tokens)], dim=1)
     for position in range(ids.shape[1], out.shape[1]):
         out[:, position] = token = _draw(logits, temperature, generator)
+        if done is not None and done(out[:, ids.shape[1] : position + 1]):
+            return out[:, : position + 1]
         if position + 1 < out.shape[1]:
             if graph:
                 logits = graph.step(token)
