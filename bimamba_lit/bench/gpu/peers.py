@@ -23,6 +23,7 @@ def mamba_ssm(module: str) -> Any:
     except Exception:
         package = ModuleType("mamba_ssm")
         package.__path__ = list(spec.submodule_search_locations or ())
+        package.__spec__ = spec  # without it the package cannot be looked up again
         sys.modules["mamba_ssm"] = package
     return installed(f"mamba_ssm.{module}")
 
