@@ -14,9 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bimamba_lit.binarize import BinaryLinear, PackedLinear, PTBLinear
-from bimamba_lit.binarize.linear import TERMS, compose
+from bimamba_lit.binarize.linear import TERMS
 from bimamba_lit.errors import UserError
 from bimamba_lit.kernels.binary_linear.naive import add_terms
+from bimamba_lit.kernels.binary_weight.naive import compose
 from bimamba_lit.kernels.signs.chunked import unpack_signs
 
 
@@ -81,12 +82,12 @@ class DeployedBinary(nn.Module):
         self.weight = torch.empty(0)
         self.integers = torch.empty(0, dtype=torch.int8)
         if mode == "exact":
-            self.weight = compose(unpack_signs(self.signs, self.in_features), self._terms())
+            self.weight = self._dense()
         elif mode == "fast":
             signs = unpack_signs(self.signs, self.in_features)
             if self.group_scale.numel() > 0:
                 self.integers, self.integer_scale = to_integers(
-                    compose(signs, {"group_scale": self.group_scale.float()}), integer_range()
+                    compose(signs, group_scale=self.group_scale.float()), integer_range()
                 )
             else:
                 self.integers, self.integer_scale = signs.to(torch.int8), torch.empty(0)
@@ -113,6 +114,17 @@ class DeployedBinary(nn.Module):
             self.bias if self.bias.numel() > 0 else None,
         )
 
+    def _dense(self) -> Tensor:
+        terms = self._terms()
+        return compose(
+            unpack_signs(self.signs, self.in_features),
+            terms.get("in_scale"),
+            terms.get("out_scale"),
+            terms.get("group_scale"),
+            terms.get("in_shift"),
+            terms.get("out_shift"),
+        )
+
     def _multiply_packed(self, x: Tensor) -> Tensor:
         rows = self.signs.shape[0]
         y = torch.empty(x.shape[:-1] + (rows,))
@@ -121,7 +133,7 @@ class DeployedBinary(nn.Module):
             some = slice(start, start + block)
             weight = unpack_signs(self.signs[some], self.in_features)
             if self.group_scale.numel() > 0:
-                weight = compose(weight, {"group_scale": self.group_scale[some].float()})
+                weight = compose(weight, group_scale=self.group_scale[some].float())
             y[..., some] = F.linear(x, weight)
         return y
 

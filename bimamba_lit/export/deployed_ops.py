@@ -137,9 +137,11 @@ def selective_scan_step(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tenso
 def _chunks(t: Tensor) -> Tensor:
     """(B, L, ...) -> (B, C, Q, ...), filled up with zeros: no input, and no decay."""
     chunk = 64
-    count = (t.shape[1] + chunk - 1) // chunk
-    if not torch.jit.is_scripting():  # type: ignore[attr-defined]
-        count += 1  # torch.export would take a count that can be one for always one, or for never
+    if torch.jit.is_scripting():  # type: ignore[attr-defined]
+        chunk = max(1, min(chunk, t.shape[1]))
+        count = (t.shape[1] + chunk - 1) // chunk
+    else:  # torch.export would take a count that can be one for always one, or for never
+        count = (t.shape[1] + chunk - 1) // chunk + 1
     padding = [0] * (2 * (t.dim() - 2)) + [0, count * chunk - t.shape[1]]
     return F.pad(t, padding).reshape([t.shape[0], count, chunk] + list(t.shape[2:]))
 
