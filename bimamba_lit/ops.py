@@ -622,7 +622,8 @@ def _pick(backend: str, tensor: Tensor, naive: Op, chunked: Op | None = None, pa
         raise ValueError(f"backend is {backend!r}, but must be one of {', '.join(BACKENDS)}.")
     if backend == "naive":
         return naive
-    if backend == "triton" or (backend == "auto" and tensor.is_cuda):
+    # In float64 the Triton forms hold sums in float32, or are another form.
+    if backend == "triton" or (backend == "auto" and tensor.is_cuda and tensor.dtype != torch.float64):
         module = naive.__module__.removesuffix("naive") + "triton"
         if _has_triton_form(module, naive.__name__):
             if tensor.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":

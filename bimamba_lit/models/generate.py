@@ -73,7 +73,8 @@ def _continue(
     if graph:
         graph.read(state)
         del state
-    out = torch.cat([ids, ids.new_empty(ids.shape[0], max_new_tokens)], dim=1)
+    out = ids.new_empty(ids.shape[0], ids.shape[1] + max_new_tokens)
+    out[:, : ids.shape[1]] = ids
     for position in range(ids.shape[1], out.shape[1]):
         out[:, position] = token = _draw(logits, temperature, generator)
         if done is not None and done(out[:, ids.shape[1] : position + 1]):
