@@ -7,8 +7,12 @@ from difflib import get_close_matches
 class UserError(ValueError):
     """Bad input, told in one sentence that names what was wrong and what would be right.
 
-    The commands print it without a traceback and exit with a non-zero code.
+    The commands print it without a traceback and exit with a non-zero code. It is one line, whatever stands in the
+    names that it quotes.
     """
+
+    def __init__(self, sentence: str) -> None:
+        super().__init__(" ".join(sentence.split()))
 
 
 def nearest(word: str, choices: Iterable[str]) -> str:
