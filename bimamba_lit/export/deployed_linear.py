@@ -210,8 +210,8 @@ class DeployedTable(nn.Module):
         block = rows_unpacked(rows, self.stored.shape[1])
         for start in range(0, rows, block):
             some = slice(start, start + block)
-            y[..., some] = F.linear(x, self._rows(self.stored[some], self.scale[some]))
-        return y
+            y[..., some] = F.linear(x, self.stored[some].float())
+        return y.mul_(self.scale.float()) if self.scale.numel() > 0 else y
 
     def _rows(self, stored: Tensor, scale: Tensor) -> Tensor:
         rows = stored.float()
