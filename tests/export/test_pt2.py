@@ -21,7 +21,7 @@ step = torch.export.load(sys.argv[2]).module()
 shapes = json.loads(files["model.json"])["state"]
 assert json.loads(files["tokenizer.json"]) == {"type": "bytes"}
 answers = []
-for ids in torch.load(sys.argv[3]):
+for ids in torch.load(sys.argv[3], weights_only=True):
     state = [torch.zeros(len(ids), *shape) for shape in shapes]
     logits, state = read(ids[:, :-1], state)
     last, state = step(ids[:, -1], state)
@@ -49,7 +49,7 @@ def test_a_process_without_this_package(tmp_path):
     for tensor in source.state_dict().values():
         if tensor.is_floating_point():
             tensor.copy_(tensor.half())
-    for ids, logits in zip(texts, torch.load(tmp_path / "logits.pt"), strict=True):
+    for ids, logits in zip(texts, torch.load(tmp_path / "logits.pt", weights_only=True), strict=True):
         expected = source(ids).logits
         assert (logits - expected).norm() < 2e-6 * expected.norm(), ids.shape
 

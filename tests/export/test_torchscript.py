@@ -171,7 +171,7 @@ sys.modules["bimamba_lit"] = None  # importing it fails
 import torch
 files = {"model.json": "", "tokenizer.json": ""}
 model = torch.jit.load(sys.argv[1], _extra_files=files)
-ids = torch.load(sys.argv[2])
+ids = torch.load(sys.argv[2], weights_only=True)
 torch.manual_seed(3)
 drawn = model.generate(ids[:, :5], 9, 1.0)
 assert drawn.shape == (2, 14) and torch.equal(drawn[:, :5], ids[:, :5]) and int(drawn.max()) < 61
@@ -207,7 +207,7 @@ def test_a_process_without_this_package(tmp_path):
     arguments = [tmp_path / "model.pt", tmp_path / "ids.pt", tmp_path / "logits.pt"]
     done = subprocess.run([sys.executable, "-I", "-c", BARE, *map(str, arguments)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert error(torch.load(tmp_path / "logits.pt"), rounded_(lm)(IDS).logits) < 2e-6
+    assert error(torch.load(tmp_path / "logits.pt", weights_only=True), rounded_(lm)(IDS).logits) < 2e-6
 
 
 CPP = """
