@@ -19,6 +19,7 @@ from bimamba_lit.kernels.ssd import parallel, triton_backward, triton_forward
 from bimamba_lit.kernels.ssd.triton_forward import Shape, block, readable
 from bimamba_lit.kernels.ssd.triton_step import compile_step
 from bimamba_lit.kernels.ssd.triton_step import ssd_step as ssd_step
+from bimamba_lit.kernels.ssd.triton_walk import walk
 
 DIFFERENTIABLE = ("x", "dt", "A", "B", "C", "D", "z", "dt_bias", "initial_states")
 WIDEST = 128  # head that a program takes
@@ -120,16 +121,25 @@ class Prepared(NamedTuple):
     @classmethod
     def of(cls, shape: Shape, call: Call) -> "Prepared":
         """Launch what makes it."""
-        decays = triton_forward.decays(
-            shape, call.dt, call.A, call.dt_bias, call.documents, call.dt_softplus, call.limit
-        )
+        decays = _decays(shape, call)
         before, last = triton_forward.carry(shape, call.x, call.B, decays, call.initial_states)
-        return cls(decays, before, last, triton_forward.scores(shape, call.B, call.C, call.documents, call.x.dtype))
+        return cls(decays, before, last, _scores(shape, call))
+
+
+def _decays(shape: Shape, call: Call) -> Tensor:
+    return triton_forward.decays(shape, call.dt, call.A, call.dt_bias, call.documents, call.dt_softplus, call.limit)
+
+
+def _scores(shape: Shape, call: Call) -> Tensor:
+    return triton_forward.scores(shape, call.B, call.C, call.documents, call.x.dtype)
 
 
 def forward(call: Call) -> tuple[Tensor, Tensor]:
     """Return y (B, L, H, P) and the final states (B, H, P, N) in float32."""
     shape = Shape.of(call.x, call.B)
+    if walked := shape.walked(call.x):
+        decays, scores = _decays(walked, call), _scores(walked, call)
+        return walk(walked, call.x, call.B, call.C, call.D, call.z, scores, decays, call.initial_states)
     decays, before, last, scores = Prepared.of(shape, call)
     return triton_forward.outputs(shape, call.x, call.C, call.D, call.z, scores, decays, before), last
 

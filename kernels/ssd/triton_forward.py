@@ -56,6 +56,16 @@ class Shape(NamedTuple):
         precision = "interpreter" if architecture(x.device) == INTERPRETER else "ieee"
         return cls(batch, length, heads, width, groups, size, chosen.blocks["Q"], chosen.blocks["R"], precision)
 
+    def walked(self, x: Tensor) -> "Shape | None":
+        """Return these sizes with the chunk that `triton_walk` takes, or None where that is not the faster way."""
+        if x.device.type != "cpu" and self.batch * self.heads < 2 * multiprocessors(x.device):
+            return None
+        try:
+            chunk = configuration("ssd/walk", x.dtype, block(self.width) * block(self.size), x.device).blocks["Q"]
+        except LookupError:
+            return None
+        return self._replace(chunk=chunk, part=chunk)
+
     @property
     def chunks(self) -> int:
         """Return the number of chunks, the last of which may be partly empty."""
