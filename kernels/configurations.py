@@ -98,9 +98,7 @@ TABLE: dict[str, tuple[Row, ...]] = {
         Row(Configuration({"BLOCK_P": 64, "BLOCK_N": 128}, 8, 3), architectures=("sm_90",), itemsize=2, up_to=1 << 13),
         Row(Configuration({"BLOCK_P": 64, "BLOCK_N": 64}, 8, 2)),
     ),
-    "ssd/walk": (
-        Row(Configuration({"Q": 64}, 4, 2), architectures=("sm_90", INTERPRETER), itemsize=2, up_to=1 << 13),
-    ),
+    "ssd/walk": (Row(Configuration({"Q": 64}, 4, 2), architectures=("sm_90", INTERPRETER), itemsize=2, up_to=1 << 13),),
     "ssd/outputs": (
         Row(Configuration({"HEADS": 8}, 4, 2), itemsize=2, up_to=1 << 13),
         Row(Configuration({"HEADS": 8}, 4, 2), architectures=("gfx942",)),

@@ -58,7 +58,9 @@ def walk_kernel(
         x = load_tile(x_ptr + first * x_l, rows, p, x_l, x_p, left, P)
         C_qn = load_tile(C_ptr + first * C_l, rows, n, C_l, C_n, left, N).to(dtype)
         B_nq = load_tile(B_ptr + first * B_l, n, rows, B_n, B_l, N, left).to(dtype)
-        weights = bounded_exp2(tl.load(decays + TOTAL * Q + rows)[:, None] - tl.load(decays + ORIGIN * Q + rows)[None, :])
+        weights = bounded_exp2(
+            tl.load(decays + TOTAL * Q + rows)[:, None] - tl.load(decays + ORIGIN * Q + rows)[None, :]
+        )
         weights *= tl.load(scores_ptr + first * groups * Q)
         y = product(C_qn, state.to(dtype), None, PRECISION)
         y *= tl.load(decays + FROM_START * Q + rows)[:, None]
