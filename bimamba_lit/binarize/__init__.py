@@ -5,7 +5,7 @@ calibration text, are in :mod:`bimamba_lit.binarize.ptb`.
 """
 
 from bimamba_lit.binarize.apply import Scheme, binarize_, binary_layers, pack_, quantized_layers
-from bimamba_lit.binarize.describe import apply_binarization_, describe_binarization, known_schemes
+from bimamba_lit.binarize.describe import apply_binarization_, describe_binarization, known_schemes, take_unfinished_
 from bimamba_lit.binarize.fbi import FBI
 from bimamba_lit.binarize.linear import DEPLOYED_BITS, BinaryLinear, no_decay
 from bimamba_lit.binarize.packed import PackedLinear
@@ -15,6 +15,7 @@ from bimamba_lit.binarize.scaled_sign import ScaledSign
 from bimamba_lit.binarize.sign import Sign
 from bimamba_lit.binarize.straight_through import StraightThrough, straight_through_sign
 from bimamba_lit.binarize.targets import TARGETS
+from bimamba_lit.binarize.unfinished import Unfinished
 
 __all__ = [
     "DEPLOYED_BITS",
@@ -28,6 +29,7 @@ __all__ = [
     "Sign",
     "Start",
     "StraightThrough",
+    "Unfinished",
     "apply_binarization_",
     "binarize_",
     "binary_layers",
@@ -38,4 +40,5 @@ __all__ = [
     "quantized_layers",
     "retrain_",
     "straight_through_sign",
+    "take_unfinished_",
 ]

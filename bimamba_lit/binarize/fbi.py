@@ -19,6 +19,7 @@ class FBI(BinaryLinear):
         pattern: ``column`` has one pair per input feature, as Bi-Mamba has it; ``row`` one per output feature;
             ``single`` one for the whole matrix.
         straight_through: The gradient that stands in for that of the sign.
+        reach: How far it reaches; see :class:`BinaryLinear`.
     """
 
     def __init__(
@@ -26,8 +27,9 @@ class FBI(BinaryLinear):
         linear: nn.Linear,
         pattern: Literal["column", "row", "single"] = "column",
         straight_through: StraightThrough = "identity",
+        reach: float | None = None,
     ) -> None:
-        super().__init__(linear, straight_through)
+        super().__init__(linear, straight_through, reach)
         self.pattern = pattern
         axes = {"column": (0,), "row": (1,), "single": (0, 1)}[pattern]
         beta = self.latent.mean(dim=axes, keepdim=True)

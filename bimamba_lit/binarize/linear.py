@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from bimamba_lit import ops
 from bimamba_lit.binarize.straight_through import StraightThrough
+from bimamba_lit.binarize.unfinished import Unfinished, row_scale
 from bimamba_lit.errors import UserError
 from bimamba_lit.kernels.binary_weight import naive
 from bimamba_lit.kernels.linear import FEW, linear
@@ -37,24 +38,36 @@ class BinaryLinear(nn.Linear, ABC):
     Args:
         linear: The layer whose weights ``(O, I)`` and bias ``(O,)`` are taken over.
         straight_through: The gradient that stands in for that of the sign.
+        reach: How far from zero the gradients ``clipped``, ``tanh`` and ``bireal`` reach, in units of the mean
+            abs(latent) of each weight's row (of what the sign is taken of, where a scheme shifts it); ``null`` is the
+            papers' 1, whatever the size of the weights. ``identity`` has none.
 
     Attributes:
         latent: ``(O, I)`` fp32 parameter that the optimizer sees.
         weight: ``(O, I)`` fp32 binary weight, differentiable to ``latent`` and to the scales.
+        widening: ``reach`` is multiplied by it; 1 unless a callback anneals the gradient.
+        unfinished: How far the layer has come on its way to binary; None once, or where always, it is.
         formats: What ``bimamba export`` can write of the scheme. All that :meth:`terms` can say fits every format, but
             ``gguf``, which looks at the terms themselves; a scheme whose layer does more than its terms names fewer.
     """
 
     formats: ClassVar[tuple[str, ...]] = ("torchscript", "pt2", "safetensors", "gguf", "transformers")
 
-    def __init__(self, linear: nn.Linear, straight_through: StraightThrough = "identity") -> None:
+    def __init__(
+        self, linear: nn.Linear, straight_through: StraightThrough = "identity", reach: float | None = None
+    ) -> None:
         if straight_through not in get_args(StraightThrough):
             known = ", ".join(get_args(StraightThrough))
             raise UserError(f"straight_through is {straight_through!r}, and must be one of {known}")
+        if reach is not None and not reach > 0:
+            raise UserError(f"reach is {reach}, and must be above 0 or null")
         nn.Module.__init__(self)  # nn.Linear's would register a parameter named ``weight``
         self.in_features = linear.in_features
         self.out_features = linear.out_features
         self.straight_through = straight_through
+        self.reach = reach
+        self.widening = 1.0
+        self.unfinished: Unfinished | None = None
         self._kept: tuple[Any, Tensor] | None = None
         self.latent = nn.Parameter(linear.weight.detach().to(torch.float32))
         bias = linear.bias
@@ -74,12 +87,22 @@ class BinaryLinear(nn.Linear, ABC):
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
-        """The binary weight ``(O, I)``."""
+        """What the layer multiplies by, ``(O, I)``: the binary weight, once it is finished."""
         return self._weight_in(None)
 
     def _weight_in(self, dtype: torch.dtype | None) -> Tensor:
         terms: dict[str, Any] = {**self.terms()}
-        return ops.binary_weight(self.centred(), self.straight_through, dtype=dtype, **terms)
+        centred = self.centred()
+        reach = self._reach_of(centred)
+        if self.unfinished is None:
+            return ops.binary_weight(centred, self.straight_through, dtype=dtype, reach=reach, **terms)
+        binary = ops.binary_weight(centred, self.straight_through, reach=reach, **terms)
+        return self.unfinished.weight(self.latent, centred, binary, terms).to(dtype or binary.dtype)
+
+    def _reach_of(self, centred: Tensor) -> Tensor | None:
+        if self.reach is None or self.straight_through == "identity" or not torch.is_grad_enabled():
+            return None
+        return self.widening * self.reach * row_scale(centred.detach()).squeeze(1)
 
     def forward(self, x: Tensor) -> Tensor:
         """Multiply ``x`` ``(..., I)`` by the binary weight and add the bias: ``(..., O)``."""
@@ -94,18 +117,33 @@ class BinaryLinear(nn.Linear, ABC):
 
     def _kept_weight(self) -> Tensor:
         """Return the binary weight, formed once for as long as nothing that it is formed of changes."""
-        state = fingerprint(self.parameters())
+        state = (self.unfinished, *fingerprint(self.parameters()))
         if self._kept is None or self._kept[0] != state:
             self._kept = (state, self.weight.detach())
         return self._kept[1]
 
     def packed_signs(self) -> Tensor:
-        """Return the signs as bits, ``(O, ceil(I / 8))`` uint8, as :func:`bimamba_lit.ops.pack_signs` lays them."""
+        """Return the signs as bits, ``(O, ceil(I / 8))`` uint8, as :func:`bimamba_lit.ops.pack_signs` lays them.
+
+        Raises:
+            UserError: If the layer is not binary yet.
+        """
+        if self.unfinished is not None:
+            raise UserError(
+                f"the model is not binary yet ({self.unfinished.way}, {self.unfinished.share:.0%} of the way), and its "
+                "signs alone would compute something else; train it to the end of its schedule first"
+            )
         return ops.pack_signs(self.centred().detach())
 
     def storage(self) -> dict[str, int]:
-        """Return the bits this layer needs once deployed, by part: signs in whole bytes a row, the rest in 16 bits."""
-        return storage(self)
+        """Return the bits this layer needs once deployed, by part: signs in whole bytes a row, the rest in 16 bits.
+
+        A layer that is not binary yet needs 16 bits a weight.
+        """
+        if self.unfinished is None:
+            return storage(self)
+        bias = 0 if self.bias is None else self.bias.numel()
+        return {"unfinished": DEPLOYED_BITS * (self.latent.numel() + bias)}
 
     def options(self) -> dict[str, Any]:
         """Return the constructor's arguments but ``linear``, as plain values."""
@@ -113,8 +151,12 @@ class BinaryLinear(nn.Linear, ABC):
         return {name: getattr(self, name) for name in names}
 
     def kind(self) -> dict[str, Any]:
-        """Return what describes a layer of this kind in a file: ``scheme``, the class's name, and ``options``."""
-        return {"scheme": type(self).__name__, "options": self.options()}
+        """Return what describes a layer of this kind in a file: ``scheme``, the class's name, and ``options``.
+
+        And, on its way to binary, ``unfinished``: how far it has come.
+        """
+        kind = {"scheme": type(self).__name__, "options": self.options()}
+        return kind if self.unfinished is None else kind | {"unfinished": self.unfinished.plain()}
 
     def extra_repr(self) -> str:
         """Name the sizes and the options when the layer is printed."""

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from bimamba_lit.binarize import PackedLinear
+from bimamba_lit.binarize import BinaryLinear, PackedLinear
 from bimamba_lit.binarize.apply import QuantizedLinear
 from bimamba_lit.errors import UserError
 from bimamba_lit.models.checkpoint import rounded
@@ -42,6 +42,8 @@ def fit(layer: QuantizedLinear, after_norm: bool) -> Fit | str:
     held = layer.terms()
     if held is None:
         return "it holds more than one sign a weight"
+    if isinstance(layer, BinaryLinear) and layer.unfinished is not None:
+        return "it is not binary yet"
     terms = {name: term.detach() for name, term in held.items()}
     blocks, rest = divmod(layer.in_features, BLOCK)
     if rest:

@@ -12,9 +12,13 @@ _ALWAYS_WIDE = (".A_log", ".D", ".dt_bias", ".dt_proj.bias")  # rounded, they wo
 def deployed_(lm: MambaLM) -> MambaLM:
     """Pack the binary layers of ``lm`` and round what is in full precision to bfloat16, but for its scan, in place."""
     binary = [layer for layer in lm.modules() if isinstance(layer, BinaryLinear | PTBLinear)]
-    if binary and all(layer.terms() is not None for layer in binary):
+    if binary and all(layer.terms() is not None and not _unfinished(layer) for layer in binary):
         pack_(lm)
     for name, parameter in lm.named_parameters():
         if not name.endswith(_ALWAYS_WIDE):
             parameter.data = parameter.data.to(torch.bfloat16)
     return lm.eval()
+
+
+def _unfinished(layer: BinaryLinear | PTBLinear) -> bool:
+    return isinstance(layer, BinaryLinear) and layer.unfinished is not None
