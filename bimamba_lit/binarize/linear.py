@@ -37,6 +37,9 @@ class BinaryLinear(nn.Linear, ABC):
     Args:
         linear: The layer whose weights ``(O, I)`` and bias ``(O,)`` are taken over.
         straight_through: The gradient that stands in for that of the sign.
+        scaled_gradients: Multiply the gradient of each scale by 1 / sqrt(weights that it serves), as in learned step
+            size quantization (LSQ, arXiv 1902.08153, section 2.2): scales then weigh in the gradient's norm, which
+            clipping goes by, as single latent weights do. AdamW's own step is the same either way.
 
     Attributes:
         latent: ``(O, I)`` fp32 parameter that the optimizer sees.
@@ -47,7 +50,9 @@ class BinaryLinear(nn.Linear, ABC):
 
     formats: ClassVar[tuple[str, ...]] = ("torchscript", "pt2", "safetensors", "gguf", "transformers")
 
-    def __init__(self, linear: nn.Linear, straight_through: StraightThrough = "identity") -> None:
+    def __init__(
+        self, linear: nn.Linear, straight_through: StraightThrough = "identity", scaled_gradients: bool = False
+    ) -> None:
         if straight_through not in get_args(StraightThrough):
             known = ", ".join(get_args(StraightThrough))
             raise UserError(f"straight_through is {straight_through!r}, and must be one of {known}")
@@ -55,6 +60,7 @@ class BinaryLinear(nn.Linear, ABC):
         self.in_features = linear.in_features
         self.out_features = linear.out_features
         self.straight_through = straight_through
+        self.scaled_gradients = scaled_gradients
         self._kept: tuple[Any, Tensor] | None = None
         self.latent = nn.Parameter(linear.weight.detach().to(torch.float32))
         bias = linear.bias
@@ -72,6 +78,10 @@ class BinaryLinear(nn.Linear, ABC):
         """Return what the sign is taken of, ``(O, I)``: the latent weights, unless a scheme shifts them first."""
         return self.latent
 
+    def served(self, scale: Tensor) -> int:
+        """Return how many weights an element of ``scale`` multiplies; ``scaled_gradients`` goes by it."""
+        return self.latent.numel() // scale.numel()
+
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
         """The binary weight ``(O, I)``."""
@@ -79,6 +89,12 @@ class BinaryLinear(nn.Linear, ABC):
 
     def _weight_in(self, dtype: torch.dtype | None) -> Tensor:
         terms: dict[str, Any] = {**self.terms()}
+        if self.scaled_gradients:
+            terms |= {
+                name: _ScaledGradient.apply(term, self.served(term) ** -0.5)
+                for name, term in terms.items()
+                if "scale" in name
+            }
         return ops.binary_weight(self.centred(), self.straight_through, dtype=dtype, **terms)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -120,6 +136,17 @@ class BinaryLinear(nn.Linear, ABC):
         """Name the sizes and the options when the layer is printed."""
         options = "".join(f", {name}={value!r}" for name, value in self.options().items())
         return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}{options}"
+
+
+class _ScaledGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, factor: float) -> Tensor:
+        ctx.factor = factor
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient * ctx.factor, None
 
 
 def fingerprint(tensors: Iterable[Tensor]) -> tuple[Any, ...]:
