@@ -7,14 +7,17 @@ calibration text, are in :mod:`bimamba_lit.binarize.ptb`.
 from bimamba_lit.binarize.apply import Scheme, binarize_, binary_layers, pack_, quantized_layers
 from bimamba_lit.binarize.describe import apply_binarization_, describe_binarization, known_schemes, take_unfinished_
 from bimamba_lit.binarize.fbi import FBI
+from bimamba_lit.binarize.group_scale import GroupScale
 from bimamba_lit.binarize.linear import DEPLOYED_BITS, BinaryLinear, no_decay
 from bimamba_lit.binarize.packed import PackedLinear
+from bimamba_lit.binarize.pareto_q import ParetoQ
 from bimamba_lit.binarize.ptb.layer import PTBLinear
 from bimamba_lit.binarize.retrain import Start, retrain_
 from bimamba_lit.binarize.scaled_sign import ScaledSign
 from bimamba_lit.binarize.sign import Sign
 from bimamba_lit.binarize.straight_through import StraightThrough, straight_through_sign
 from bimamba_lit.binarize.targets import TARGETS
+from bimamba_lit.binarize.two_sided import TwoSided
 from bimamba_lit.binarize.unfinished import Unfinished
 
 __all__ = [
@@ -22,13 +25,16 @@ __all__ = [
     "FBI",
     "TARGETS",
     "BinaryLinear",
+    "GroupScale",
     "PTBLinear",
     "PackedLinear",
+    "ParetoQ",
     "ScaledSign",
     "Scheme",
     "Sign",
     "Start",
     "StraightThrough",
+    "TwoSided",
     "Unfinished",
     "apply_binarization_",
     "binarize_",

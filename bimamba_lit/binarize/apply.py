@@ -28,13 +28,16 @@ def binarize_(model: Model, scheme: Scheme, targets: Sequence[str] = TARGETS) ->
         ``model``.
 
     Raises:
-        UserError: If a pattern matches no ``nn.Linear`` that is still in full precision, or ``scheme`` makes something
-            else than a :class:`BinaryLinear`. The model is then as it was.
+        UserError: If a pattern matches no ``nn.Linear`` that is still in full precision, or ``scheme`` does not fit a
+            layer or makes something else than a :class:`BinaryLinear`. The model is then as it was.
     """
     shared = _shared_parameters(model)
     binary = {}
     for name, linear in dense_layers(model, targets).items():
-        layer = scheme(_untied(linear) if id(linear.weight) in shared else linear)
+        try:
+            layer = scheme(_untied(linear) if id(linear.weight) in shared else linear)
+        except UserError as error:
+            raise UserError(f"{name}: {error}") from error
         if not isinstance(layer, BinaryLinear):
             raise UserError(
                 f"{scheme!r} is no binarization scheme: it makes a {type(layer).__name__}, not a BinaryLinear"

@@ -38,6 +38,9 @@ class BinaryLinear(nn.Linear, ABC):
     Args:
         linear: The layer whose weights ``(O, I)`` and bias ``(O,)`` are taken over.
         straight_through: The gradient that stands in for that of the sign.
+        scaled_gradients: Multiply the gradient of each scale by 1 / sqrt(weights that it serves), as in learned step
+            size quantization (LSQ, arXiv 1902.08153, section 2.2): scales then weigh in the gradient's norm, which
+            clipping goes by, as single latent weights do. AdamW's own step is the same either way.
         reach: How far from zero the gradients ``clipped``, ``tanh`` and ``bireal`` reach, in units of the mean
             abs(latent) of each weight's row (of what the sign is taken of, where a scheme shifts it); ``null`` is the
             papers' 1, whatever the size of the weights. ``identity`` has none.
@@ -54,7 +57,11 @@ class BinaryLinear(nn.Linear, ABC):
     formats: ClassVar[tuple[str, ...]] = ("torchscript", "pt2", "safetensors", "gguf", "transformers")
 
     def __init__(
-        self, linear: nn.Linear, straight_through: StraightThrough = "identity", reach: float | None = None
+        self,
+        linear: nn.Linear,
+        straight_through: StraightThrough = "identity",
+        scaled_gradients: bool = False,
+        reach: float | None = None,
     ) -> None:
         if straight_through not in get_args(StraightThrough):
             known = ", ".join(get_args(StraightThrough))
@@ -65,6 +72,7 @@ class BinaryLinear(nn.Linear, ABC):
         self.in_features = linear.in_features
         self.out_features = linear.out_features
         self.straight_through = straight_through
+        self.scaled_gradients = scaled_gradients
         self.reach = reach
         self.widening = 1.0
         self.unfinished: Unfinished | None = None
@@ -85,6 +93,10 @@ class BinaryLinear(nn.Linear, ABC):
         """Return what the sign is taken of, ``(O, I)``: the latent weights, unless a scheme shifts them first."""
         return self.latent
 
+    def served(self, scale: Tensor) -> int:
+        """Return how many weights an element of ``scale`` multiplies; ``scaled_gradients`` goes by it."""
+        return self.latent.numel() // scale.numel()
+
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
         """What the layer multiplies by, ``(O, I)``: the binary weight, once it is finished."""
@@ -92,6 +104,12 @@ class BinaryLinear(nn.Linear, ABC):
 
     def _weight_in(self, dtype: torch.dtype | None) -> Tensor:
         terms: dict[str, Any] = {**self.terms()}
+        if self.scaled_gradients:
+            terms |= {
+                name: _ScaledGradient.apply(term, self.served(term) ** -0.5)
+                for name, term in terms.items()
+                if "scale" in name
+            }
         centred = self.centred()
         reach = self._reach_of(centred)
         if self.unfinished is None:
@@ -162,6 +180,17 @@ class BinaryLinear(nn.Linear, ABC):
         """Name the sizes and the options when the layer is printed."""
         options = "".join(f", {name}={value!r}" for name, value in self.options().items())
         return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}{options}"
+
+
+class _ScaledGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, factor: float) -> Tensor:
+        ctx.factor = factor
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient * ctx.factor, None
 
 
 def fingerprint(tensors: Iterable[Tensor]) -> tuple[Any, ...]:

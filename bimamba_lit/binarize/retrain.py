@@ -30,9 +30,10 @@ class Start(NamedTuple):
 def retrain_(model: nn.Module, scheme: Scheme | None, targets: Sequence[str] = TARGETS) -> Start:
     """Make trainable layers of the post-training results in a model, in place.
 
-    A result of one sign a weight keeps its signs and scales where the trained scheme has the same terms: ``FBI`` by row
-    those of ``ptb.ScaledSign``, centred or not, and of 1-bit ``ptb.GPTQ`` in one group, ``ScaledSign`` and ``Sign``
-    those of their namesakes. Otherwise the latent weights start at the result's dense weight.
+    A result of one sign a weight keeps its signs and scales where the trained scheme can hold them: ``FBI`` by row
+    those of ``ptb.ScaledSign``, centred or not, and of 1-bit ``ptb.GPTQ`` in one group; ``TwoSided``, ``GroupScale``
+    and ``ParetoQ`` those of ``ptb.ScaledSign``; ``ScaledSign`` and ``Sign`` those of their namesakes. Otherwise the
+    latent weights start at the result's dense weight.
 
     Args:
         model: A model, with :class:`PTBLinear` layers or without.
@@ -74,11 +75,16 @@ def _exact(scheme: Scheme, linear: nn.Linear, result: PTBLinear) -> BinaryLinear
     latent.weight = nn.Parameter(compose(signs, {name: term for name, term in terms.items() if "scale" in name}))
     latent.bias = linear.bias
     layer = scheme(latent)
+    if _same(layer, result):
+        return layer
     for name, parameter in layer.named_parameters(recurse=False):
         if name in TERMS and _broadcasts(value := terms.get(name, _neutral(name)), parameter):
             parameter.copy_(value)
-    same = torch.allclose(layer.weight, result.weight.float(), rtol=_ROUNDING, atol=0.0)
-    return layer if same else None
+    return layer if _same(layer, result) else None
+
+
+def _same(layer: BinaryLinear, result: PTBLinear) -> bool:
+    return torch.allclose(layer.weight, result.weight.float(), rtol=_ROUNDING, atol=0.0)
 
 
 def _neutral(name: str) -> Tensor:

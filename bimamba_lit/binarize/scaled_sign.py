@@ -26,7 +26,7 @@ class ScaledSign(BinaryLinear):
         straight_through: StraightThrough = "identity",
         reach: float | None = None,
     ) -> None:
-        super().__init__(linear, straight_through, reach)
+        super().__init__(linear, straight_through, reach=reach)
         self.centred_rows = centred_rows
 
     def centred(self) -> Tensor:

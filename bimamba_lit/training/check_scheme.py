@@ -184,6 +184,7 @@ def _gradients(scheme: Scheme) -> str:
 def _slope_error(layer: BinaryLinear, name: str) -> float:
     """Compare a parameter's gradient along a direction with the change of the output along it, in fp64."""
     layer = copy.deepcopy(layer).double().train()
+    layer.scaled_gradients = False  # which would make the gradient another on purpose
     parameter = layer.get_parameter(name)
     x, direction = torch.randn(64, INPUTS).double(), torch.randn(64, OUTPUTS).double()
     way = torch.randn_like(parameter)

@@ -167,8 +167,11 @@ def test_the_dense_weight_and_its_gradients(straight_through, single, relative, 
         assert ratio(value, right[name]) <= bound, name
 
 
-@pytest.mark.parametrize("terms", [(), *((name,) for name in TERMS[:-1])])
-def test_each_term_of_the_dense_weight_alone(terms):
+@pytest.mark.parametrize(
+    "terms",
+    [(), *((name,) for name in TERMS[:-1]), ("in_scale", "out_scale"), ("in_scale", "out_scale", "in_shift")],
+)
+def test_each_schemes_terms_of_the_dense_weight(terms):
     tensors = {"latent": normal(9, 40), **make(9, 40, 5, terms)}
 
     def by(backend):
