@@ -14,6 +14,9 @@ def deployed_(lm: MambaLM) -> MambaLM:
     binary = [layer for layer in lm.modules() if isinstance(layer, LatentLinear | PTBLinear)]
     if binary and all(isinstance(layer, LatentLinear) or layer.terms() is not None for layer in binary):
         pack_(lm)
+    for layer in lm.modules():
+        if isinstance(layer, PTBLinear):
+            layer.to(torch.bfloat16)  # the dense weight that it keeps; what is stored stays as it is
     for name, parameter in lm.named_parameters():
         if not name.endswith(_ALWAYS_WIDE):
             parameter.data = parameter.data.to(torch.bfloat16)

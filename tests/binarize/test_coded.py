@@ -31,6 +31,7 @@ from bimamba_lit.export.safetensors import export_safetensors
 from bimamba_lit.export.state_spaces import export_state_spaces
 from bimamba_lit.export.transformers_folder import export_transformers
 from bimamba_lit.models.count import count_parameters, storage_by_part
+from bimamba_lit.models.deployed import deployed_
 
 CODED = pytest.mark.parametrize("scheme", [Ternary, TwoBit])
 IDS = torch.randint(0, 40, (2, 12), generator=torch.Generator().manual_seed(0))
@@ -201,3 +202,18 @@ def test_one_bit_is_saved_packed_and_nothing_drops_its_norm(tmp_path):
     with pytest.raises(UserError, match="deploy: gguf cannot hold OneBit"):
         check_deploy(lm, ["safetensors", "gguf"])
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("scheme", [OneBit, Ternary, TwoBit])
+def test_deployed_it_computes_in_bfloat16(scheme):
+    lm = model(scheme)
+    with torch.no_grad():
+        logits = lm(IDS).logits
+        rounded = deployed_(lm)(IDS).logits
+    assert not [layer for _, layer in quantized_layers(lm) if not isinstance(layer, PackedLinear | PTBLinear)]
+    assert (rounded - logits).norm() <= 0.02 * logits.norm()
+
+
+def test_a_result_of_more_than_one_sign_is_deployed_too():
+    lm = ptb.calibrate_(MambaLM(model(Ternary).config), ptb.TwoBit(), [IDS])
+    assert deployed_(lm)(IDS).logits.isfinite().all()
