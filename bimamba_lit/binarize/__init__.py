@@ -7,7 +7,7 @@ calibration text, are in :mod:`bimamba_lit.binarize.ptb`.
 
 from bimamba_lit.binarize.apply import Scheme, binarize_, binary_layers, pack_, packed_form, quantized_layers
 from bimamba_lit.binarize.coded import CodedLinear
-from bimamba_lit.binarize.describe import apply_binarization_, describe_binarization, known_schemes
+from bimamba_lit.binarize.describe import apply_binarization_, describe_binarization, known_schemes, take_unfinished_
 from bimamba_lit.binarize.fbi import FBI
 from bimamba_lit.binarize.formats import check_format
 from bimamba_lit.binarize.group_scale import GroupScale
@@ -25,6 +25,7 @@ from bimamba_lit.binarize.targets import TARGETS
 from bimamba_lit.binarize.ternary import Ternary
 from bimamba_lit.binarize.two_bit import TwoBit
 from bimamba_lit.binarize.two_sided import TwoSided
+from bimamba_lit.binarize.unfinished import Unfinished
 
 __all__ = [
     "DEPLOYED_BITS",
@@ -46,6 +47,7 @@ __all__ = [
     "Ternary",
     "TwoBit",
     "TwoSided",
+    "Unfinished",
     "apply_binarization_",
     "binarize_",
     "binary_layers",
@@ -58,4 +60,5 @@ __all__ = [
     "quantized_layers",
     "retrain_",
     "straight_through_sign",
+    "take_unfinished_",
 ]

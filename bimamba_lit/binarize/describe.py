@@ -17,6 +17,7 @@ from bimamba_lit.binarize.packed import PackedLinear
 from bimamba_lit.binarize.ptb.layer import PREFIX, PTBLinear, empty_parts
 from bimamba_lit.binarize.ptb.scheme import PTBScheme
 from bimamba_lit.binarize.targets import dense_layers
+from bimamba_lit.binarize.unfinished import Unfinished
 from bimamba_lit.errors import UserError, nearest
 
 Base = TypeVar("Base")
@@ -26,7 +27,7 @@ def describe_binarization(model: nn.Module) -> list[dict[str, Any]]:
     """Return one entry a kind of layer: ``scheme``, ``options``, ``packed`` and ``targets`` (dotted names).
 
     ``scheme`` is the class's name; of a post-training scheme with ``ptb.`` before it, and the entry also has ``parts``,
-    the dtype and the shape of each part that is stored.
+    the dtype and the shape of each part that is stored. Layers that are not binary yet also have ``unfinished``.
     """
     entries: list[dict[str, Any]] = []
     for name, layer in quantized_layers(model):
@@ -67,6 +68,7 @@ def apply_binarization_(model: nn.Module, description: list[dict[str, Any]]) -> 
                 binarize_(model, partial(trained, **options), targets)
         except (TypeError, KeyError) as error:
             raise UserError(f"scheme '{name}' does not take the options {options}") from error
+        take_unfinished_(model, [entry])
         if packed:
             layers = dict(model.named_modules())
             for target in targets:
@@ -74,6 +76,24 @@ def apply_binarization_(model: nn.Module, description: list[dict[str, Any]]) -> 
                 if not isinstance(layer, BinaryLinear | PTBLinear):
                     raise UserError(f"the model has no binary layer {target!r}, which is said to be packed")
                 model.set_submodule(target, PackedLinear(layer))
+
+
+def take_unfinished_(model: nn.Module, description: list[dict[str, Any]]) -> None:
+    """Take over, in place, how far the binary layers of a model have come according to a description.
+
+    Raises:
+        UserError: If the description says it in another way than :func:`describe_binarization` does.
+    """
+    layers = dict(model.named_modules())
+    for entry in description:
+        way = entry.get("unfinished")
+        try:
+            unfinished = None if way is None else Unfinished(**way)
+        except TypeError as error:
+            raise UserError(f"a layer that is not binary yet must have 'way' and 'share', not {way!r}") from error
+        for target in entry["targets"]:
+            if isinstance(layer := layers.get(target), BinaryLinear):
+                layer.unfinished = unfinished
 
 
 def known_schemes(base: type[Base] = LatentLinear) -> dict[str, type[Base]]:  # type: ignore[assignment]

@@ -22,6 +22,7 @@ class FBI(BinaryLinear):
             at the rank-one factorisation of ``abs(latent - beta)``, see :class:`~bimamba_lit.binarize.TwoSided`.
         straight_through: The gradient that stands in for that of the sign.
         scaled_gradients: As in :class:`~bimamba_lit.binarize.BinaryLinear`.
+        reach: As in :class:`~bimamba_lit.binarize.BinaryLinear`.
     """
 
     def __init__(
@@ -30,8 +31,9 @@ class FBI(BinaryLinear):
         pattern: Literal["column", "row", "single", "two_sided"] = "column",
         straight_through: StraightThrough = "identity",
         scaled_gradients: bool = False,
+        reach: float | None = None,
     ) -> None:
-        super().__init__(linear, straight_through, scaled_gradients)
+        super().__init__(linear, straight_through, scaled_gradients, reach)
         self.pattern = pattern
         axes = {"column": (0,), "row": (1,), "single": (0, 1), "two_sided": (0,)}[pattern]
         beta = self.latent.detach().mean(dim=axes, keepdim=True)

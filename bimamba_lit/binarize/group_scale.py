@@ -18,6 +18,7 @@ class GroupScale(BinaryLinear):
         group_size: Inputs that share a scale, a divisor of the layer's; null for one scale a row.
         straight_through: The gradient that stands in for that of the sign.
         scaled_gradients: As in :class:`~bimamba_lit.binarize.BinaryLinear`.
+        reach: As in :class:`~bimamba_lit.binarize.BinaryLinear`.
 
     Raises:
         UserError: If the layer's inputs are no multiple of ``group_size``.
@@ -29,8 +30,9 @@ class GroupScale(BinaryLinear):
         group_size: int | None = 128,
         straight_through: StraightThrough = "identity",
         scaled_gradients: bool = False,
+        reach: float | None = None,
     ) -> None:
-        super().__init__(linear, straight_through, scaled_gradients)
+        super().__init__(linear, straight_through, scaled_gradients, reach)
         self.group_size = group_size
         groups = self.latent.detach().unflatten(1, (-1, group_of(group_size, self.in_features)))
         self.group_scale = no_decay(groups.abs().mean(2))

@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from bimamba_lit.binarize.unfinished import Unfinished
 from bimamba_lit.kernels.linear import FEW, linear
 
 
@@ -29,6 +30,7 @@ class LatentLinear(nn.Linear, ABC):
     Attributes:
         latent: ``(O, I)`` fp32 parameter that the optimizer sees.
         weight: ``(O, I)`` fp32, what the layer multiplies by, differentiable to its parameters.
+        unfinished: How far the layer has come on its way to binary; None once, or where always, it is.
         formats: What ``bimamba export`` can write of the scheme; ``gguf`` looks at the terms, too.
     """
 
@@ -38,6 +40,7 @@ class LatentLinear(nn.Linear, ABC):
         nn.Module.__init__(self)  # nn.Linear's would register a parameter named ``weight``
         self.in_features = linear.in_features
         self.out_features = linear.out_features
+        self.unfinished: Unfinished | None = None
         self._kept: tuple[Any, Tensor] | None = None
         self.latent = nn.Parameter(linear.weight.detach().to(torch.float32))
         bias = linear.bias
@@ -79,7 +82,7 @@ class LatentLinear(nn.Linear, ABC):
 
     def _kept_weight(self) -> Tensor:
         """Return the weight, formed once for as long as nothing that it is formed of changes."""
-        state = fingerprint(self.parameters())
+        state = (self.unfinished, *fingerprint(self.parameters()))
         if self._kept is None or self._kept[0] != state:
             self._kept = (state, self.weight.detach())
         return self._kept[1]
@@ -90,8 +93,12 @@ class LatentLinear(nn.Linear, ABC):
         return {name: getattr(self, name) for name in names}
 
     def kind(self) -> dict[str, Any]:
-        """Return what describes a layer of this kind in a file: ``scheme``, the class's name, and ``options``."""
-        return {"scheme": type(self).__name__, "options": self.options()}
+        """Return what describes a layer of this kind in a file: ``scheme``, the class's name, and ``options``.
+
+        And, on its way to binary, ``unfinished``: how far it has come.
+        """
+        kind = {"scheme": type(self).__name__, "options": self.options()}
+        return kind if self.unfinished is None else kind | {"unfinished": self.unfinished.plain()}
 
     def extra_repr(self) -> str:
         """Name the sizes and the options when the layer is printed."""

@@ -14,6 +14,7 @@ from bimamba_lit import ops
 from bimamba_lit.binarize.latent import LatentLinear
 from bimamba_lit.binarize.scaled_gradient import scaled_gradient
 from bimamba_lit.binarize.straight_through import StraightThrough
+from bimamba_lit.binarize.unfinished import row_scale
 from bimamba_lit.errors import UserError
 from bimamba_lit.kernels.binary_weight import naive
 
@@ -35,23 +36,36 @@ class BinaryLinear(LatentLinear):
         scaled_gradients: Multiply the gradient of each scale by 1 / sqrt(weights that it serves), as in learned step
             size quantization (LSQ, arXiv 1902.08153, section 2.2): scales then weigh in the gradient's norm, which
             clipping goes by, as single latent weights do. AdamW's own step is the same either way.
+        reach: How far from zero the gradients ``clipped``, ``tanh`` and ``bireal`` reach, in units of the mean
+            abs(latent) of each weight's row (of what the sign is taken of, where a scheme shifts it); ``null`` is the
+            papers' 1, whatever the size of the weights. ``identity`` has none.
 
     Attributes:
         latent: ``(O, I)`` fp32 parameter that the optimizer sees.
         weight: ``(O, I)`` fp32 binary weight, differentiable to ``latent`` and to the scales.
+        widening: ``reach`` is multiplied by it; 1 unless a callback anneals the gradient.
+        unfinished: How far the layer has come on its way to binary; None once, or where always, it is.
         formats: What ``bimamba export`` can write of the scheme. All that :meth:`terms` can say fits every format, but
             ``gguf``, which looks at the terms themselves; a scheme whose layer does more than its terms names fewer.
     """
 
     def __init__(
-        self, linear: nn.Linear, straight_through: StraightThrough = "identity", scaled_gradients: bool = False
+        self,
+        linear: nn.Linear,
+        straight_through: StraightThrough = "identity",
+        scaled_gradients: bool = False,
+        reach: float | None = None,
     ) -> None:
         if straight_through not in get_args(StraightThrough):
             known = ", ".join(get_args(StraightThrough))
             raise UserError(f"straight_through is {straight_through!r}, and must be one of {known}")
+        if reach is not None and not reach > 0:
+            raise UserError(f"reach is {reach}, and must be above 0 or null")
         super().__init__(linear)
         self.straight_through = straight_through
         self.scaled_gradients = scaled_gradients
+        self.reach = reach
+        self.widening = 1.0
 
     @abstractmethod
     def terms(self) -> dict[str, Tensor]:
@@ -77,15 +91,40 @@ class BinaryLinear(LatentLinear):
                 for name, term in terms.items()
                 if "scale" in name
             }
-        return ops.binary_weight(self.centred(), self.straight_through, dtype=dtype, **terms)
+        centred = self.centred()
+        reach = self._reach_of(centred)
+        if self.unfinished is None:
+            return ops.binary_weight(centred, self.straight_through, dtype=dtype, reach=reach, **terms)
+        binary = ops.binary_weight(centred, self.straight_through, reach=reach, **terms)
+        return self.unfinished.weight(self.latent, centred, binary, terms).to(dtype or binary.dtype)
+
+    def _reach_of(self, centred: Tensor) -> Tensor | None:
+        if self.reach is None or self.straight_through == "identity" or not torch.is_grad_enabled():
+            return None
+        return self.widening * self.reach * row_scale(centred.detach()).squeeze(1)
 
     def packed_signs(self) -> Tensor:
-        """Return the signs as bits, ``(O, ceil(I / 8))`` uint8, as :func:`bimamba_lit.ops.pack_signs` lays them."""
+        """Return the signs as bits, ``(O, ceil(I / 8))`` uint8, as :func:`bimamba_lit.ops.pack_signs` lays them.
+
+        Raises:
+            UserError: If the layer is not binary yet.
+        """
+        if self.unfinished is not None:
+            raise UserError(
+                f"the model is not binary yet ({self.unfinished.way}, {self.unfinished.share:.0%} of the way), and its "
+                "signs alone would compute something else; train it to the end of its schedule first"
+            )
         return ops.pack_signs(self.centred().detach())
 
     def storage(self) -> dict[str, int]:
-        """Return the bits this layer needs once deployed, by part: signs in whole bytes a row, the rest in 16 bits."""
-        return storage(self)
+        """Return the bits this layer needs once deployed, by part: signs in whole bytes a row, the rest in 16 bits.
+
+        A layer that is not binary yet needs 16 bits a weight.
+        """
+        if self.unfinished is None:
+            return storage(self)
+        bias = 0 if self.bias is None else self.bias.numel()
+        return {"unfinished": DEPLOYED_BITS * (self.latent.numel() + bias)}
 
 
 def no_decay(values: Tensor) -> nn.Parameter:

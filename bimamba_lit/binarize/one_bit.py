@@ -17,14 +17,19 @@ class OneBit(TwoSided):
         linear: The layer whose weights are taken over.
         straight_through: The gradient that stands in for that of the sign; the paper's is ``tanh``.
         scaled_gradients: As in :class:`~bimamba_lit.binarize.BinaryLinear`.
+        reach: As in :class:`~bimamba_lit.binarize.BinaryLinear`.
     """
 
     formats = ("safetensors",)
 
     def __init__(
-        self, linear: nn.Linear, straight_through: StraightThrough = "tanh", scaled_gradients: bool = False
+        self,
+        linear: nn.Linear,
+        straight_through: StraightThrough = "tanh",
+        scaled_gradients: bool = False,
+        reach: float | None = None,
     ) -> None:
-        super().__init__(linear, straight_through=straight_through, scaled_gradients=scaled_gradients)
+        super().__init__(linear, "svd", straight_through, scaled_gradients, reach)
 
     @staticmethod
     def finish(y: Tensor) -> Tensor:

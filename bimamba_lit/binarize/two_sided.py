@@ -25,6 +25,7 @@ class TwoSided(BinaryLinear):
             entries have none. ``means``, the means of rows and of columns: what NMF gives in KL divergence.
         straight_through: The gradient that stands in for that of the sign.
         scaled_gradients: As in :class:`~bimamba_lit.binarize.BinaryLinear`.
+        reach: As in :class:`~bimamba_lit.binarize.BinaryLinear`.
     """
 
     def __init__(
@@ -33,8 +34,9 @@ class TwoSided(BinaryLinear):
         init: Literal["svd", "means"] = "svd",
         straight_through: StraightThrough = "identity",
         scaled_gradients: bool = False,
+        reach: float | None = None,
     ) -> None:
-        super().__init__(linear, straight_through, scaled_gradients)
+        super().__init__(linear, straight_through, scaled_gradients, reach)
         if init not in ("svd", "means"):
             raise UserError(f"init is {init!r}, and must be svd or means")
         self.init = init

@@ -44,6 +44,8 @@ def fit(layer: QuantizedLinear, after_norm: bool) -> Fit | str:
         return "it holds more than one sign a weight"
     if not isinstance(layer, PTBLinear) and "gguf" not in layer.formats:
         return f"its scheme says that it fits {', '.join(layer.formats) or 'no format'}"
+    if isinstance(layer, BinaryLinear) and layer.unfinished is not None:
+        return "it is not binary yet"
     terms = {name: term.detach() for name, term in held.items()}
     blocks, rest = divmod(layer.in_features, BLOCK)
     if rest:

@@ -11,8 +11,8 @@ _ALWAYS_WIDE = (".A_log", ".D", ".dt_bias", ".dt_proj.bias")  # rounded, they wo
 
 def deployed_(lm: MambaLM) -> MambaLM:
     """Pack the binary layers of ``lm`` and round what is in full precision to bfloat16, but for its scan, in place."""
-    binary = [layer for layer in lm.modules() if isinstance(layer, LatentLinear | PTBLinear)]
-    if binary and all(isinstance(layer, LatentLinear) or layer.terms() is not None for layer in binary):
+    layers = [layer for layer in lm.modules() if isinstance(layer, LatentLinear | PTBLinear)]
+    if layers and all(map(_packs, layers)):
         pack_(lm)
     for layer in lm.modules():
         if isinstance(layer, PTBLinear):
@@ -21,3 +21,7 @@ def deployed_(lm: MambaLM) -> MambaLM:
         if not name.endswith(_ALWAYS_WIDE):
             parameter.data = parameter.data.to(torch.bfloat16)
     return lm.eval()
+
+
+def _packs(layer: LatentLinear | PTBLinear) -> bool:
+    return layer.unfinished is None if isinstance(layer, LatentLinear) else layer.terms() is not None

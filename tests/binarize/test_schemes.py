@@ -139,6 +139,30 @@ def test_fbi_gradients_are_the_papers():
     torch.testing.assert_close(layer.in_shift.grad, upstream.sum(0))
 
 
+@pytest.mark.parametrize("straight_through", ["clipped", "tanh", "bireal", "identity"])
+def test_a_reach_is_in_units_of_the_mean_weight_of_a_row(straight_through):
+    dense, upstream = linear(bias=False), torch.randn(7, 13)
+    with torch.no_grad():
+        dense.weight *= 0.02 * torch.arange(7)[:, None]  # rows of every size, one of zeros
+    layer = FBI(dense, straight_through=straight_through, reach=1.5)
+    (layer.weight * upstream).sum().backward()
+    w = layer.latent.detach()
+    u = (w / (1.5 * w.abs().mean(1, keepdim=True))).nan_to_num()
+    slope = {
+        "clipped": (u.abs() <= 1).float(),
+        "tanh": 1 / torch.cosh(u).square(),
+        "bireal": (2 - 2 * u.abs()).clamp(min=0),
+        "identity": torch.ones_like(u),
+    }[straight_through]
+    torch.testing.assert_close(layer.latent.grad, layer.in_scale.detach() * upstream * slope)
+    assert layer.options()["reach"] == 1.5 and (straight_through == "identity" or 0.05 < slope.mean() < 0.95)
+
+
+def test_a_reach_that_is_not_positive_is_refused():
+    with pytest.raises(UserError, match="reach is 0, and must be above 0 or null"):
+        FBI(linear(), straight_through="clipped", reach=0)
+
+
 def test_scaled_sign_passes_the_gradient_of_its_scale_to_the_latent_weights():
     layer, upstream = ScaledSign(linear(bias=False)), torch.randn(7, 13)
     (layer.weight * upstream).sum().backward()
