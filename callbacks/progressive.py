@@ -26,6 +26,8 @@ class Progressive(pl.Callback):
     layers are not all binary, and its size is told at 16 bits a weight of those. A resumed run goes on where it was:
     the share follows from the step.
 
+    Layers of more than one sign a weight (`Ternary`, `TwoBit`) are left alone.
+
     Args:
         by: ``layers``, ``rows``, ``mix`` or ``tanh``.
         end_step: The optimizer step that is the first with binary layers alone.

@@ -4,12 +4,14 @@ A description names schemes by their class names. Only schemes that are already 
 imports what the file names.
 """
 
+import inspect
 from functools import partial
 from typing import Any, TypeVar
 
 from torch import nn
 
 from bimamba_lit.binarize.apply import binarize_, quantized_layers
+from bimamba_lit.binarize.latent import LatentLinear
 from bimamba_lit.binarize.linear import BinaryLinear
 from bimamba_lit.binarize.packed import PackedLinear
 from bimamba_lit.binarize.ptb.layer import PREFIX, PTBLinear, empty_parts
@@ -62,7 +64,7 @@ def apply_binarization_(model: nn.Module, description: list[dict[str, Any]]) -> 
                 for target, linear in dense_layers(model, targets).items():
                     model.set_submodule(target, PTBLinear(linear, scheme, empty_parts(entry.get("parts"))))
             else:
-                trained = _named(name, BinaryLinear)  # type: ignore[type-abstract]
+                trained = _named(name, LatentLinear)  # type: ignore[type-abstract]
                 binarize_(model, partial(trained, **options), targets)
         except (TypeError, KeyError) as error:
             raise UserError(f"scheme '{name}' does not take the options {options}") from error
@@ -94,13 +96,14 @@ def take_unfinished_(model: nn.Module, description: list[dict[str, Any]]) -> Non
                 layer.unfinished = unfinished
 
 
-def known_schemes(base: type[Base] = BinaryLinear) -> dict[str, type[Base]]:  # type: ignore[assignment]
+def known_schemes(base: type[Base] = LatentLinear) -> dict[str, type[Base]]:  # type: ignore[assignment]
     """Return every scheme imported so far by its class name: the trained ones, or those of another base class."""
     found: dict[str, type[Base]] = {}
     queue = list(base.__subclasses__())
     while queue:
         scheme = queue.pop()
-        found[scheme.__name__] = scheme
+        if not inspect.isabstract(scheme):
+            found[scheme.__name__] = scheme
         queue += scheme.__subclasses__()
     return found
 

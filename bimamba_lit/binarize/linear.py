@@ -1,35 +1,30 @@
 """A linear layer whose weight is binary.
 
-The fp32 parameter is ``latent`` and ``weight`` is what the layer multiplies by. Other libraries' blocks read
-``out_proj.weight`` directly instead of calling the layer; with the names this way round they get the binary weight and
-cannot silently train in full precision.
-
 Every scheme is one formula with some of its terms, so that training, packing and every kernel share one definition:
 ``weight[o,i] = out_scale[o] * group_scale[o,g(i)] * sign[o,i] * in_scale[i] + out_shift[o] + in_shift[i]``.
 """
 
-import inspect
-from abc import ABC, abstractmethod
-from collections.abc import Iterable
-from typing import Any, ClassVar, get_args
+from abc import abstractmethod
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
 
 from bimamba_lit import ops
+from bimamba_lit.binarize.latent import LatentLinear
+from bimamba_lit.binarize.scaled_gradient import scaled_gradient
 from bimamba_lit.binarize.straight_through import StraightThrough
-from bimamba_lit.binarize.unfinished import Unfinished, row_scale
+from bimamba_lit.binarize.unfinished import row_scale
 from bimamba_lit.errors import UserError
 from bimamba_lit.kernels.binary_weight import naive
-from bimamba_lit.kernels.linear import FEW, linear
 
 TERMS = ("in_scale", "out_scale", "group_scale", "in_shift", "out_shift")
 DEPLOYED_BITS = 16
 """Bits of a scale, a shift or a bias once deployed (fp16 or bf16): what storage counts, as the paper's table does."""
 
 
-class BinaryLinear(nn.Linear, ABC):
-    """A linear layer with latent weights in fp32 and a binary weight computed from them; the base of every scheme.
+class BinaryLinear(LatentLinear):
+    """A linear layer with latent weights in fp32 and a binary weight computed from them: one sign each.
 
     A scheme subclasses this, adds its learnable scales in ``__init__`` (each marked with :func:`no_decay`), and
     returns them from :meth:`terms`. Constructor arguments after ``linear`` must be plain values kept under their own
@@ -55,8 +50,6 @@ class BinaryLinear(nn.Linear, ABC):
             ``gguf``, which looks at the terms themselves; a scheme whose layer does more than its terms names fewer.
     """
 
-    formats: ClassVar[tuple[str, ...]] = ("torchscript", "pt2", "safetensors", "gguf", "transformers")
-
     def __init__(
         self,
         linear: nn.Linear,
@@ -69,18 +62,11 @@ class BinaryLinear(nn.Linear, ABC):
             raise UserError(f"straight_through is {straight_through!r}, and must be one of {known}")
         if reach is not None and not reach > 0:
             raise UserError(f"reach is {reach}, and must be above 0 or null")
-        nn.Module.__init__(self)  # nn.Linear's would register a parameter named ``weight``
-        self.in_features = linear.in_features
-        self.out_features = linear.out_features
+        super().__init__(linear)
         self.straight_through = straight_through
         self.scaled_gradients = scaled_gradients
         self.reach = reach
         self.widening = 1.0
-        self.unfinished: Unfinished | None = None
-        self._kept: tuple[Any, Tensor] | None = None
-        self.latent = nn.Parameter(linear.weight.detach().to(torch.float32))
-        bias = linear.bias
-        self.bias = None if bias is None else nn.Parameter(bias.detach().to(torch.float32))
 
     @abstractmethod
     def terms(self) -> dict[str, Tensor]:
@@ -98,16 +84,11 @@ class BinaryLinear(nn.Linear, ABC):
         """Return how many weights an element of ``scale`` multiplies; ``scaled_gradients`` goes by it."""
         return self.latent.numel() // scale.numel()
 
-    @property
-    def weight(self) -> Tensor:  # type: ignore[override]
-        """What the layer multiplies by, ``(O, I)``: the binary weight, once it is finished."""
-        return self._weight_in(None)
-
     def _weight_in(self, dtype: torch.dtype | None) -> Tensor:
         terms: dict[str, Any] = {**self.terms()}
         if self.scaled_gradients:
             terms |= {
-                name: _ScaledGradient.apply(term, self.served(term) ** -0.5)
+                name: scaled_gradient(term, self.served(term) ** -0.5)
                 for name, term in terms.items()
                 if "scale" in name
             }
@@ -122,24 +103,6 @@ class BinaryLinear(nn.Linear, ABC):
         if self.reach is None or not torch.is_grad_enabled():
             return None
         return self.widening * self.reach * row_scale(centred.detach()).squeeze(1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Multiply ``x`` ``(..., I)`` by the binary weight and add the bias: ``(..., O)``."""
-        # Reading a text costs more than forming the weight, decoding a token far less.
-        decodes = not (self.training or torch.is_grad_enabled()) and x.numel() <= FEW * self.in_features
-        return linear(x, self._kept_weight() if decodes else self._weight_in(_product_dtype(x)), self.bias)
-
-    def train(self, mode: bool = True) -> "BinaryLinear":
-        """Set training or evaluation mode; the weight kept while decoding is let go."""
-        self._kept = None
-        return super().train(mode)
-
-    def _kept_weight(self) -> Tensor:
-        """Return the binary weight, formed once for as long as nothing that it is formed of changes."""
-        state = (self.unfinished, *fingerprint(self.parameters()))
-        if self._kept is None or self._kept[0] != state:
-            self._kept = (state, self.weight.detach())
-        return self._kept[1]
 
     def packed_signs(self) -> Tensor:
         """Return the signs as bits, ``(O, ceil(I / 8))`` uint8, as :func:`bimamba_lit.ops.pack_signs` lays them.
@@ -163,45 +126,6 @@ class BinaryLinear(nn.Linear, ABC):
             return storage(self)
         bias = 0 if self.bias is None else self.bias.numel()
         return {"unfinished": DEPLOYED_BITS * (self.latent.numel() + bias)}
-
-    def options(self) -> dict[str, Any]:
-        """Return the constructor's arguments but ``linear``, as plain values."""
-        names = list(inspect.signature(type(self).__init__).parameters)[2:]
-        return {name: getattr(self, name) for name in names}
-
-    def kind(self) -> dict[str, Any]:
-        """Return what describes a layer of this kind in a file: ``scheme``, the class's name, and ``options``.
-
-        And, on its way to binary, ``unfinished``: how far it has come.
-        """
-        kind = {"scheme": type(self).__name__, "options": self.options()}
-        return kind if self.unfinished is None else kind | {"unfinished": self.unfinished.plain()}
-
-    def extra_repr(self) -> str:
-        """Name the sizes and the options when the layer is printed."""
-        options = "".join(f", {name}={value!r}" for name, value in self.options().items())
-        return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}{options}"
-
-
-class _ScaledGradient(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, factor: float) -> Tensor:
-        ctx.factor = factor
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return gradient * ctx.factor, None
-
-
-def fingerprint(tensors: Iterable[Tensor]) -> tuple[Any, ...]:
-    """Return what changes whenever the values of one of the tensors do, without reading them."""
-    return tuple((id(t), t.data_ptr(), t._version, t.device, t.dtype) for t in tensors)
-
-
-def _product_dtype(x: Tensor) -> torch.dtype | None:
-    device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
 
 def no_decay(values: Tensor) -> nn.Parameter:

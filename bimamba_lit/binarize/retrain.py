@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from bimamba_lit import ops
 from bimamba_lit.binarize.apply import Scheme, binarize_
-from bimamba_lit.binarize.linear import TERMS, BinaryLinear, compose
+from bimamba_lit.binarize.latent import LatentLinear
+from bimamba_lit.binarize.linear import TERMS, compose
 from bimamba_lit.binarize.ptb.layer import PTBLinear
 from bimamba_lit.binarize.targets import TARGETS
 
@@ -53,7 +54,7 @@ def retrain_(model: nn.Module, scheme: Scheme | None, targets: Sequence[str] = T
         return Start(0, 0)
     starts: list[bool] = []
 
-    def start(linear: nn.Linear) -> BinaryLinear:
+    def start(linear: nn.Linear) -> LatentLinear:
         result = results.get(id(linear))
         exact = None if result is None else _exact(scheme, linear, result)
         if result is not None:
@@ -65,7 +66,7 @@ def retrain_(model: nn.Module, scheme: Scheme | None, targets: Sequence[str] = T
 
 
 @torch.no_grad()
-def _exact(scheme: Scheme, linear: nn.Linear, result: PTBLinear) -> BinaryLinear | None:
+def _exact(scheme: Scheme, linear: nn.Linear, result: PTBLinear) -> LatentLinear | None:
     """Return a trainable layer whose binary weight is that of ``result``, or None if the scheme has no such layer."""
     terms = result.terms()
     if terms is None:
@@ -83,7 +84,7 @@ def _exact(scheme: Scheme, linear: nn.Linear, result: PTBLinear) -> BinaryLinear
     return layer if _same(layer, result) else None
 
 
-def _same(layer: BinaryLinear, result: PTBLinear) -> bool:
+def _same(layer: LatentLinear, result: PTBLinear) -> bool:
     return torch.allclose(layer.weight, result.weight.float(), rtol=_ROUNDING, atol=0.0)
 
 
