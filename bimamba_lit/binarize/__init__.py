@@ -7,6 +7,7 @@ calibration text, are in :mod:`bimamba_lit.binarize.ptb`.
 from bimamba_lit.binarize.apply import Scheme, binarize_, binary_layers, pack_, quantized_layers
 from bimamba_lit.binarize.describe import apply_binarization_, describe_binarization, known_schemes
 from bimamba_lit.binarize.fbi import FBI
+from bimamba_lit.binarize.kept_rows import KeptRows
 from bimamba_lit.binarize.linear import DEPLOYED_BITS, BinaryLinear, no_decay
 from bimamba_lit.binarize.packed import PackedLinear
 from bimamba_lit.binarize.ptb.layer import PTBLinear
@@ -21,6 +22,7 @@ __all__ = [
     "FBI",
     "TARGETS",
     "BinaryLinear",
+    "KeptRows",
     "PTBLinear",
     "PackedLinear",
     "ScaledSign",

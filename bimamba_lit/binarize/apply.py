@@ -1,10 +1,13 @@
 """Making a model binary, and packing it."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from types import MappingProxyType
 from typing import TypeVar
 
 from torch import nn
 
+from bimamba_lit.binarize.kept_rows import KeptRows, rows_to_keep
 from bimamba_lit.binarize.linear import BinaryLinear
 from bimamba_lit.binarize.packed import PackedLinear
 from bimamba_lit.binarize.ptb.layer import PTBLinear
@@ -12,36 +15,49 @@ from bimamba_lit.binarize.targets import TARGETS, dense_layers
 from bimamba_lit.errors import UserError
 
 Scheme = Callable[[nn.Linear], BinaryLinear]
+NO_ROWS: Mapping[str, Sequence[str]] = MappingProxyType({})
 Model = TypeVar("Model", bound=nn.Module)
 
 
-def binarize_(model: Model, scheme: Scheme, targets: Sequence[str] = TARGETS) -> Model:
+def binarize_(
+    model: Model,
+    scheme: Scheme,
+    targets: Sequence[str] = TARGETS,
+    keep_rows: Mapping[str, Sequence[str]] = NO_ROWS,
+) -> Model:
     """Replace every targeted ``nn.Linear`` of ``model`` by its binary form, in place.
 
     Args:
         model: Any module with ``nn.Linear`` layers, of this project or another.
         scheme: A scheme (``FBI``) or anything that makes a :class:`BinaryLinear` of an ``nn.Linear``.
         targets: fnmatch patterns, each tried on a layer's dotted name and on its last part. ``lm_head`` is taken only
-            by a pattern that ends in that very name.
+            by a pattern that ends in that very name. A pattern after ``!`` leaves out layers that others take.
+        keep_rows: Rows of these layers that stay in full precision, by their names, for patterns of layers as above:
+            ``{"in_proj": ["B", "C", "dt"]}``. A mixer of this project names the rows of its projections in
+            ``projection_rows``: z, x, B, C and dt of Mamba-2's ``in_proj``; x and z of Mamba-1's, dt, B and C of its
+            ``x_proj``.
 
     Returns:
         ``model``.
 
     Raises:
-        UserError: If a pattern matches no ``nn.Linear`` that is still in full precision, or ``scheme`` makes something
-            else than a :class:`BinaryLinear`. The model is then as it was.
+        UserError: If a pattern matches no ``nn.Linear`` that is still in full precision, rows have other names, or
+            ``scheme`` makes something else than a :class:`BinaryLinear`. The model is then as it was.
     """
     shared = _shared_parameters(model)
-    binary = {}
-    for name, linear in dense_layers(model, targets).items():
-        layer = scheme(_untied(linear) if id(linear.weight) in shared else linear)
-        if not isinstance(layer, BinaryLinear):
-            raise UserError(
-                f"{scheme!r} is no binarization scheme: it makes a {type(layer).__name__}, not a BinaryLinear"
-            )
+    binary: dict[str, nn.Module] = {}
+    dense = dense_layers(model, targets)
+    kept = rows_to_keep(model, list(dense), keep_rows)
+    for name, linear in dense.items():
+        whole = _untied(linear) if id(linear.weight) in shared else linear
+        try:
+            make = partial(_made, scheme)
+            layer = KeptRows(whole, make, *kept[name]) if name in kept else make(whole)
+        except UserError as error:
+            raise UserError(f"{name}: {error}") from error
         binary[name] = layer.train(linear.training)
-    for name, layer in binary.items():
-        model.set_submodule(name, layer)
+    for name, made in binary.items():
+        model.set_submodule(name, made)
     return model
 
 
@@ -71,21 +87,35 @@ def pack_(model: Model, activation_bits: int | None = None) -> Model:
 
 
 _UNPACKED = (BinaryLinear, PTBLinear)
-QuantizedLinear = BinaryLinear | PackedLinear | PTBLinear
+QuantizedLinear = BinaryLinear | PackedLinear | PTBLinear | KeptRows
 
 
 def quantized_layers(model: nn.Module) -> Iterator[tuple[str, QuantizedLinear]]:
-    """Yield the dotted name and the layer of every layer held in few bits: latent, packed or fitted after training."""
-    for name, layer in model.named_modules():
-        if isinstance(layer, QuantizedLinear):
+    """Yield the dotted name and the layer of every layer held in few bits: latent, packed or fitted after training.
+
+    A layer with rows in full precision comes as the whole that it is.
+    """
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, QuantizedLinear)}
+    for name, layer in layers.items():
+        if not isinstance(layers.get(name.rpartition(".")[0]), KeptRows):
             yield name, layer
 
 
 def binary_layers(model: nn.Module) -> Iterator[tuple[str, BinaryLinear | PackedLinear]]:
-    """Yield the dotted name and the layer of every binary layer, latent or packed, in the model's order."""
+    """Yield the dotted name and the layer of every binary layer, latent or packed, in the model's order.
+
+    Of one with rows in full precision, the layer of its binary rows.
+    """
     for name, layer in model.named_modules():
         if isinstance(layer, BinaryLinear | PackedLinear):
             yield name, layer
+
+
+def _made(scheme: Scheme, linear: nn.Linear) -> BinaryLinear:
+    layer = scheme(linear)
+    if not isinstance(layer, BinaryLinear):
+        raise UserError(f"{scheme!r} is no binarization scheme: it makes a {type(layer).__name__}, not a BinaryLinear")
+    return layer
 
 
 def _shared_parameters(model: nn.Module) -> set[int]:

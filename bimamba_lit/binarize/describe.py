@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 from bimamba_lit.binarize.apply import binarize_, quantized_layers
+from bimamba_lit.binarize.kept_rows import KeptRows
 from bimamba_lit.binarize.linear import BinaryLinear
 from bimamba_lit.binarize.packed import PackedLinear
 from bimamba_lit.binarize.ptb.layer import PREFIX, PTBLinear, empty_parts
@@ -24,11 +25,12 @@ def describe_binarization(model: nn.Module) -> list[dict[str, Any]]:
     """Return one entry a kind of layer: ``scheme``, ``options``, ``packed`` and ``targets`` (dotted names).
 
     ``scheme`` is the class's name; of a post-training scheme with ``ptb.`` before it, and the entry also has ``parts``,
-    the dtype and the shape of each part that is stored.
+    the dtype and the shape of each part that is stored. Layers with rows in full precision also have ``kept_rows``.
     """
     entries: list[dict[str, Any]] = []
     for name, layer in quantized_layers(model):
-        kind = layer.kind() | {"packed": isinstance(layer, PackedLinear)}
+        held = layer.binary if isinstance(layer, KeptRows) else layer
+        kind = layer.kind() | {"packed": isinstance(held, PackedLinear)}
         for entry in entries:
             if {key: value for key, value in entry.items() if key != "targets"} == kind:
                 entry["targets"].append(name)
@@ -62,16 +64,24 @@ def apply_binarization_(model: nn.Module, description: list[dict[str, Any]]) -> 
                     model.set_submodule(target, PTBLinear(linear, scheme, empty_parts(entry.get("parts"))))
             else:
                 trained = _named(name, BinaryLinear)  # type: ignore[type-abstract]
-                binarize_(model, partial(trained, **options), targets)
+                binarize_(model, partial(trained, **options), targets, _kept_rows(entry, targets))
         except (TypeError, KeyError) as error:
             raise UserError(f"scheme '{name}' does not take the options {options}") from error
         if packed:
             layers = dict(model.named_modules())
             for target in targets:
-                layer = layers.get(target)
+                place = f"{target}.binary" if isinstance(layers.get(target), KeptRows) else target
+                layer = layers.get(place)
                 if not isinstance(layer, BinaryLinear | PTBLinear):
                     raise UserError(f"the model has no binary layer {target!r}, which is said to be packed")
-                model.set_submodule(target, PackedLinear(layer))
+                model.set_submodule(place, PackedLinear(layer))
+
+
+def _kept_rows(entry: dict[str, Any], targets: list[str]) -> dict[str, list[str]]:
+    names = entry.get("kept_rows", [])
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise UserError(f"the kept_rows of a scheme must be a list of names, not {names!r}")
+    return dict.fromkeys(targets, names) if names else {}
 
 
 def known_schemes(base: type[Base] = BinaryLinear) -> dict[str, type[Base]]:  # type: ignore[assignment]

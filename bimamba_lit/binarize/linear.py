@@ -75,9 +75,10 @@ class BinaryLinear(nn.Linear, ABC):
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
         """The binary weight ``(O, I)``."""
-        return self._weight_in(None)
+        return self.weight_in(None)
 
-    def _weight_in(self, dtype: torch.dtype | None) -> Tensor:
+    def weight_in(self, dtype: torch.dtype | None) -> Tensor:
+        """Return the binary weight ``(O, I)`` in ``dtype``, formed in one step; None for that of its parameters."""
         terms: dict[str, Any] = {**self.terms()}
         return ops.binary_weight(self.centred(), self.straight_through, dtype=dtype, **terms)
 
@@ -85,7 +86,7 @@ class BinaryLinear(nn.Linear, ABC):
         """Multiply ``x`` ``(..., I)`` by the binary weight and add the bias: ``(..., O)``."""
         # Reading a text costs more than forming the weight, decoding a token far less.
         decodes = not (self.training or torch.is_grad_enabled()) and x.numel() <= FEW * self.in_features
-        return linear(x, self._kept_weight() if decodes else self._weight_in(_product_dtype(x)), self.bias)
+        return linear(x, self._kept_weight() if decodes else self.weight_in(product_dtype(x)), self.bias)
 
     def train(self, mode: bool = True) -> "BinaryLinear":
         """Set training or evaluation mode; the weight kept while decoding is let go."""
@@ -127,7 +128,8 @@ def fingerprint(tensors: Iterable[Tensor]) -> tuple[Any, ...]:
     return tuple((id(t), t.data_ptr(), t._version, t.device, t.dtype) for t in tensors)
 
 
-def _product_dtype(x: Tensor) -> torch.dtype | None:
+def product_dtype(x: Tensor) -> torch.dtype | None:
+    """Return the dtype that autocast multiplies ``x`` in; None where it is off."""
     device = x.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 

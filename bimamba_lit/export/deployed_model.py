@@ -17,8 +17,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bimamba_lit.binarize import BinaryLinear, PackedLinear, PTBLinear, describe_binarization
-from bimamba_lit.export.deployed_linear import DeployedBinary, DeployedLinear, DeployedTable, rounded
+from bimamba_lit.binarize import BinaryLinear, KeptRows, PackedLinear, PTBLinear, describe_binarization
+from bimamba_lit.export.deployed_linear import (
+    DeployedBinary,
+    DeployedKeptRows,
+    DeployedLinear,
+    DeployedTable,
+    rounded,
+)
 from bimamba_lit.export.deployed_ops import (
     causal_conv,
     causal_conv_step,
@@ -379,9 +385,11 @@ class DeployedLM(nn.Module):
             raise ValueError("the state is not one of this model's for as many sequences: see init_state")
 
 
-def deployed(layer: nn.Module, dtype: torch.dtype) -> DeployedBinary | DeployedLinear:
+def deployed(layer: nn.Module, dtype: torch.dtype) -> DeployedBinary | DeployedKeptRows | DeployedLinear:
     """Return the deployed form of a projection."""
+    if isinstance(layer, KeptRows):
+        return DeployedKeptRows(layer, dtype)
     if isinstance(layer, BinaryLinear | PackedLinear) or (isinstance(layer, PTBLinear) and layer.terms() is not None):
         return DeployedBinary(layer, dtype)
     assert isinstance(layer, nn.Linear | PTBLinear)
-    return DeployedLinear(layer, dtype)
+    return DeployedLinear(layer.weight, dtype, layer.bias)

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from bimamba_lit.binarize import PackedLinear
+from bimamba_lit.binarize import KeptRows, PackedLinear
 from bimamba_lit.binarize.apply import QuantizedLinear
 from bimamba_lit.errors import UserError
 from bimamba_lit.models.checkpoint import rounded
@@ -40,6 +40,8 @@ def fit(layer: QuantizedLinear, after_norm: bool) -> Fit | str:
         after_norm: Whether a norm with a gain is all that comes before it.
     """
     held = layer.terms()
+    if isinstance(layer, KeptRows):
+        return f"it has rows in full precision ({', '.join(layer.names)}), and a tensor has one type"
     if held is None:
         return "it holds more than one sign a weight"
     terms = {name: term.detach() for name, term in held.items()}
@@ -76,6 +78,7 @@ def as_blocks(name: str, layer: QuantizedLinear, scale: Tensor) -> NDArray[np.ui
     Raises:
         UserError: If a scale is outside the range of fp16.
     """
+    assert not isinstance(layer, KeptRows)  # it does not fit
     signs = layer.signs if isinstance(layer, PackedLinear) else layer.packed_signs()
     half = rounded(scale, torch.float16, f"the scale of {name}")
     if (half == 0).logical_and(scale != 0).any():

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from bimamba_lit import ops
-from bimamba_lit.binarize import FBI, BinaryLinear, PackedLinear, quantized_layers
-from bimamba_lit.binarize.apply import QuantizedLinear
+from bimamba_lit.binarize import FBI, BinaryLinear, KeptRows, PackedLinear, PTBLinear, quantized_layers
 from bimamba_lit.errors import UserError
 from bimamba_lit.models.dense import dense_tensors
 from bimamba_lit.models.lm import MambaLM
 from bimamba_lit.models.weight_files import Reader
 
+_Layer = BinaryLinear | PackedLinear | PTBLinear
 _SCALE, _SHIFT = ".wscale", ".wbias"
 
 
@@ -64,6 +64,9 @@ def to_bi_mamba(lm: MambaLM) -> dict[str, Tensor]:
         raise UserError("the model has no binary layer, and the Bi-Mamba form is one of binary models")
     state = dict(dense_tensors(lm, leave_out=layers))
     for name, layer in layers.items():
+        if isinstance(layer, KeptRows):
+            rows = ", ".join(layer.names)
+            raise UserError(f"{name} has rows in full precision ({rows}), and the Bi-Mamba form has none")
         scale, shift = _scale_and_shift(name, layer)
         state |= {f"{name}.weight": _latent(layer), name + _SCALE: scale, name + _SHIFT: shift}
         if layer.bias is not None:
@@ -90,14 +93,14 @@ def _flat(read: Reader) -> Tensor:
     return read().reshape(-1)
 
 
-def _latent(layer: QuantizedLinear) -> Tensor:
+def _latent(layer: _Layer) -> Tensor:
     if isinstance(layer, BinaryLinear):
         return layer.centred().detach()
     signs = layer.signs if isinstance(layer, PackedLinear) else layer.packed_signs()
     return ops.unpack_signs(signs, layer.in_features)
 
 
-def _scale_and_shift(name: str, layer: QuantizedLinear) -> tuple[Tensor, Tensor]:
+def _scale_and_shift(name: str, layer: _Layer) -> tuple[Tensor, Tensor]:
     held, scheme = layer.terms(), layer.kind()["scheme"]
     if held is None:
         raise UserError(f"{name} ({scheme}) holds more than one sign a weight, and the Bi-Mamba form one")

@@ -31,7 +31,10 @@ class Distill(LanguageModule):
         student: What the student starts from: an architecture, at random; ``teacher``, the weights of a teacher that is
             a Mamba model; or the path of another model, such as a run of ``PTB``, whose signs and scales are kept where
             the binarizer has the same terms (see :func:`bimamba_lit.binarize.retrain_`). In fp32 whatever that is in.
-        targets: Layers to binarize: fnmatch patterns on their dotted names or on the last part of them.
+        targets: Layers to binarize: fnmatch patterns on their dotted names or on the last part of them; a pattern after
+            ``!`` leaves out layers that others take.
+        keep_rows: Rows of these layers that stay in full precision, by patterns of layers, such as
+            ``{in_proj: [B, C, dt]}``; see :func:`bimamba_lit.binarize.binarize_`.
         divergence: ``soft_ce``, the paper's cross-entropy against the teacher's distribution; ``forward_kl`` or
             ``reverse_kl``, the divergence from the teacher to the student or back.
         temperature: Divides both models' logits; the loss is multiplied by its square.
@@ -51,6 +54,7 @@ class Distill(LanguageModule):
         binarizer: Callable[[nn.Linear], BinaryLinear] | None,
         student: MambaConfig | str = "teacher",
         targets: list[str] = list(TARGETS),  # noqa: B006  (shown as the default in --help; never changed)
+        keep_rows: dict[str, list[str]] = {},  # noqa: B006  (likewise)
         divergence: Literal["soft_ce", "forward_kl", "reverse_kl"] = "soft_ce",
         temperature: float = 1.0,
         hard_share: float = 0.0,
@@ -65,6 +69,7 @@ class Distill(LanguageModule):
         self.binarizer = binarizer
         self.student = student
         self.targets = targets
+        self.keep_rows = keep_rows
         self.divergence = divergence
         self.temperature = temperature
         self.hard_share = hard_share
@@ -84,7 +89,7 @@ class Distill(LanguageModule):
         student = self._start(teacher)
         if self.hidden_weight:
             _check_hidden_states(student, teacher)
-        start = retrain_(student, self.binarizer, self.targets)
+        start = retrain_(student, self.binarizer, self.targets, self.keep_rows)
         check_deploy(student, self.deploy)
         if any(start):
             rank_zero_info(

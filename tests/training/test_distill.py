@@ -1,3 +1,5 @@
+import json
+
 import lightning.pytorch as pl
 import pytest
 import torch
@@ -11,9 +13,13 @@ from bimamba_lit.models.checkpoint import load_lm
 from bimamba_lit.training import AdamW, Distill
 
 
+def path_of(tiny) -> str:
+    return str(tiny.teacher / "checkpoints" / "last.ckpt")
+
+
 @pytest.fixture(scope="module")
 def path(tiny):
-    return str(tiny.teacher / "checkpoints" / "last.ckpt")
+    return path_of(tiny)
 
 
 def built(path: str, **settings: object) -> Distill:
@@ -231,6 +237,37 @@ def test_training_lowers_the_loss_and_leaves_the_teacher_alone(path, tiny, tmp_p
     (optimizer_,) = trainer.optimizers
     trained = {id(one) for group in optimizer_.param_groups for one in group["params"]}
     assert trained == {id(one) for one in module.lm.parameters()}
+
+
+def test_a_run_with_rows_in_full_precision(tiny, bimamba, tmp_path):
+    run, callbacks = tmp_path / "run", []
+    for name in ("BitFlips", "WeightScales"):
+        callbacks += [f"--trainer.callbacks+=bimamba_lit.callbacks.{name}", "--trainer.callbacks.every_n_steps=2"]
+    command = ["fit", "-c", tiny.distill_recipe, f"--trainer.default_root_dir={run}", *callbacks]
+    keep = ["--model.keep_rows={in_proj: [B, dt]}", "--model.targets=[in_proj, out_proj, '!*.9.*']"]
+    answer = bimamba(*command, "--trainer.max_steps=4", "--model.deploy=[gguf]", keep[0])
+    assert answer.code == 1 and "rows in full precision" in answer.err.replace("\n", " "), answer
+    answer = bimamba(*command, "--trainer.max_steps=4", *keep)
+    assert answer.code == 1 and "'*.9.*' matches no Linear layer" in answer.err, answer
+    answer = bimamba(*command, "--trainer.max_steps=4", "--model.deploy=[torchscript]", keep[0])
+    assert answer.code == 0, answer
+    metrics = (run / "metrics.csv").read_text()
+    for name in ("flips/rate", "scales"):
+        assert f"{name}/backbone.layers.0.mixer.in_proj.binary" in metrics
+    lm = load_lm(run / "checkpoints" / "last.ckpt")
+    layer = lm.backbone.layers[0].mixer.in_proj
+    assert layer.names == ["B", "dt"] and layer.kept.shape == (16 + 4, 32)
+    start = load_lm(path_of(tiny)).backbone.layers[0].mixer.in_proj.weight
+    rows = torch.cat([start[128:144], start[160:]])
+    assert not torch.equal(layer.kept, rows) and torch.allclose(layer.kept, rows, atol=0.05), (
+        "trained from the teacher's"
+    )
+    found = json.loads((run / "summary.json").read_text())
+    assert found["storage"]["kept_rows"] == 16 * layer.kept.numel()
+    answer = bimamba("export", "--ckpt", run, "--format", "safetensors", "--out", tmp_path / "out")
+    assert answer.code == 0, answer
+    packed = load_lm(tmp_path / "out").backbone.layers[0].mixer.in_proj
+    torch.testing.assert_close(packed.weight, layer.weight, rtol=1e-3, atol=1e-4)
 
 
 def test_scale_names_tell_whether_a_model_was_trained():
