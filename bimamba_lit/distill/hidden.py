@@ -7,11 +7,12 @@ from torch import Tensor
 
 
 def hidden_state_loss(student: Sequence[Tensor], teacher: Sequence[Tensor], counted: Tensor) -> Tensor:
-    """Return the mean over blocks of ``sum |student - teacher|^2 / sum |teacher|^2``, the sums over counted tokens.
+    """Return the mean over blocks and counted tokens of ``|student - teacher|^2 / |teacher|^2``.
 
-    The squared error by itself would grow with the depth, as the residual stream does; as a share of the teacher's
-    power every block weighs the same, and a student that is zero everywhere has the loss 1. OneBit (arXiv 2402.11295)
-    adds such a loss to that on logits, and divides every token's hidden states by their length instead.
+    The squared error by itself would grow with the depth, as the residual stream does, and the norm that reads the
+    stream divides every token by its length. As a share of the teacher's power, all blocks and tokens weigh the same,
+    and a student that is zero has the loss 1. OneBit (arXiv 2402.11295) adds such a loss to that on logits, and divides
+    the student's hidden states by their own length.
 
     Args:
         student: The residual stream after each block, (B, L, D), in any floating dtype.
@@ -21,11 +22,10 @@ def hidden_state_loss(student: Sequence[Tensor], teacher: Sequence[Tensor], coun
     Returns:
         A scalar, float32.
     """
-    shares = [_share(ours, theirs.detach(), counted) for ours, theirs in zip(student, teacher, strict=True)]
-    return torch.stack(shares).mean()
+    shares = [_share(ours.float(), theirs.detach().float()) for ours, theirs in zip(student, teacher, strict=True)]
+    return (torch.stack(shares).mean(0) * counted).sum() / counted.sum().clamp(min=1)
 
 
-def _share(student: Tensor, teacher: Tensor, counted: Tensor) -> Tensor:
-    error = (student.float() - teacher.float()).square().sum(-1)
-    power = teacher.float().square().sum(-1)
-    return (error * counted).sum() / (power * counted).sum().clamp(min=torch.finfo(torch.float32).tiny)
+def _share(student: Tensor, teacher: Tensor) -> Tensor:
+    power = teacher.square().sum(-1)
+    return (student - teacher).square().sum(-1) / power.clamp(min=torch.finfo(torch.float32).tiny)
