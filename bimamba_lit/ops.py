@@ -511,6 +511,7 @@ def binary_weight(
     in_shift: Tensor | None = None,
     out_shift: Tensor | None = None,
     dtype: torch.dtype | None = None,
+    reach: Tensor | None = None,
     *,
     backend: str = "auto",
 ) -> Tensor:
@@ -521,14 +522,16 @@ def binary_weight(
 
     Args:
         latent: Latent weights (O, I), any float dtype.
-        straight_through: What stands in for the sign's derivative at a latent weight v: ``"identity"`` 1,
-            ``"clipped"`` 1 where abs(v) <= 1, else 0, ``"tanh"`` 1 - tanh(v)^2, ``"bireal"`` max(0, 2 - 2 abs(v)).
+        straight_through: What stands in for the sign's derivative at a latent weight v, with u = v / reach:
+            ``"identity"`` 1, ``"clipped"`` 1 where abs(u) <= 1, else 0, ``"tanh"`` 1 - tanh(u)^2, ``"bireal"``
+            max(0, 2 - 2 abs(u)).
         in_scale: (I,) or (1,).
         out_scale: (O,) or (1,).
         group_scale: (O, G), for G contiguous groups of I / G inputs.
         in_shift: (I,) or (1,).
         out_shift: (O,) or (1,).
         dtype: Of the result, rounded once; by default that of `latent`.
+        reach: (O,) or (1,), positive, no gradient; by default 1.
         backend: ``"auto"``, ``"naive"``, ``"chunked"`` or ``"triton"``.
 
     Returns:
@@ -541,8 +544,10 @@ def binary_weight(
     if straight_through not in STRAIGHT_THROUGH:
         raise ValueError(f"straight_through is {straight_through!r}, but must be one of {', '.join(STRAIGHT_THROUGH)}.")
     check_terms(latent.shape[0], latent.shape[1], in_scale, out_scale, group_scale, in_shift, out_shift, None)
+    if reach is not None and tuple(reach.shape) not in ((latent.shape[0],), (1,)):
+        raise ValueError(f"reach has shape {tuple(reach.shape)}, but must be (O,) = {(latent.shape[0],)} or (1,).")
     run = _pick(backend, latent, naive_weight.binary_weight)
-    return run(latent, straight_through, in_scale, out_scale, group_scale, in_shift, out_shift, dtype)
+    return run(latent, straight_through, in_scale, out_scale, group_scale, in_shift, out_shift, dtype, reach)
 
 
 def distillation_loss(

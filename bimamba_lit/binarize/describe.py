@@ -4,18 +4,21 @@ A description names schemes by their class names. Only schemes that are already 
 imports what the file names.
 """
 
+import inspect
+from collections.abc import Callable
 from functools import partial
 from typing import Any, TypeVar
 
 from torch import nn
 
-from bimamba_lit.binarize.apply import binarize_, quantized_layers
+from bimamba_lit.binarize.apply import quantized_layers, replace_
 from bimamba_lit.binarize.kept_rows import KeptRows
+from bimamba_lit.binarize.latent import LatentLinear
 from bimamba_lit.binarize.linear import BinaryLinear
 from bimamba_lit.binarize.packed import PackedLinear
 from bimamba_lit.binarize.ptb.layer import PREFIX, PTBLinear, empty_parts
 from bimamba_lit.binarize.ptb.scheme import PTBScheme
-from bimamba_lit.binarize.targets import dense_layers
+from bimamba_lit.binarize.unfinished import Unfinished
 from bimamba_lit.errors import UserError, nearest
 
 Base = TypeVar("Base")
@@ -25,7 +28,8 @@ def describe_binarization(model: nn.Module) -> list[dict[str, Any]]:
     """Return one entry a kind of layer: ``scheme``, ``options``, ``packed`` and ``targets`` (dotted names).
 
     ``scheme`` is the class's name; of a post-training scheme with ``ptb.`` before it, and the entry also has ``parts``,
-    the dtype and the shape of each part that is stored. Layers with rows in full precision also have ``kept_rows``.
+    the dtype and the shape of each part that is stored. Layers with rows in full precision also have ``kept_rows``,
+    those that are not binary yet ``unfinished``.
     """
     entries: list[dict[str, Any]] = []
     for name, layer in quantized_layers(model):
@@ -57,24 +61,32 @@ def apply_binarization_(model: nn.Module, description: list[dict[str, Any]]) -> 
             ) from error
         if not isinstance(targets, list) or not all(isinstance(target, str) for target in targets):
             raise UserError(f"the targets of a scheme must be a list of layers' names, not {targets!r}")
+        kept = _kept_rows(entry, targets)
         try:
-            if str(name).startswith(PREFIX):
-                scheme = _named(name, PTBScheme, PREFIX)(**options)  # type: ignore[type-abstract]
-                for target, linear in dense_layers(model, targets).items():
-                    model.set_submodule(target, PTBLinear(linear, scheme, empty_parts(entry.get("parts"))))
-            else:
-                trained = _named(name, BinaryLinear)  # type: ignore[type-abstract]
-                binarize_(model, partial(trained, **options), targets, _kept_rows(entry, targets))
+            replace_(model, _maker(name, options, entry.get("parts")), targets, kept)
         except (TypeError, KeyError) as error:
             raise UserError(f"scheme '{name}' does not take the options {options}") from error
+        take_unfinished_(model, [entry])
         if packed:
-            layers = dict(model.named_modules())
-            for target in targets:
-                place = f"{target}.binary" if isinstance(layers.get(target), KeptRows) else target
-                layer = layers.get(place)
+            for target, (place, layer) in _held(model, targets).items():
                 if not isinstance(layer, BinaryLinear | PTBLinear):
                     raise UserError(f"the model has no binary layer {target!r}, which is said to be packed")
                 model.set_submodule(place, PackedLinear(layer))
+
+
+def _maker(name: object, options: Any, parts: Any) -> Callable[[nn.Linear], LatentLinear | PTBLinear]:
+    """Return what makes a layer of the scheme of that name, trained or fitted after training."""
+    if not str(name).startswith(PREFIX):
+        return partial(_named(name, LatentLinear), **options)  # type: ignore[type-abstract]
+    scheme = _named(name, PTBScheme, PREFIX)(**options)  # type: ignore[type-abstract]
+    return lambda linear: PTBLinear(linear, scheme, empty_parts(parts))
+
+
+def _held(model: nn.Module, targets: list[str]) -> dict[str, tuple[str, nn.Module | None]]:
+    """Return the names and the layers of few bits that targets stand for: of one with kept rows, that of the others."""
+    layers = dict(model.named_modules())
+    places = {target: f"{target}.binary" if isinstance(layers.get(target), KeptRows) else target for target in targets}
+    return {target: (place, layers.get(place)) for target, place in places.items()}
 
 
 def _kept_rows(entry: dict[str, Any], targets: list[str]) -> dict[str, list[str]]:
@@ -84,13 +96,31 @@ def _kept_rows(entry: dict[str, Any], targets: list[str]) -> dict[str, list[str]
     return dict.fromkeys(targets, names) if names else {}
 
 
-def known_schemes(base: type[Base] = BinaryLinear) -> dict[str, type[Base]]:  # type: ignore[assignment]
+def take_unfinished_(model: nn.Module, description: list[dict[str, Any]]) -> None:
+    """Take over, in place, how far the binary layers of a model have come according to a description.
+
+    Raises:
+        UserError: If the description says it in another way than :func:`describe_binarization` does.
+    """
+    for entry in description:
+        way = entry.get("unfinished")
+        try:
+            unfinished = None if way is None else Unfinished(**way)
+        except TypeError as error:
+            raise UserError(f"a layer that is not binary yet must have 'way' and 'share', not {way!r}") from error
+        for _, layer in _held(model, entry["targets"]).values():
+            if isinstance(layer, BinaryLinear):
+                layer.unfinished = unfinished
+
+
+def known_schemes(base: type[Base] = LatentLinear) -> dict[str, type[Base]]:  # type: ignore[assignment]
     """Return every scheme imported so far by its class name: the trained ones, or those of another base class."""
     found: dict[str, type[Base]] = {}
     queue = list(base.__subclasses__())
     while queue:
         scheme = queue.pop()
-        found[scheme.__name__] = scheme
+        if not inspect.isabstract(scheme):
+            found[scheme.__name__] = scheme
         queue += scheme.__subclasses__()
     return found
 

@@ -11,8 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bimamba_lit.binarize.linear import DEPLOYED_BITS, BinaryLinear, product_dtype
+from bimamba_lit.binarize.latent import LatentLinear, product_dtype
+from bimamba_lit.binarize.linear import DEPLOYED_BITS
 from bimamba_lit.binarize.packed import PackedLinear
+from bimamba_lit.binarize.ptb.layer import PTBLinear
 from bimamba_lit.binarize.targets import matches
 from bimamba_lit.errors import UserError, nearest
 from bimamba_lit.kernels.linear import linear
@@ -39,13 +41,13 @@ class KeptRows(nn.Module):
         weight: ``(O, I)``, what the layer multiplies by, all rows in their order.
     """
 
-    binary: BinaryLinear | PackedLinear
+    binary: LatentLinear | PackedLinear | PTBLinear
     bias: nn.Parameter | None
 
     def __init__(
         self,
         whole: nn.Linear,
-        scheme: Callable[[nn.Linear], BinaryLinear],
+        scheme: Callable[[nn.Linear], LatentLinear | PTBLinear],
         rows: Mapping[str, int],
         keep: Sequence[str],
     ) -> None:
@@ -76,14 +78,19 @@ class KeptRows(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Multiply ``x`` ``(..., I)`` by the weight and add the bias: ``(..., O)``."""
         layer = self.binary
-        if torch.is_grad_enabled() and isinstance(layer, BinaryLinear) and type(layer).forward is BinaryLinear.forward:
+        if torch.is_grad_enabled() and isinstance(layer, LatentLinear) and _multiplies(layer):
             # Putting rows together costs less than putting outputs together.
-            return linear(x, self._whole(layer.weight_in(product_dtype(x))), self.bias)
+            return linear(x, self._whole(layer._weight_in(product_dtype(x))), self.bias)
         y = in_order(layer(x), linear(x, self.kept), self.spans, -1)
         return y if self.bias is None else y + self.bias
 
     def _whole(self, binary: Tensor) -> Tensor:
         return in_order(binary, self.kept.to(binary.dtype), self.spans, 0)
+
+    @property
+    def formats(self) -> tuple[str, ...]:
+        """What ``bimamba export`` can write of the scheme; ``gguf`` looks at the rows, too."""
+        return LatentLinear.formats if isinstance(self.binary, PTBLinear) else self.binary.formats
 
     def terms(self) -> None:
         """Return None: signs and terms are not all that the weight is made of."""
@@ -112,6 +119,11 @@ def in_order(binary: Tensor, kept: Tensor, spans: list[Span], dim: int) -> Tenso
         done, taken = begin - taken, taken + end - begin
     pieces.append(binary.narrow(dim, done, binary.shape[dim] - done))
     return torch.cat(pieces, dim)
+
+
+def _multiplies(layer: LatentLinear) -> bool:
+    """Say whether the layer does nothing but multiply by its weight."""
+    return (type(layer).forward, type(layer).finish) == (LatentLinear.forward, LatentLinear.finish)
 
 
 def rows_to_keep(

@@ -160,15 +160,16 @@ class DeployedKeptRows(nn.Module):
 
     Args:
         layer: The layer.
-        dtype: What to store the scales and these rows in.
+        binary: The deployed form of its binary rows.
+        dtype: What to store the other rows in.
     """
 
     bias: Tensor
 
-    def __init__(self, layer: KeptRows, dtype: torch.dtype) -> None:
+    def __init__(self, layer: KeptRows, binary: DeployedBinary | DeployedLinear, dtype: torch.dtype) -> None:
         super().__init__()
         self.spans = layer.spans
-        self.binary = DeployedBinary(layer.binary, dtype)
+        self.binary = binary
         self.kept = DeployedLinear(layer.kept, dtype)
         self.register_buffer("bias", rounded(layer.bias, dtype))
 

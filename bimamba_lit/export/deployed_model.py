@@ -17,7 +17,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bimamba_lit.binarize import BinaryLinear, KeptRows, PackedLinear, PTBLinear, describe_binarization
+from bimamba_lit.binarize import (
+    BinaryLinear,
+    KeptRows,
+    LatentLinear,
+    PackedLinear,
+    PTBLinear,
+    check_format,
+    describe_binarization,
+)
 from bimamba_lit.export.deployed_linear import (
     DeployedBinary,
     DeployedKeptRows,
@@ -264,6 +272,7 @@ class DeployedLM(nn.Module):
 
     def __init__(self, lm: MambaLM, dtype: torch.dtype, int8: bool = False) -> None:
         super().__init__()
+        check_format(lm, "torchscript")
         self.config = json.dumps(lm.config.to_dict())
         self.scheme = json.dumps(describe_binarization(lm))
         self.vocab_size = lm.config.known_vocab_size
@@ -275,7 +284,7 @@ class DeployedLM(nn.Module):
         self.embedding = DeployedTable(embedding.weight[: self.vocab_size], self.tied, dtype, int8)
         self.blocks = nn.ModuleList(DeployedBlock(block, dtype) for block in backbone.layers)  # type: ignore[arg-type]
         if not self.tied:
-            dense = isinstance(head, nn.Linear | QuantizedEmbedding) and not isinstance(head, BinaryLinear)
+            dense = isinstance(head, nn.Linear | QuantizedEmbedding) and not isinstance(head, LatentLinear)
             self.head = (
                 DeployedTable(head.weight[: self.vocab_size], True, dtype, int8) if dense else deployed(head, dtype)
             )
@@ -387,8 +396,15 @@ class DeployedLM(nn.Module):
 
 def deployed(layer: nn.Module, dtype: torch.dtype) -> DeployedBinary | DeployedKeptRows | DeployedLinear:
     """Return the deployed form of a projection."""
-    if isinstance(layer, KeptRows):
-        return DeployedKeptRows(layer, dtype)
+    return (
+        DeployedKeptRows(layer, _alike(layer.binary, dtype), dtype)
+        if isinstance(layer, KeptRows)
+        else _alike(layer, dtype)
+    )
+
+
+def _alike(layer: nn.Module, dtype: torch.dtype) -> DeployedBinary | DeployedLinear:
+    """Return the deployed form of a projection whose rows are all alike."""
     if isinstance(layer, BinaryLinear | PackedLinear) or (isinstance(layer, PTBLinear) and layer.terms() is not None):
         return DeployedBinary(layer, dtype)
     assert isinstance(layer, nn.Linear | PTBLinear)

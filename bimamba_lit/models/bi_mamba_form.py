@@ -14,12 +14,12 @@ from torch import Tensor
 
 from bimamba_lit import ops
 from bimamba_lit.binarize import FBI, BinaryLinear, KeptRows, PackedLinear, PTBLinear, quantized_layers
+from bimamba_lit.binarize.apply import QuantizedLinear
 from bimamba_lit.errors import UserError
 from bimamba_lit.models.dense import dense_tensors
 from bimamba_lit.models.lm import MambaLM
 from bimamba_lit.models.weight_files import Reader
 
-_Layer = BinaryLinear | PackedLinear | PTBLinear
 _SCALE, _SHIFT = ".wscale", ".wbias"
 
 
@@ -93,14 +93,15 @@ def _flat(read: Reader) -> Tensor:
     return read().reshape(-1)
 
 
-def _latent(layer: _Layer) -> Tensor:
+def _latent(layer: QuantizedLinear) -> Tensor:
     if isinstance(layer, BinaryLinear):
         return layer.centred().detach()
+    assert isinstance(layer, PackedLinear | PTBLinear)
     signs = layer.signs if isinstance(layer, PackedLinear) else layer.packed_signs()
     return ops.unpack_signs(signs, layer.in_features)
 
 
-def _scale_and_shift(name: str, layer: _Layer) -> tuple[Tensor, Tensor]:
+def _scale_and_shift(name: str, layer: QuantizedLinear) -> tuple[Tensor, Tensor]:
     held, scheme = layer.terms(), layer.kind()["scheme"]
     if held is None:
         raise UserError(f"{name} ({scheme}) holds more than one sign a weight, and the Bi-Mamba form one")

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from torch import nn
 
-from bimamba_lit.binarize import DEPLOYED_BITS, KeptRows, PTBLinear, quantized_layers
+from bimamba_lit.binarize import DEPLOYED_BITS, CodedLinear, KeptRows, PTBLinear, quantized_layers
 from bimamba_lit.models.quantized_table import QuantizedTable
 
 FULL_PRECISION = "full_precision"
@@ -36,7 +36,7 @@ def count_parameters(lm: nn.Module) -> ParameterCount:
     for _, layer in quantized_layers(lm):
         binarized += layer.in_features * layer.out_features
         held = layer.binary if isinstance(layer, KeptRows) else layer
-        scales = held.parts if isinstance(held, PTBLinear) else held.terms()
+        scales = held.parts if isinstance(held, PTBLinear | CodedLinear) else held.terms() or {}
         beside += sum(values.numel() for values in scales.values() if values.is_floating_point())
         beside += 0 if layer.bias is None else layer.bias.numel()
     beside += sum(table.codes.shape[0] * table.width + table.scale.numel() for table in _tables(lm))

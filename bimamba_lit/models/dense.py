@@ -4,7 +4,7 @@ from collections.abc import Collection, Iterator
 
 from torch import Tensor
 
-from bimamba_lit.binarize import quantized_layers
+from bimamba_lit.binarize import check_format, quantized_layers
 from bimamba_lit.binarize.apply import QuantizedLinear
 from bimamba_lit.models.lm import MambaLM
 from bimamba_lit.models.quantized_table import QuantizedEmbedding
@@ -19,6 +19,7 @@ def dense_tensors(lm: MambaLM, leave_out: Collection[str] = ()) -> Iterator[tupl
         lm: The model.
         leave_out: Names of layers whose tensors are not wanted.
     """
+    check_format(lm, "transformers", leave_out)
     formed: dict[str, QuantizedLinear | QuantizedEmbedding] = dict(quantized_layers(lm))
     formed |= {name: module for name, module in lm.named_modules() if isinstance(module, QuantizedEmbedding)}
     left_out = {*leave_out, *(["lm_head"] if is_tied(lm) else [])}

@@ -7,7 +7,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from bimamba_lit import ops
-from bimamba_lit.binarize import TARGETS, BinaryLinear, retrain_
+from bimamba_lit.binarize import TARGETS, LatentLinear, retrain_
 from bimamba_lit.data.blocks import IGNORED
 from bimamba_lit.distill import find_checkpoint, hidden_state_loss, load_teacher
 from bimamba_lit.distill.causal_teacher import CausalTeacher
@@ -51,7 +51,7 @@ class Distill(LanguageModule):
     def __init__(
         self,
         teacher: str,
-        binarizer: Callable[[nn.Linear], BinaryLinear] | None,
+        binarizer: Callable[[nn.Linear], LatentLinear] | None,
         student: MambaConfig | str = "teacher",
         targets: list[str] = list(TARGETS),  # noqa: B006  (shown as the default in --help; never changed)
         keep_rows: dict[str, list[str]] = {},  # noqa: B006  (likewise)

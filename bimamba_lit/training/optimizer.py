@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from bimamba_lit.binarize import BinaryLinear
+from bimamba_lit.binarize import LatentLinear
 from bimamba_lit.errors import UserError
 
 
@@ -76,7 +76,7 @@ class AdamW:
             "scales": {"lr": self._rate(self.scale_lr), "weight_decay": 0.0},
         }
         members: dict[str, list[nn.Parameter]] = {name: [] for name in groups}
-        binary = _of_binary_layers(module)
+        binary = _of_latent_layers(module)
         for parameter in module.parameters():
             if parameter.requires_grad:
                 vector = parameter.ndim <= 1 or getattr(parameter, "_no_weight_decay", False)
@@ -108,11 +108,11 @@ class AdamW:
         return self.lr if own is None else own
 
 
-def _of_binary_layers(module: nn.Module) -> dict[int, str]:
-    """Return the groups of the parameters of binary layers, by their ids; a bias is in no group of its own."""
+def _of_latent_layers(module: nn.Module) -> dict[int, str]:
+    """Return the groups of what layers with latent weights train, by its ids; a bias is in no group of its own."""
     groups: dict[int, str] = {}
     for layer in module.modules():
-        if isinstance(layer, BinaryLinear):
+        if isinstance(layer, LatentLinear):
             groups |= {id(parameter): "scales" for parameter in layer.parameters() if parameter is not layer.bias}
             groups[id(layer.latent)] = "latent"
     return groups

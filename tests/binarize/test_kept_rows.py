@@ -13,9 +13,12 @@ from bimamba_lit.binarize import (
     FBI,
     BinaryLinear,
     KeptRows,
+    OneBit,
     PackedLinear,
     PTBLinear,
     ScaledSign,
+    Ternary,
+    Unfinished,
     apply_binarization_,
     binarize_,
     binary_layers,
@@ -177,12 +180,17 @@ def _saved(lm, folder):
 
 
 @pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("mixer", ["mamba2", "mamba"])
-def test_a_saved_model_comes_back(make, tmp_path, mixer, packed):
+@pytest.mark.parametrize(
+    ("mixer", "scheme"), [("mamba2", FBI), ("mamba", FBI), ("mamba2", Ternary), ("mamba2", OneBit)]
+)
+def test_a_saved_model_comes_back(make, tmp_path, mixer, scheme, packed):
     keep = {"in_proj": ["z"], "x_proj": ["dt", "C"]} if mixer == "mamba" else {"*.1.mixer.in_proj": ["z", "dt"]}
     targets = ["in_proj", "out_proj", "x_proj"] if mixer == "mamba" else ["in_proj", "out_proj"]
-    lm = binarize_(make(mixer=mixer), FBI, targets, keep).eval()
+    lm = binarize_(make(mixer=mixer), scheme, targets, keep).eval()
+    counted, latent = (count_parameters(lm), storage_by_part(lm)), lm(IDS).logits
     lm = pack_(lm) if packed else lm
+    assert (count_parameters(lm), storage_by_part(lm)) == counted
+    torch.testing.assert_close(lm(IDS).logits, latent, rtol=1e-4, atol=1e-4)
     again = MambaLM.from_pretrained(_saved(lm, tmp_path)).eval()
     assert describe(again) == describe(lm)
     assert torch.equal(again(IDS).logits, lm(IDS).logits)
@@ -202,6 +210,16 @@ def test_a_wrong_description_is_refused(make, wrong):
     assert entry["kept_rows"] == ["B", "C", "dt"] and "kept_rows" not in rest[0]
     with pytest.raises(UserError, match="kept_rows of a scheme must be a list of names|there are no rows 'DT'"):
         apply_binarization_(make(), [entry | {"kept_rows": wrong}, *rest])
+
+
+def test_a_layer_on_its_way_to_binary_comes_back_there(make):
+    lm = binarize_(make(), FBI, keep_rows=KEEP)
+    for _, layer in binary_layers(lm):
+        layer.unfinished = Unfinished("mix", 0.25)
+    again = build(json.loads(json.dumps(describe(lm))))
+    again.load_state_dict(lm.state_dict())
+    assert describe(again) == describe(lm) and torch.equal(again(IDS).logits, lm(IDS).logits)
+    assert again.backbone.layers[0].mixer.in_proj.binary.unfinished.share == 0.25
 
 
 def test_what_others_read(make, error, tmp_path):
