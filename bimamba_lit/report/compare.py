@@ -9,8 +9,13 @@ from bimamba_lit.report.side_by_side import Comparison, lay_side_by_side
 from bimamba_lit.report.table import write_csv, write_markdown
 
 
-def compare(run_dirs: Sequence[str | Path], out: str | Path) -> Comparison:
+def compare(run_dirs: Sequence[str | Path], out: str | Path, sections: Sequence[str] = ()) -> Comparison:
     """Compare runs and write ``report.md``, ``report.csv``, ``report.tex`` and ``report.png`` into ``out``.
+
+    Args:
+        run_dirs: The run folders.
+        out: The folder of the report.
+        sections: Lines of Markdown to end ``report.md`` with.
 
     Raises:
         UserError: If a run is missing or unfinished, the runs were evaluated on different texts, contexts or strides,
@@ -21,5 +26,5 @@ def compare(run_dirs: Sequence[str | Path], out: str | Path) -> Comparison:
     write_plot(comparison, folder / "report.png")
     write_csv(comparison, folder / "report.csv")
     write_latex(comparison, folder / "report.tex")
-    write_markdown(comparison, folder / "report.md", plot="report.png")
+    write_markdown(comparison, folder / "report.md", plot="report.png", sections=sections)
     return comparison

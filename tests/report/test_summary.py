@@ -11,7 +11,7 @@ from bimamba_lit.report import Summary, read_summary, write_summary
 
 KEYS = (
     "name, scheme, bits_per_byte, perplexity, eval_data, context, stride, params, binarized_params, true_bits, "
-    "tokens_seen, seconds, seed, teacher, version, agreement, storage"
+    "tokens_seen, seconds, seed, teacher, version, agreement, storage, tests"
 )
 
 
