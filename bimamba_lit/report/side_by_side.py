@@ -200,11 +200,11 @@ _OF_THE_RUN_ALONE = (
     "seed",
     "default_root_dir",
     "logger",
-    "callbacks",
     "checkpoint",
     "ckpt_path",
     "tests",
 )
+_WATCHERS = ("BitFlips", "WeightScales", "Samples", "Throughput", "NonFiniteGuard", "ProgressLines", "StepsBar")
 
 
 def _configuration(run_dir: Path) -> Any:
@@ -219,9 +219,17 @@ def _configuration(run_dir: Path) -> Any:
     def apart_from_the_run(value: Any) -> Any:
         if isinstance(value, dict):
             return {k: apart_from_the_run(v) for k, v in value.items() if k not in _OF_THE_RUN_ALONE}
-        return [apart_from_the_run(part) for part in value] if isinstance(value, list) else value
+        if isinstance(value, list):
+            return [apart_from_the_run(part) for part in value if not _watches(part)] or None
+        return value
 
     return apart_from_the_run(config)
+
+
+def _watches(part: Any) -> bool:
+    """Say whether a part of a list is a callback that only watches training, rather than changes it."""
+    name = str(part.get("class_path", "")) if isinstance(part, dict) else ""
+    return name.rpartition(".")[2] in _WATCHERS
 
 
 def _row(
