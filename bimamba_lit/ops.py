@@ -40,6 +40,17 @@ from bimamba_lit.kernels.signs import naive as naive_signs
 from bimamba_lit.kernels.ssd import chunked as chunked_ssd
 from bimamba_lit.kernels.ssd import naive as naive_ssd
 from bimamba_lit.kernels.ssd import parallel as parallel_ssd
+from bimamba_lit.op_arguments import (
+    check_activation,
+    check_dimensions,
+    check_maps,
+    check_scan,
+    check_selective,
+    check_shape,
+    check_signs,
+    check_terms,
+    readable,
+)
 
 Op = TypeVar("Op", bound=Callable[..., Any])
 
@@ -97,19 +108,19 @@ def ssd(
 
     Source: arXiv 2405.21060, section 6; the arguments are those of mamba_ssm's ``mamba_chunk_scan_combined``.
     """
-    _dimensions("x", x, "B L H P")
+    check_dimensions("x", x, "B L H P")
     batch, length, heads, width = x.shape
-    _dimensions("B", B, "B L G N")
+    check_dimensions("B", B, "B L G N")
     groups, size = B.shape[2:]
     if length < 1 or chunk_size < 1:
         raise ValueError(f"length and chunk_size must be at least 1, and are {length} and {chunk_size}.")
-    _check_scan(heads, width, groups, A, D, dt_bias)
-    _shape("dt", dt, "B L H", (batch, length, heads))
-    _shape("B", B, "B L G N", (batch, length, groups, size))
-    _shape("C", C, "B L G N", (batch, length, groups, size))
-    _shape("z", z, "B L H P", (batch, length, heads, width))
-    _shape("initial_states", initial_states, "B H P N", (batch, heads, width, size))
-    _shape("seq_idx", seq_idx, "B L", (batch, length))
+    check_scan(heads, width, groups, A, D, dt_bias)
+    check_shape("dt", dt, "B L H", (batch, length, heads))
+    check_shape("B", B, "B L G N", (batch, length, groups, size))
+    check_shape("C", C, "B L G N", (batch, length, groups, size))
+    check_shape("z", z, "B L H P", (batch, length, heads, width))
+    check_shape("initial_states", initial_states, "B H P N", (batch, heads, width, size))
+    check_shape("seq_idx", seq_idx, "B L", (batch, length))
     run = _pick(backend, x, naive_ssd.ssd, chunked_ssd.ssd, parallel_ssd.ssd)
     with _without_autocast(x):
         return run(
@@ -155,16 +166,16 @@ def ssd_step(
     Raises:
         ValueError: If a shape or the backend is wrong.
     """
-    _dimensions("x", x, "B H P")
+    check_dimensions("x", x, "B H P")
     batch, heads, width = x.shape
-    _dimensions("B", B, "B G N")
+    check_dimensions("B", B, "B G N")
     groups, size = B.shape[1:]
-    _check_scan(heads, width, groups, A, D, dt_bias)
-    _shape("state", state, "B H P N", (batch, heads, width, size))
-    _shape("dt", dt, "B H", (batch, heads))
-    _shape("B", B, "B G N", (batch, groups, size))
-    _shape("C", C, "B G N", (batch, groups, size))
-    _shape("z", z, "B H P", (batch, heads, width))
+    check_scan(heads, width, groups, A, D, dt_bias)
+    check_shape("state", state, "B H P N", (batch, heads, width, size))
+    check_shape("dt", dt, "B H", (batch, heads))
+    check_shape("B", B, "B G N", (batch, groups, size))
+    check_shape("C", C, "B G N", (batch, groups, size))
+    check_shape("z", z, "B H P", (batch, heads, width))
     run = _pick(backend, x, naive_ssd.ssd_step, chunked_ssd.ssd_step)
     with _without_autocast(x):
         return run(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, dt_limit)
@@ -214,16 +225,16 @@ def selective_scan(
 
     Source: arXiv 2312.00752, algorithm 2; the arguments are those of mamba_ssm's ``selective_scan_fn``.
     """
-    _dimensions("u", u, "B D L")
+    check_dimensions("u", u, "B D L")
     batch, channels, length = u.shape
     if length < 1:
         raise ValueError("length must be at least 1, and is 0.")
-    size = _check_selective(channels, A, D, delta_bias)
-    _shape("delta", delta, "B D L", (batch, channels, length))
-    _check_maps(B, C, batch, channels, size, (length,))
-    _shape("z", z, "B D L", (batch, channels, length))
-    _shape("initial_states", initial_states, "B D N", (batch, channels, size))
-    _shape("seq_idx", seq_idx, "B L", (batch, length))
+    size = check_selective(channels, A, D, delta_bias)
+    check_shape("delta", delta, "B D L", (batch, channels, length))
+    check_maps(B, C, batch, channels, size, (length,))
+    check_shape("z", z, "B D L", (batch, channels, length))
+    check_shape("initial_states", initial_states, "B D N", (batch, channels, size))
+    check_shape("seq_idx", seq_idx, "B L", (batch, length))
     run = _pick(backend, u, naive_selective.selective_scan, chunked_selective.selective_scan)
     with _without_autocast(u):
         return run(
@@ -266,13 +277,13 @@ def selective_scan_step(
     Raises:
         ValueError: If a shape or the backend is wrong.
     """
-    _dimensions("u", u, "B D")
+    check_dimensions("u", u, "B D")
     batch, channels = u.shape
-    size = _check_selective(channels, A, D, delta_bias)
-    _shape("state", state, "B D N", (batch, channels, size))
-    _shape("delta", delta, "B D", (batch, channels))
-    _check_maps(B, C, batch, channels, size, ())
-    _shape("z", z, "B D", (batch, channels))
+    size = check_selective(channels, A, D, delta_bias)
+    check_shape("state", state, "B D N", (batch, channels, size))
+    check_shape("delta", delta, "B D", (batch, channels))
+    check_maps(B, C, batch, channels, size, ())
+    check_shape("z", z, "B D", (batch, channels))
     run = _pick(backend, u, naive_selective.selective_scan_step, chunked_selective.selective_scan_step)
     with _without_autocast(u):
         return run(state, u, delta, A, B, C, D, z, delta_bias, delta_softplus)
@@ -307,17 +318,17 @@ def causal_conv1d(
     Raises:
         ValueError: If a shape, the activation or the backend is wrong.
     """
-    _dimensions("x", x, "B D L")
+    check_dimensions("x", x, "B D L")
     batch, channels, length = x.shape
-    _dimensions("weight", weight, "D W")
+    check_dimensions("weight", weight, "D W")
     taps = weight.shape[1]
     if length < 1 or taps < 1:
         raise ValueError(f"length and taps must be at least 1, and are {length} and {taps}.")
-    _shape("weight", weight, "D W", (channels, taps))
-    _shape("bias", bias, "D", (channels,))
-    _shape("initial_states", initial_states, "B D W-1", (batch, channels, taps - 1))
-    _shape("seq_idx", seq_idx, "B L", (batch, length))
-    _check_activation(activation)
+    check_shape("weight", weight, "D W", (channels, taps))
+    check_shape("bias", bias, "D", (channels,))
+    check_shape("initial_states", initial_states, "B D W-1", (batch, channels, taps - 1))
+    check_shape("seq_idx", seq_idx, "B L", (batch, length))
+    check_activation(activation)
     run = _pick(backend, x, naive_conv.causal_conv1d, chunked_conv.causal_conv1d, parallel_conv.causal_conv1d)
     return run(x, weight, bias, activation, initial_states, seq_idx, return_final_states)
 
@@ -347,14 +358,14 @@ def causal_conv1d_step(
     Raises:
         ValueError: If a shape, the activation or the backend is wrong.
     """
-    _dimensions("x", x, "B D")
+    check_dimensions("x", x, "B D")
     batch, channels = x.shape
-    _dimensions("weight", weight, "D W")
+    check_dimensions("weight", weight, "D W")
     taps = weight.shape[1]
-    _shape("weight", weight, "D W", (channels, taps))
-    _shape("conv_state", conv_state, "B D W-1", (batch, channels, taps - 1))
-    _shape("bias", bias, "D", (channels,))
-    _check_activation(activation)
+    check_shape("weight", weight, "D W", (channels, taps))
+    check_shape("conv_state", conv_state, "B D W-1", (batch, channels, taps - 1))
+    check_shape("bias", bias, "D", (channels,))
+    check_activation(activation)
     return _pick(backend, x, naive_conv.causal_conv1d_step)(x, conv_state, weight, bias, activation)
 
 
@@ -390,8 +401,8 @@ def rms_norm(
     """
     if x.ndim < 1 or x.shape[-1] < 1:
         raise ValueError(f"x has shape {tuple(x.shape)}, but must be (..., D) with at least one feature.")
-    _shape("weight", weight, "D", (x.shape[-1],))
-    _shape("z", z, "... D", tuple(x.shape))
+    check_shape("weight", weight, "D", (x.shape[-1],))
+    check_shape("z", z, "... D", tuple(x.shape))
     if groups < 1 or x.shape[-1] % groups:
         raise ValueError(f"groups is {groups}, but must divide the {x.shape[-1]} features.")
     return _pick(backend, x, naive_norm.rms_norm, chunked_norm.rms_norm)(x, weight, z, eps, groups)
@@ -412,7 +423,7 @@ def pack_signs(w: Tensor, *, backend: str = "auto") -> Tensor:
     Raises:
         ValueError: If the shape or the backend is wrong.
     """
-    _dimensions("w", w, "O I")
+    check_dimensions("w", w, "O I")
     return _pick(backend, w, naive_signs.pack_signs)(w)
 
 
@@ -434,7 +445,7 @@ def unpack_signs(
         ValueError: If the shape, `in_features` or the backend is wrong.
         TypeError: If `signs` is not uint8.
     """
-    _check_signs(signs, in_features)
+    check_signs(signs, in_features)
     return _pick(backend, signs, naive_signs.unpack_signs, chunked_signs.unpack_signs)(signs, in_features, dtype)
 
 
@@ -481,12 +492,12 @@ def binary_linear(
         ValueError: If a shape, `in_features`, `activation_bits` or the backend is wrong.
         TypeError: If `signs` is not uint8.
     """
-    _check_signs(signs, in_features)
+    check_signs(signs, in_features)
     if x.ndim < 1 or x.shape[-1] != in_features:
         raise ValueError(f"x has shape {tuple(x.shape)}, but must be (..., I) = (..., {in_features}).")
     if activation_bits not in (None, 8):
         raise ValueError(f"activation_bits is {activation_bits}, but must be None or 8.")
-    _check_terms(signs.shape[0], in_features, in_scale, out_scale, group_scale, in_shift, out_shift, bias)
+    check_terms(signs.shape[0], in_features, in_scale, out_scale, group_scale, in_shift, out_shift, bias)
     run = _pick(backend, x, naive_linear.binary_linear, chunked_linear.binary_linear)
     return run(x, signs, in_features, in_scale, out_scale, group_scale, in_shift, out_shift, bias, activation_bits)
 
@@ -500,6 +511,7 @@ def binary_weight(
     in_shift: Tensor | None = None,
     out_shift: Tensor | None = None,
     dtype: torch.dtype | None = None,
+    reach: Tensor | None = None,
     *,
     backend: str = "auto",
 ) -> Tensor:
@@ -510,14 +522,16 @@ def binary_weight(
 
     Args:
         latent: Latent weights (O, I), any float dtype.
-        straight_through: What stands in for the sign's derivative at a latent weight v: ``"identity"`` 1,
-            ``"clipped"`` 1 where abs(v) <= 1, else 0, ``"tanh"`` 1 - tanh(v)^2, ``"bireal"`` max(0, 2 - 2 abs(v)).
+        straight_through: What stands in for the sign's derivative at a latent weight v, with u = v / reach:
+            ``"identity"`` 1, ``"clipped"`` 1 where abs(u) <= 1, else 0, ``"tanh"`` 1 - tanh(u)^2, ``"bireal"``
+            max(0, 2 - 2 abs(u)).
         in_scale: (I,) or (1,).
         out_scale: (O,) or (1,).
         group_scale: (O, G), for G contiguous groups of I / G inputs.
         in_shift: (I,) or (1,).
         out_shift: (O,) or (1,).
         dtype: Of the result, rounded once; by default that of `latent`.
+        reach: (O,) or (1,), positive, no gradient; by default 1.
         backend: ``"auto"``, ``"naive"``, ``"chunked"`` or ``"triton"``.
 
     Returns:
@@ -526,12 +540,14 @@ def binary_weight(
     Raises:
         ValueError: If a shape, `straight_through` or the backend is wrong.
     """
-    _dimensions("latent", latent, "O I")
+    check_dimensions("latent", latent, "O I")
     if straight_through not in STRAIGHT_THROUGH:
         raise ValueError(f"straight_through is {straight_through!r}, but must be one of {', '.join(STRAIGHT_THROUGH)}.")
-    _check_terms(latent.shape[0], latent.shape[1], in_scale, out_scale, group_scale, in_shift, out_shift, None)
+    check_terms(latent.shape[0], latent.shape[1], in_scale, out_scale, group_scale, in_shift, out_shift, None)
+    if reach is not None and tuple(reach.shape) not in ((latent.shape[0],), (1,)):
+        raise ValueError(f"reach has shape {tuple(reach.shape)}, but must be (O,) = {(latent.shape[0],)} or (1,).")
     run = _pick(backend, latent, naive_weight.binary_weight)
-    return run(latent, straight_through, in_scale, out_scale, group_scale, in_shift, out_shift, dtype)
+    return run(latent, straight_through, in_scale, out_scale, group_scale, in_shift, out_shift, dtype, reach)
 
 
 def distillation_loss(
@@ -590,23 +606,23 @@ def distillation_loss(
         raise ValueError(f"chunk_tokens is {chunk_tokens}, but must be at least 1.")
     if hidden_s.ndim < 2:
         raise ValueError(f"hidden_s has shape {tuple(hidden_s.shape)}, but must be (..., D).")
-    _dimensions("head_s", head_s, "V D")
+    check_dimensions("head_s", head_s, "V D")
     vocabulary = head_s.shape[0]
-    _shape("head_s", head_s, "V D", (vocabulary, hidden_s.shape[-1]))
+    check_shape("head_s", head_s, "V D", (vocabulary, hidden_s.shape[-1]))
     if hard_share < 1.0:
         if hidden_t is None or head_t is None:
             raise ValueError(f"hidden_t and head_t are needed at hard_share = {hard_share}, or set hard_share = 1.0.")
-        _shape("hidden_t", hidden_t, "... D", (*tokens, hidden_t.shape[-1]))
-        _shape("head_t", head_t, "V D", (vocabulary, hidden_t.shape[-1]))
+        check_shape("hidden_t", hidden_t, "... D", (*tokens, hidden_t.shape[-1]))
+        check_shape("head_t", head_t, "V D", (vocabulary, hidden_t.shape[-1]))
     if hard_share > 0.0 and labels is None:
         raise ValueError(f"labels are needed at hard_share = {hard_share}, or set hard_share = 0.0.")
-    _shape("labels", labels, "...", tokens)
-    _shape("mask", mask, "...", tokens)
+    check_shape("labels", labels, "...", tokens)
+    check_shape("mask", mask, "...", tokens)
     if mask is not None and mask.dtype != torch.bool:
         raise TypeError(f"mask has dtype {mask.dtype}, but must be torch.bool.")
     if (
         labels is not None
-        and _readable(labels)
+        and readable(labels)
         and bool(((labels != -100) & ((labels < 0) | (labels >= vocabulary))).any())
     ):
         raise ValueError(f"labels hold a value outside 0 to {vocabulary - 1} that is not -100.")
@@ -656,91 +672,3 @@ def _importable(module: str) -> bool:
 def _without_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
     device = tensor.device.type
     return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
-
-
-def _readable(tensor: Tensor) -> bool:
-    """Say whether values may be read back: not while a graph is traced or captured."""
-    return not torch.compiler.is_compiling() and not (tensor.is_cuda and torch.cuda.is_current_stream_capturing())
-
-
-def _dimensions(name: str, tensor: Tensor, letters: str) -> None:
-    if tensor.ndim != letters.count(" ") + 1:
-        raise ValueError(f"{name} has shape {tuple(tensor.shape)}, but must be ({letters.replace(' ', ', ')}).")
-
-
-def _shape(name: str, tensor: Tensor | None, letters: str, shape: tuple[int, ...]) -> None:
-    if tensor is not None and tensor.shape != shape:
-        raise ValueError(
-            f"{name} has shape {tuple(tensor.shape)}, but must be ({letters.replace(' ', ', ')}) = {shape}."
-        )
-
-
-def _check_scan(heads: int, width: int, groups: int, A: Tensor, D: Tensor | None, dt_bias: Tensor | None) -> None:
-    if groups < 1 or heads % groups:
-        raise ValueError(f"B has {groups} groups, which must divide x's {heads} heads.")
-    _shape("A", A, "H", (heads,))
-    _shape("dt_bias", dt_bias, "H", (heads,))
-    if D is not None and tuple(D.shape) not in ((heads,), (heads, width)):
-        raise ValueError(f"D has shape {tuple(D.shape)}, but must be (H,) = {(heads,)} or (H, P) = {(heads, width)}.")
-
-
-def _check_selective(channels: int, A: Tensor, D: Tensor | None, delta_bias: Tensor | None) -> int:
-    """Return the state size."""
-    _dimensions("A", A, "D N")
-    size = A.shape[1]
-    _shape("A", A, "D N", (channels, size))
-    _shape("D", D, "D", (channels,))
-    _shape("delta_bias", delta_bias, "D", (channels,))
-    return size
-
-
-def _check_maps(B: Tensor, C: Tensor, batch: int, channels: int, size: int, length: tuple[int, ...]) -> None:
-    last = " L" if length else ""
-    for name, maps in (("B", B), ("C", C)):
-        if maps.ndim == 2 + len(length):
-            _shape(name, maps, f"B N{last}", (batch, size, *length))
-            continue
-        _dimensions(name, maps, f"B G N{last}")
-        groups = maps.shape[1]
-        _shape(name, maps, f"B G N{last}", (batch, groups, size, *length))
-        if groups < 1 or channels % groups:
-            raise ValueError(f"{name} has {groups} groups, which must divide u's {channels} channels.")
-
-
-def _check_activation(activation: str | None) -> None:
-    if activation not in (None, "silu", "swish"):
-        raise ValueError(f"activation is {activation!r}, but must be None, 'silu' or 'swish'.")
-
-
-def _check_signs(signs: Tensor, in_features: int) -> None:
-    if signs.dtype != torch.uint8:
-        raise TypeError(f"signs has dtype {signs.dtype}, but must be torch.uint8.")
-    _dimensions("signs", signs, "O ceil(I/8)")
-    _shape("signs", signs, "O ceil(I/8)", (signs.shape[0], math.ceil(in_features / 8)))
-
-
-def _check_terms(
-    out_features: int,
-    in_features: int,
-    in_scale: Tensor | None,
-    out_scale: Tensor | None,
-    group_scale: Tensor | None,
-    in_shift: Tensor | None,
-    out_shift: Tensor | None,
-    bias: Tensor | None,
-) -> None:
-    for name, term, letter, count in (
-        ("in_scale", in_scale, "I", in_features),
-        ("out_scale", out_scale, "O", out_features),
-        ("in_shift", in_shift, "I", in_features),
-        ("out_shift", out_shift, "O", out_features),
-        ("bias", bias, "O", out_features),
-    ):
-        if term is not None and tuple(term.shape) not in ((count,), (1,)):
-            raise ValueError(f"{name} has shape {tuple(term.shape)}, but must be ({letter},) = ({count},) or (1,).")
-    if group_scale is not None:
-        _dimensions("group_scale", group_scale, "O G")
-        groups = group_scale.shape[1]
-        _shape("group_scale", group_scale, "O G", (out_features, groups))
-        if groups < 1 or in_features % groups:
-            raise ValueError(f"group_scale has {groups} groups, which must divide in_features = {in_features}.")

@@ -1,8 +1,10 @@
-"""Lightning callbacks that watch the training of 1-bit models."""
+"""Lightning callbacks that watch the training of 1-bit models, and those that lead it over its steps."""
 
+from bimamba_lit.callbacks.annealed_gradient import AnnealedGradient
 from bimamba_lit.callbacks.bit_flips import BitFlips
 from bimamba_lit.callbacks.nonfinite import NonFiniteGuard
 from bimamba_lit.callbacks.progress_lines import ProgressLines
+from bimamba_lit.callbacks.progressive import Progressive
 from bimamba_lit.callbacks.random_state import RandomState
 from bimamba_lit.callbacks.samples import Samples
 from bimamba_lit.callbacks.steps_bar import StepsBar
@@ -10,9 +12,11 @@ from bimamba_lit.callbacks.throughput import Throughput
 from bimamba_lit.callbacks.weight_scales import WeightScales
 
 __all__ = [
+    "AnnealedGradient",
     "BitFlips",
     "NonFiniteGuard",
     "ProgressLines",
+    "Progressive",
     "RandomState",
     "Samples",
     "StepsBar",

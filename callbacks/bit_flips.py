@@ -11,6 +11,7 @@ from torch import Tensor
 from bimamba_lit.binarize import BinaryLinear
 from bimamba_lit.callbacks.sharded import whole
 from bimamba_lit.callbacks.steps import EverySteps, report
+from bimamba_lit.ops import pack_signs
 
 
 class BitFlips(pl.Callback):
@@ -22,9 +23,10 @@ class BitFlips(pl.Callback):
     ``every_n_steps``: compare runs that have the same.
 
     The snapshots are packed, an eighth of a byte a sign, lie on the layer's device and are part of the checkpoint, so
-    that a resumed run logs what an uninterrupted one would. Under DDP every rank holds the same signs, and no rank
-    communicates; sharded weights (FSDP2) are gathered one layer at a time, and every rank keeps all signs. A model
-    without binary layers, such as a teacher, logs nothing.
+    that a resumed run logs what an uninterrupted one would. Those of a layer that is not binary yet (`Progressive`) are
+    of its latent weights. Under DDP every rank holds the same signs, and no rank communicates; sharded weights (FSDP2)
+    are gathered one layer at a time, and every rank keeps all signs. A model without binary layers, such as a teacher,
+    logs nothing.
 
     Args:
         every_n_steps: Optimizer steps between two logs.
@@ -48,14 +50,14 @@ class BitFlips(pl.Callback):
         for snapshots in (self._start, self._last):
             for name, layer in layers.items():
                 kept = snapshots.get(name)
-                snapshots[name] = whole(layer).packed_signs() if kept is None else kept.to(layer.latent.device)
+                snapshots[name] = _packed_signs(layer) if kept is None else kept.to(layer.latent.device)
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
         """Compare with the snapshots and log, at the steps that are multiples of ``every_n_steps``."""
         if not self._start or not self._steps.due(trainer):
             return
         layers = _latent_layers(pl_module)
-        now = {name: whole(layer).packed_signs() for name, layer in layers.items()}
+        now = {name: _packed_signs(layer) for name, layer in layers.items()}
         flips = {
             "flips/rate": [count_flips(now[name], self._last[name]) for name in layers],
             "flips/since_start": [count_flips(now[name], self._start[name]) for name in layers],
@@ -81,6 +83,10 @@ class BitFlips(pl.Callback):
 def count_flips(before: Tensor, after: Tensor) -> Tensor:
     """Return the number of bits that differ between two packed snapshots of one shape, as a scalar int64 tensor."""
     return _ones_in_a_byte(before.device)[(before ^ after).int()].sum()
+
+
+def _packed_signs(layer: BinaryLinear) -> Tensor:
+    return pack_signs(whole(layer).centred().detach())
 
 
 def _ones_in_a_byte(device: torch.device) -> Tensor:

@@ -9,7 +9,10 @@ of a metric and writes it again with the next ones, and a resumed run would writ
 from collections.abc import Mapping
 
 import lightning.pytorch as pl
+from lightning.pytorch.utilities import rank_zero_info
+from torch import nn
 
+from bimamba_lit.binarize import BinaryLinear
 from bimamba_lit.errors import UserError
 
 
@@ -41,6 +44,43 @@ class EverySteps:
             return False
         self._seen = step
         return step % self.every_n_steps == 0
+
+
+class StepRange:
+    """What changes from one optimizer step to another.
+
+    Args:
+        owner: The callback, named in the error.
+        start: The step up to which nothing has changed.
+        end: The first step at which all has.
+
+    Raises:
+        UserError: If they are not ``0 <= start < end``.
+    """
+
+    def __init__(self, owner: object, start: int, end: int) -> None:
+        self._owner = type(owner).__name__
+        if not 0 <= start < end:
+            raise UserError(f"{self._owner}: start_step is {start} and end_step {end}, and must be 0 <= start < end")
+        self.start, self.end = start, end
+
+    def tell_if_cut(self, trainer: pl.Trainer) -> None:
+        """Say so where the run, or this part of it, ends before ``end``."""
+        if 0 <= trainer.max_steps < self.end:
+            rank_zero_info(
+                f"{self._owner}: end_step is {self.end}, after this run's last step, {trainer.max_steps}: "
+                "the schedule does not reach its end"
+            )
+
+    def share(self, step: int) -> float:
+        """Return how much has changed, 0 to 1, for the optimizer step that follows ``step`` steps."""
+        return min(1.0, max(0.0, (step - self.start) / (self.end - self.start)))
+
+
+def latent_layers(pl_module: pl.LightningModule) -> list[BinaryLinear]:
+    """Return the binary layers in training of ``pl_module.lm``, in the model's order."""
+    assert isinstance(pl_module.lm, nn.Module)
+    return [layer for layer in pl_module.lm.modules() if isinstance(layer, BinaryLinear)]
 
 
 def report(

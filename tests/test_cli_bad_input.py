@@ -105,8 +105,8 @@ def test_a_wrong_value_is_told(refused, arg, told):
 @pytest.mark.parametrize(
     ("arg", "told"),
     [
-        ("--model.binarizer=Pretrain", "there is no BinaryLinear 'Pretrain'"),
-        ("--model.binarizer=torch.nn.Linear", "is no BinaryLinear"),
+        ("--model.binarizer=Pretrain", "there is no LatentLinear 'Pretrain'"),
+        ("--model.binarizer=torch.nn.Linear", "is no LatentLinear"),
         ("--model.binarizer=FBJ", "did you mean 'FBI'?"),
         ("--model.binarizer=my_scheme.Mine", "there is no class 'my_scheme.Mine'"),
         ("--model.targets=[in_prj]", "did you mean 'in_proj'?"),

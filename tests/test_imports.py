@@ -20,7 +20,7 @@ LEVELS = [
     {"binarize"},
     {"ops"},
     {"kernels"},
-    {"errors", "files", "hub"},
+    {"errors", "files", "hub", "op_arguments"},
 ]
 # `training` writes the summaries that `report` reads; `quickstart` is a run and a comparison.
 SIDEWAYS = {

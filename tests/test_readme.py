@@ -31,11 +31,11 @@ def test_every_recipe_that_is_named_exists():
 
 
 def test_the_scheme_of_the_readme_trains_and_packs():
-    (source,) = [block for block in PYTHON if "class TwoSided" in block]
+    (source,) = [block for block in PYTHON if "class RowsAndColumns" in block]
     names = {}
     exec(source, names)
     dense = nn.Linear(16, 8, bias=False)
-    layer = names["TwoSided"](dense)
+    layer = names["RowsAndColumns"](dense)
     assert isinstance(layer, BinaryLinear)
     x = torch.randn(4, 16)
     layer(x).square().sum().backward()

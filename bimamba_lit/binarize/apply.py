@@ -5,13 +5,15 @@ from typing import TypeVar
 
 from torch import nn
 
+from bimamba_lit.binarize.coded import CodedLinear
+from bimamba_lit.binarize.latent import LatentLinear
 from bimamba_lit.binarize.linear import BinaryLinear
 from bimamba_lit.binarize.packed import PackedLinear
 from bimamba_lit.binarize.ptb.layer import PTBLinear
 from bimamba_lit.binarize.targets import TARGETS, dense_layers
 from bimamba_lit.errors import UserError
 
-Scheme = Callable[[nn.Linear], BinaryLinear]
+Scheme = Callable[[nn.Linear], LatentLinear]
 Model = TypeVar("Model", bound=nn.Module)
 
 
@@ -20,7 +22,7 @@ def binarize_(model: Model, scheme: Scheme, targets: Sequence[str] = TARGETS) ->
 
     Args:
         model: Any module with ``nn.Linear`` layers, of this project or another.
-        scheme: A scheme (``FBI``) or anything that makes a :class:`BinaryLinear` of an ``nn.Linear``.
+        scheme: A scheme (``FBI``) or anything that makes a :class:`LatentLinear` of an ``nn.Linear``.
         targets: fnmatch patterns, each tried on a layer's dotted name and on its last part. ``lm_head`` is taken only
             by a pattern that ends in that very name.
 
@@ -28,16 +30,19 @@ def binarize_(model: Model, scheme: Scheme, targets: Sequence[str] = TARGETS) ->
         ``model``.
 
     Raises:
-        UserError: If a pattern matches no ``nn.Linear`` that is still in full precision, or ``scheme`` makes something
-            else than a :class:`BinaryLinear`. The model is then as it was.
+        UserError: If a pattern matches no ``nn.Linear`` that is still in full precision, or ``scheme`` does not fit a
+            layer or makes something else than a :class:`LatentLinear`. The model is then as it was.
     """
     shared = _shared_parameters(model)
     binary = {}
     for name, linear in dense_layers(model, targets).items():
-        layer = scheme(_untied(linear) if id(linear.weight) in shared else linear)
-        if not isinstance(layer, BinaryLinear):
+        try:
+            layer = scheme(_untied(linear) if id(linear.weight) in shared else linear)
+        except UserError as error:
+            raise UserError(f"{name}: {error}") from error
+        if not isinstance(layer, LatentLinear):
             raise UserError(
-                f"{scheme!r} is no binarization scheme: it makes a {type(layer).__name__}, not a BinaryLinear"
+                f"{scheme!r} is no binarization scheme: it makes a {type(layer).__name__}, not a LatentLinear"
             )
         binary[name] = layer.train(linear.training)
     for name, layer in binary.items():
@@ -46,9 +51,10 @@ def binarize_(model: Model, scheme: Scheme, targets: Sequence[str] = TARGETS) ->
 
 
 def pack_(model: Model, activation_bits: int | None = None) -> Model:
-    """Replace every binary layer of ``model`` by its :class:`PackedLinear`, in place; outputs stay the same.
+    """Replace every trained layer of ``model`` by its packed form, in place; outputs stay the same.
 
-    Binary are the trained layers and those results of post-training schemes that are one sign a weight.
+    That is a :class:`PackedLinear`, also of those results of post-training schemes that are one sign a weight; of a
+    :class:`CodedLinear` it is a :class:`PTBLinear`.
 
     Args:
         model: Any module with binary layers.
@@ -61,17 +67,25 @@ def pack_(model: Model, activation_bits: int | None = None) -> Model:
     """
     layers = {name: layer for name, layer in model.named_modules() if name and isinstance(layer, _UNPACKED)}
     if not layers:
-        raise UserError("nothing to pack: the model has no BinaryLinear layer; call binarize_ first")
+        raise UserError("nothing to pack: the model has no latent layer; call binarize_ first")
     if activation_bits not in (None, 8):
         raise UserError(f"activation_bits must be None or 8, not {activation_bits}")
-    packed = {name: PackedLinear(layer, activation_bits).train(layer.training) for name, layer in layers.items()}
+    packed = {name: packed_form(layer, activation_bits).train(layer.training) for name, layer in layers.items()}
     for name, layer in packed.items():
         model.set_submodule(name, layer)
     return model
 
 
-_UNPACKED = (BinaryLinear, PTBLinear)
-QuantizedLinear = BinaryLinear | PackedLinear | PTBLinear
+_UNPACKED = (LatentLinear, PTBLinear)
+QuantizedLinear = LatentLinear | PackedLinear | PTBLinear
+
+
+def packed_form(layer: LatentLinear | PTBLinear, activation_bits: int | None = None) -> PackedLinear | PTBLinear:
+    """Return the packed form of a layer; see :func:`pack_`."""
+    if isinstance(layer, CodedLinear):
+        return layer.packed()
+    assert isinstance(layer, BinaryLinear | PTBLinear)
+    return PackedLinear(layer, activation_bits)
 
 
 def quantized_layers(model: nn.Module) -> Iterator[tuple[str, QuantizedLinear]]:

@@ -4,17 +4,20 @@ A description names schemes by their class names. Only schemes that are already 
 imports what the file names.
 """
 
+import inspect
 from functools import partial
 from typing import Any, TypeVar
 
 from torch import nn
 
 from bimamba_lit.binarize.apply import binarize_, quantized_layers
+from bimamba_lit.binarize.latent import LatentLinear
 from bimamba_lit.binarize.linear import BinaryLinear
 from bimamba_lit.binarize.packed import PackedLinear
 from bimamba_lit.binarize.ptb.layer import PREFIX, PTBLinear, empty_parts
 from bimamba_lit.binarize.ptb.scheme import PTBScheme
 from bimamba_lit.binarize.targets import dense_layers
+from bimamba_lit.binarize.unfinished import Unfinished
 from bimamba_lit.errors import UserError, nearest
 
 Base = TypeVar("Base")
@@ -24,7 +27,7 @@ def describe_binarization(model: nn.Module) -> list[dict[str, Any]]:
     """Return one entry a kind of layer: ``scheme``, ``options``, ``packed`` and ``targets`` (dotted names).
 
     ``scheme`` is the class's name; of a post-training scheme with ``ptb.`` before it, and the entry also has ``parts``,
-    the dtype and the shape of each part that is stored.
+    the dtype and the shape of each part that is stored. Layers that are not binary yet also have ``unfinished``.
     """
     entries: list[dict[str, Any]] = []
     for name, layer in quantized_layers(model):
@@ -61,10 +64,11 @@ def apply_binarization_(model: nn.Module, description: list[dict[str, Any]]) -> 
                 for target, linear in dense_layers(model, targets).items():
                     model.set_submodule(target, PTBLinear(linear, scheme, empty_parts(entry.get("parts"))))
             else:
-                trained = _named(name, BinaryLinear)  # type: ignore[type-abstract]
+                trained = _named(name, LatentLinear)  # type: ignore[type-abstract]
                 binarize_(model, partial(trained, **options), targets)
         except (TypeError, KeyError) as error:
             raise UserError(f"scheme '{name}' does not take the options {options}") from error
+        take_unfinished_(model, [entry])
         if packed:
             layers = dict(model.named_modules())
             for target in targets:
@@ -74,13 +78,32 @@ def apply_binarization_(model: nn.Module, description: list[dict[str, Any]]) -> 
                 model.set_submodule(target, PackedLinear(layer))
 
 
-def known_schemes(base: type[Base] = BinaryLinear) -> dict[str, type[Base]]:  # type: ignore[assignment]
+def take_unfinished_(model: nn.Module, description: list[dict[str, Any]]) -> None:
+    """Take over, in place, how far the binary layers of a model have come according to a description.
+
+    Raises:
+        UserError: If the description says it in another way than :func:`describe_binarization` does.
+    """
+    layers = dict(model.named_modules())
+    for entry in description:
+        way = entry.get("unfinished")
+        try:
+            unfinished = None if way is None else Unfinished(**way)
+        except TypeError as error:
+            raise UserError(f"a layer that is not binary yet must have 'way' and 'share', not {way!r}") from error
+        for target in entry["targets"]:
+            if isinstance(layer := layers.get(target), BinaryLinear):
+                layer.unfinished = unfinished
+
+
+def known_schemes(base: type[Base] = LatentLinear) -> dict[str, type[Base]]:  # type: ignore[assignment]
     """Return every scheme imported so far by its class name: the trained ones, or those of another base class."""
     found: dict[str, type[Base]] = {}
     queue = list(base.__subclasses__())
     while queue:
         scheme = queue.pop()
-        found[scheme.__name__] = scheme
+        if not inspect.isabstract(scheme):
+            found[scheme.__name__] = scheme
         queue += scheme.__subclasses__()
     return found
 

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from bimamba_lit.binarize.linear import BinaryLinear, no_decay
 from bimamba_lit.binarize.straight_through import StraightThrough
+from bimamba_lit.binarize.two_sided import rank_one
 
 
 class FBI(BinaryLinear):
@@ -17,26 +18,34 @@ class FBI(BinaryLinear):
     Args:
         linear: The layer whose weights are taken over.
         pattern: ``column`` has one pair per input feature, as Bi-Mamba has it; ``row`` one per output feature;
-            ``single`` one for the whole matrix.
+            ``single`` one for the whole matrix. ``two_sided`` adds a scale per output feature to ``column``; both start
+            at the rank-one factorisation of ``abs(latent - beta)``, see :class:`~bimamba_lit.binarize.TwoSided`.
         straight_through: The gradient that stands in for that of the sign.
+        scaled_gradients: As in :class:`~bimamba_lit.binarize.BinaryLinear`.
+        reach: As in :class:`~bimamba_lit.binarize.BinaryLinear`.
     """
 
     def __init__(
         self,
         linear: nn.Linear,
-        pattern: Literal["column", "row", "single"] = "column",
+        pattern: Literal["column", "row", "single", "two_sided"] = "column",
         straight_through: StraightThrough = "identity",
+        scaled_gradients: bool = False,
+        reach: float | None = None,
     ) -> None:
-        super().__init__(linear, straight_through)
+        super().__init__(linear, straight_through, scaled_gradients, reach)
         self.pattern = pattern
-        axes = {"column": (0,), "row": (1,), "single": (0, 1)}[pattern]
-        beta = self.latent.mean(dim=axes, keepdim=True)
-        alpha = (self.latent - beta).abs().mean(dim=axes)
-        side = "in" if pattern == "column" else "out"
-        self._scale, self._shift = f"{side}_scale", f"{side}_shift"
-        self.register_parameter(self._scale, no_decay(alpha.reshape(-1)))
-        self.register_parameter(self._shift, no_decay(beta.reshape(-1)))
+        axes = {"column": (0,), "row": (1,), "single": (0, 1), "two_sided": (0,)}[pattern]
+        beta = self.latent.detach().mean(dim=axes, keepdim=True)
+        magnitude = (self.latent.detach() - beta).abs()
+        side = "out" if pattern in ("row", "single") else "in"
+        terms = {f"{side}_scale": magnitude.mean(dim=axes), f"{side}_shift": beta}
+        if pattern == "two_sided":
+            terms["out_scale"], terms["in_scale"] = rank_one(magnitude)
+        self._terms = tuple(terms)
+        for name, values in terms.items():
+            self.register_parameter(name, no_decay(values.reshape(-1)))
 
     def terms(self) -> dict[str, Tensor]:
-        """Return the scale and the shift: ``in_`` ``(I,)``, ``out_`` ``(O,)`` or, for ``single``, ``out_`` ``(1,)``."""
-        return {name: self.get_parameter(name) for name in (self._scale, self._shift)}
+        """Return scale and shift: ``in_`` ``(I,)``, ``out_`` ``(O,)`` or ``(1,)``; for ``two_sided`` both scales."""
+        return {name: self.get_parameter(name) for name in self._terms}

@@ -23,6 +23,7 @@ class PackedLinear(nn.Module):
         UserError: If a post-training result holds more than one sign a weight.
 
     Attributes:
+        formats: What can hold the layer, as its scheme says.
         activation_bits: As given; may be changed at any time.
         signs: ``(O, ceil(I / 8))`` uint8 buffer, laid as by :func:`bimamba_lit.ops.pack_signs`.
         weight: ``(O, I)`` fp32, unpacked on every access, for blocks that read it directly.
@@ -37,6 +38,8 @@ class PackedLinear(nn.Module):
         self.in_features = layer.in_features
         self.out_features = layer.out_features
         self._kind = layer.kind()
+        self.formats = layer.formats if isinstance(layer, BinaryLinear) else BinaryLinear.formats
+        self._finish = layer.finish if isinstance(layer, BinaryLinear) else BinaryLinear.finish
         terms = layer.terms()
         if terms is None:
             raise UserError(
@@ -60,9 +63,10 @@ class PackedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Multiply ``x`` ``(..., I)`` by the binary weight: ``(..., O)``."""
         terms: dict[str, Any] = {**self.terms()}
-        return ops.binary_linear(
+        y = ops.binary_linear(
             x, self.signs, self.in_features, bias=self.bias, activation_bits=self.activation_bits, **terms
         )
+        return self._finish(y)
 
     def storage(self) -> dict[str, int]:
         """Return the bits this layer needs once deployed, by part; equal to those of the layer it came from."""

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from bimamba_lit import ops
 from bimamba_lit.binarize.apply import Scheme, binarize_
-from bimamba_lit.binarize.linear import TERMS, BinaryLinear, compose
+from bimamba_lit.binarize.latent import LatentLinear
+from bimamba_lit.binarize.linear import TERMS, compose
 from bimamba_lit.binarize.ptb.layer import PTBLinear
 from bimamba_lit.binarize.targets import TARGETS
 
@@ -30,9 +31,10 @@ class Start(NamedTuple):
 def retrain_(model: nn.Module, scheme: Scheme | None, targets: Sequence[str] = TARGETS) -> Start:
     """Make trainable layers of the post-training results in a model, in place.
 
-    A result of one sign a weight keeps its signs and scales where the trained scheme has the same terms: ``FBI`` by row
-    those of ``ptb.ScaledSign``, centred or not, and of 1-bit ``ptb.GPTQ`` in one group, ``ScaledSign`` and ``Sign``
-    those of their namesakes. Otherwise the latent weights start at the result's dense weight.
+    A result of one sign a weight keeps its signs and scales where the trained scheme can hold them: ``FBI`` by row
+    those of ``ptb.ScaledSign``, centred or not, and of 1-bit ``ptb.GPTQ`` in one group; ``TwoSided``, ``GroupScale``
+    and ``ParetoQ`` those of ``ptb.ScaledSign``; ``ScaledSign`` and ``Sign`` those of their namesakes. Otherwise the
+    latent weights start at the result's dense weight.
 
     Args:
         model: A model, with :class:`PTBLinear` layers or without.
@@ -52,7 +54,7 @@ def retrain_(model: nn.Module, scheme: Scheme | None, targets: Sequence[str] = T
         return Start(0, 0)
     starts: list[bool] = []
 
-    def start(linear: nn.Linear) -> BinaryLinear:
+    def start(linear: nn.Linear) -> LatentLinear:
         result = results.get(id(linear))
         exact = None if result is None else _exact(scheme, linear, result)
         if result is not None:
@@ -64,7 +66,7 @@ def retrain_(model: nn.Module, scheme: Scheme | None, targets: Sequence[str] = T
 
 
 @torch.no_grad()
-def _exact(scheme: Scheme, linear: nn.Linear, result: PTBLinear) -> BinaryLinear | None:
+def _exact(scheme: Scheme, linear: nn.Linear, result: PTBLinear) -> LatentLinear | None:
     """Return a trainable layer whose binary weight is that of ``result``, or None if the scheme has no such layer."""
     terms = result.terms()
     if terms is None:
@@ -74,11 +76,16 @@ def _exact(scheme: Scheme, linear: nn.Linear, result: PTBLinear) -> BinaryLinear
     latent.weight = nn.Parameter(compose(signs, {name: term for name, term in terms.items() if "scale" in name}))
     latent.bias = linear.bias
     layer = scheme(latent)
+    if _same(layer, result):
+        return layer
     for name, parameter in layer.named_parameters(recurse=False):
         if name in TERMS and _broadcasts(value := terms.get(name, _neutral(name)), parameter):
             parameter.copy_(value)
-    same = torch.allclose(layer.weight, result.weight.float(), rtol=_ROUNDING, atol=0.0)
-    return layer if same else None
+    return layer if _same(layer, result) else None
+
+
+def _same(layer: LatentLinear, result: PTBLinear) -> bool:
+    return torch.allclose(layer.weight, result.weight.float(), rtol=_ROUNDING, atol=0.0)
 
 
 def _neutral(name: str) -> Tensor:

@@ -16,12 +16,17 @@ class ScaledSign(BinaryLinear):
         centred_rows: Subtract each row's mean ``mu`` first: ``weight = alpha sign(latent - mu) + mu`` with
             ``alpha = mean_i abs(latent - mu)``.
         straight_through: The gradient that stands in for that of the sign.
+        reach: How far it reaches; see :class:`BinaryLinear`.
     """
 
     def __init__(
-        self, linear: nn.Linear, centred_rows: bool = False, straight_through: StraightThrough = "identity"
+        self,
+        linear: nn.Linear,
+        centred_rows: bool = False,
+        straight_through: StraightThrough = "identity",
+        reach: float | None = None,
     ) -> None:
-        super().__init__(linear, straight_through)
+        super().__init__(linear, straight_through, reach=reach)
         self.centred_rows = centred_rows
 
     def centred(self) -> Tensor:

@@ -6,7 +6,7 @@ from typing import TypeGuard
 
 from torch import nn
 
-from bimamba_lit.binarize.linear import BinaryLinear
+from bimamba_lit.binarize.latent import LatentLinear
 from bimamba_lit.errors import UserError, nearest
 
 TARGETS = ("in_proj", "out_proj")
@@ -28,7 +28,7 @@ def dense_layers(model: nn.Module, targets: Sequence[str]) -> dict[str, nn.Linea
 
 def _is_dense(layer: nn.Module) -> TypeGuard[nn.Linear]:
     """Say whether a layer is an ``nn.Linear`` in full precision."""
-    return isinstance(layer, nn.Linear) and not isinstance(layer, BinaryLinear)
+    return isinstance(layer, nn.Linear) and not isinstance(layer, LatentLinear)
 
 
 def _matches(name: str, pattern: str) -> bool:

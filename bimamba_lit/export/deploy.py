@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from bimamba_lit.binarize import BinaryLinear, binary_layers
+from bimamba_lit.binarize import check_format
 from bimamba_lit.errors import UserError, nearest
 from bimamba_lit.export import FORMATS
 from bimamba_lit.models import MambaLM
@@ -21,12 +21,10 @@ def check_deploy(lm: MambaLM, formats: Sequence[str]) -> None:
     for format in formats:
         if format not in FORMATS:
             raise UserError(f"deploy: there is no format '{format}'{nearest(format, FORMATS)}")
-        for name, layer in binary_layers(lm):
-            if isinstance(layer, BinaryLinear) and format not in layer.formats:
-                raise UserError(
-                    f"deploy: {format} cannot hold {type(layer).__name__} ({name}), which says that it fits "
-                    f"{', '.join(layer.formats) or 'no format'}"
-                )
+        try:
+            check_format(lm, format)
+        except UserError as error:
+            raise UserError(f"deploy: {error}") from error
         if format == "gguf":
             from bimamba_lit.export.gguf import check_gguf
 

@@ -17,7 +17,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bimamba_lit.binarize import BinaryLinear, PackedLinear, PTBLinear, describe_binarization
+from bimamba_lit.binarize import (
+    BinaryLinear,
+    LatentLinear,
+    PackedLinear,
+    PTBLinear,
+    check_format,
+    describe_binarization,
+)
 from bimamba_lit.export.deployed_linear import DeployedBinary, DeployedLinear, DeployedTable, rounded
 from bimamba_lit.export.deployed_ops import (
     causal_conv,
@@ -258,6 +265,7 @@ class DeployedLM(nn.Module):
 
     def __init__(self, lm: MambaLM, dtype: torch.dtype, int8: bool = False) -> None:
         super().__init__()
+        check_format(lm, "torchscript")
         self.config = json.dumps(lm.config.to_dict())
         self.scheme = json.dumps(describe_binarization(lm))
         self.vocab_size = lm.config.known_vocab_size
@@ -269,7 +277,7 @@ class DeployedLM(nn.Module):
         self.embedding = DeployedTable(embedding.weight[: self.vocab_size], self.tied, dtype, int8)
         self.blocks = nn.ModuleList(DeployedBlock(block, dtype) for block in backbone.layers)  # type: ignore[arg-type]
         if not self.tied:
-            dense = isinstance(head, nn.Linear | QuantizedEmbedding) and not isinstance(head, BinaryLinear)
+            dense = isinstance(head, nn.Linear | QuantizedEmbedding) and not isinstance(head, LatentLinear)
             self.head = (
                 DeployedTable(head.weight[: self.vocab_size], True, dtype, int8) if dense else deployed(head, dtype)
             )

@@ -6,7 +6,7 @@ from typing import TypeVar
 
 from torch import nn
 
-from bimamba_lit.binarize import BinaryLinear, PackedLinear, PTBLinear
+from bimamba_lit.binarize import LatentLinear, PTBLinear, packed_form
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -19,11 +19,11 @@ def packed_copy(lm: Model) -> Model:
             and layers in full precision are copied as they are.
     """
     shared: dict[int, object] = {id(tensor): tensor for tensor in chain(lm.parameters(), lm.buffers())}
-    layers = {name: layer for name, layer in lm.named_modules() if isinstance(layer, BinaryLinear | PTBLinear)}
+    layers = {name: layer for name, layer in lm.named_modules() if isinstance(layer, LatentLinear | PTBLinear)}
     # The weight that a layer keeps while it decodes would be copied too, dense.
     shared |= {id(layer._kept): None for layer in layers.values() if layer._kept is not None}
     clone = copy.deepcopy(lm, shared)
     for name, layer in layers.items():
-        if layer.terms() is not None:
-            clone.set_submodule(name, PackedLinear(layer).train(layer.training))
+        if isinstance(layer, LatentLinear) or layer.terms() is not None:
+            clone.set_submodule(name, packed_form(layer).train(layer.training))
     return clone

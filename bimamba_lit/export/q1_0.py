@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from bimamba_lit.binarize import PackedLinear
+from bimamba_lit.binarize import BinaryLinear, PackedLinear, PTBLinear
 from bimamba_lit.binarize.apply import QuantizedLinear
 from bimamba_lit.errors import UserError
 from bimamba_lit.models.checkpoint import rounded
@@ -42,6 +42,10 @@ def fit(layer: QuantizedLinear, after_norm: bool) -> Fit | str:
     held = layer.terms()
     if held is None:
         return "it holds more than one sign a weight"
+    if not isinstance(layer, PTBLinear) and "gguf" not in layer.formats:
+        return f"its scheme says that it fits {', '.join(layer.formats) or 'no format'}"
+    if isinstance(layer, BinaryLinear) and layer.unfinished is not None:
+        return "it is not binary yet"
     terms = {name: term.detach() for name, term in held.items()}
     blocks, rest = divmod(layer.in_features, BLOCK)
     if rest:
@@ -76,6 +80,7 @@ def as_blocks(name: str, layer: QuantizedLinear, scale: Tensor) -> NDArray[np.ui
     Raises:
         UserError: If a scale is outside the range of fp16.
     """
+    assert isinstance(layer, BinaryLinear | PackedLinear | PTBLinear)
     signs = layer.signs if isinstance(layer, PackedLinear) else layer.packed_signs()
     half = rounded(scale, torch.float16, f"the scale of {name}")
     if (half == 0).logical_and(scale != 0).any():

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from bimamba_lit.binarize import check_format
 from bimamba_lit.errors import UserError
 from bimamba_lit.export.options import stored_dtype
 from bimamba_lit.export.packed_copy import packed_copy
@@ -35,6 +36,7 @@ def export_safetensors(
         UserError: If an option is wrong, a value does not fit ``dtype``, or the folder cannot be written.
     """
     stored = stored_dtype(dtype)
+    check_format(lm, "safetensors")
     packed = packed_copy(lm)
     if embedding is not None:
         if embedding not in _BITS:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from bimamba_lit import ops
-from bimamba_lit.binarize import FBI, BinaryLinear, PackedLinear, quantized_layers
+from bimamba_lit.binarize import FBI, BinaryLinear, PackedLinear, PTBLinear, quantized_layers
 from bimamba_lit.binarize.apply import QuantizedLinear
 from bimamba_lit.errors import UserError
 from bimamba_lit.models.dense import dense_tensors
@@ -93,6 +93,7 @@ def _flat(read: Reader) -> Tensor:
 def _latent(layer: QuantizedLinear) -> Tensor:
     if isinstance(layer, BinaryLinear):
         return layer.centred().detach()
+    assert isinstance(layer, PackedLinear | PTBLinear)
     signs = layer.signs if isinstance(layer, PackedLinear) else layer.packed_signs()
     return ops.unpack_signs(signs, layer.in_features)
 

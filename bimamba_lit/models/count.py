@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from torch import nn
 
-from bimamba_lit.binarize import DEPLOYED_BITS, PTBLinear, quantized_layers
+from bimamba_lit.binarize import DEPLOYED_BITS, CodedLinear, PTBLinear, quantized_layers
 from bimamba_lit.models.quantized_table import QuantizedTable
 
 FULL_PRECISION = "full_precision"
@@ -34,7 +34,7 @@ def count_parameters(lm: nn.Module) -> ParameterCount:
     binarized = beside = 0
     for _, layer in quantized_layers(lm):
         binarized += layer.in_features * layer.out_features
-        scales = layer.parts if isinstance(layer, PTBLinear) else layer.terms()
+        scales = layer.parts if isinstance(layer, PTBLinear | CodedLinear) else layer.terms() or {}
         beside += sum(values.numel() for values in scales.values() if values.is_floating_point())
         beside += 0 if layer.bias is None else layer.bias.numel()
     beside += sum(table.codes.shape[0] * table.width + table.scale.numel() for table in _tables(lm))

@@ -4,6 +4,8 @@ A step of a large model is hundreds of kernels of a few microseconds each; start
 longer to start than to run.
 """
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -11,6 +13,12 @@ from bimamba_lit.models.lm import MambaLM
 from bimamba_lit.models.state import MambaState
 
 _WARM_UP = 2  # kernels are compiled and libraries set up before a recording, not in it
+
+
+@cache
+def _recording_stream(device: torch.device) -> torch.cuda.Stream:
+    """Return one stream a device: cuBLAS keeps tens of megabytes for every stream that it ever ran on."""
+    return torch.cuda.Stream(device)
 
 
 class StepGraph:
@@ -30,7 +38,7 @@ class StepGraph:
         self.state = lm.init_state(batch_size)
         self._tokens = torch.zeros(batch_size, dtype=torch.int64, device=lm.device)
         self._graph = torch.cuda.CUDAGraph()
-        stream = torch.cuda.Stream()
+        stream = _recording_stream(lm.device)
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(_WARM_UP):

@@ -4,11 +4,11 @@ from collections.abc import Collection, Iterator
 
 from torch import Tensor
 
-from bimamba_lit.binarize import BinaryLinear, PackedLinear, PTBLinear
+from bimamba_lit.binarize import LatentLinear, PackedLinear, PTBLinear, check_format
 from bimamba_lit.models.lm import MambaLM
 from bimamba_lit.models.quantized_table import QuantizedEmbedding
 
-_FORMED = (BinaryLinear, PackedLinear, PTBLinear, QuantizedEmbedding)
+_FORMED = (LatentLinear, PackedLinear, PTBLinear, QuantizedEmbedding)
 
 
 def dense_tensors(lm: MambaLM, leave_out: Collection[str] = ()) -> Iterator[tuple[str, Tensor]]:
@@ -20,6 +20,7 @@ def dense_tensors(lm: MambaLM, leave_out: Collection[str] = ()) -> Iterator[tupl
         lm: The model.
         leave_out: Names of layers whose tensors are not wanted.
     """
+    check_format(lm, "transformers", leave_out)
     formed = {name: module for name, module in lm.named_modules() if isinstance(module, _FORMED)}
     left_out = {*leave_out, *(["lm_head"] if is_tied(lm) else [])}
     skipped = tuple(f"{name}." for name in {*formed, *left_out})

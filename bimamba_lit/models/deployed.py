@@ -2,7 +2,7 @@
 
 import torch
 
-from bimamba_lit.binarize import BinaryLinear, pack_
+from bimamba_lit.binarize import LatentLinear, pack_
 from bimamba_lit.binarize.ptb.layer import PTBLinear
 from bimamba_lit.models.lm import MambaLM
 
@@ -11,10 +11,17 @@ _ALWAYS_WIDE = (".A_log", ".D", ".dt_bias", ".dt_proj.bias")  # rounded, they wo
 
 def deployed_(lm: MambaLM) -> MambaLM:
     """Pack the binary layers of ``lm`` and round what is in full precision to bfloat16, but for its scan, in place."""
-    binary = [layer for layer in lm.modules() if isinstance(layer, BinaryLinear | PTBLinear)]
-    if binary and all(layer.terms() is not None for layer in binary):
+    layers = [layer for layer in lm.modules() if isinstance(layer, LatentLinear | PTBLinear)]
+    if layers and all(map(_packs, layers)):
         pack_(lm)
+    for layer in lm.modules():
+        if isinstance(layer, PTBLinear):
+            layer.to(torch.bfloat16)  # the dense weight that it keeps; what is stored stays as it is
     for name, parameter in lm.named_parameters():
         if not name.endswith(_ALWAYS_WIDE):
             parameter.data = parameter.data.to(torch.bfloat16)
     return lm.eval()
+
+
+def _packs(layer: LatentLinear | PTBLinear) -> bool:
+    return layer.unfinished is None if isinstance(layer, LatentLinear) else layer.terms() is not None

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bimamba_lit.binarize import BinaryLinear
+from bimamba_lit.binarize import LatentLinear
 from bimamba_lit.errors import UserError
 
 BITS = (8, 4)
@@ -117,7 +117,7 @@ def quantize_tables_(
     if isinstance(embedding, QuantizedEmbedding):
         raise UserError(f"the model's embedding has {embedding.table.bits} bits an entry already")
     table = QuantizedTable(embedding.weight, bits, group_size, dtype)
-    if isinstance(head, nn.Linear) and not isinstance(head, BinaryLinear):
+    if isinstance(head, nn.Linear) and not isinstance(head, LatentLinear):
         tied = head.weight is embedding.weight
         cast(Any, lm).lm_head = QuantizedHead(table if tied else QuantizedTable(head.weight, bits, group_size, dtype))
     backbone.embedding = QuantizedEmbedding(table)

@@ -1,7 +1,7 @@
 """The conformance check of a binarization scheme, for schemes written outside this project as well as its own.
 
 A scheme that passes trains, resumes, packs, is stored in the bits that it reports and comes back from files as it was.
-What it is asked for is what :class:`bimamba_lit.binarize.BinaryLinear` promises, checked on layers and on a small
+What it is asked for is what :class:`bimamba_lit.binarize.LatentLinear` promises, checked on layers and on a small
 model. Which export formats can hold it is told, not demanded.
 """
 
@@ -21,7 +21,15 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from bimamba_lit import MambaConfig, MambaLM, ops
-from bimamba_lit.binarize import DEPLOYED_BITS, BinaryLinear, PackedLinear, binarize_, binary_layers, pack_
+from bimamba_lit.binarize import (
+    DEPLOYED_BITS,
+    BinaryLinear,
+    LatentLinear,
+    binarize_,
+    pack_,
+    packed_form,
+    quantized_layers,
+)
 from bimamba_lit.errors import UserError, nearest
 from bimamba_lit.export import FORMATS, export
 from bimamba_lit.training.optimizer import AdamW
@@ -31,7 +39,7 @@ TOLERANCE = 1e-5  # of a packed layer against the trained one, relative, in fp32
 _CONFIG = MambaConfig(d_model=128, n_layer=2, vocab_size=64, headdim=32, d_state=16)
 _STEPS = 3  # before and after the resume
 
-Scheme = type[BinaryLinear]
+Scheme = type[LatentLinear]
 
 
 @dataclass(frozen=True)
@@ -63,7 +71,7 @@ def check_scheme(name: str) -> bool:
         Whether it passed.
 
     Raises:
-        UserError: If there is no such class, or it is no subclass of ``BinaryLinear``.
+        UserError: If there is no such class, or it is no subclass of ``LatentLinear``.
     """
     console = Console()
     findings = findings_of(find_scheme(name))
@@ -79,7 +87,7 @@ def find_scheme(name: str) -> Scheme:
     """Import a scheme by its dotted name.
 
     Raises:
-        UserError: If there is no such class, or it is no subclass of ``BinaryLinear``.
+        UserError: If there is no such class, or it is no subclass of ``LatentLinear``.
     """
     module, _, last = name.rpartition(".")
     if not module:
@@ -91,9 +99,9 @@ def find_scheme(name: str) -> Scheme:
         raise UserError(f"{error}; give a module on PYTHONPATH or in this folder") from error
     finally:
         sys.path.pop(0)
-    if not (isinstance(found, type) and issubclass(found, BinaryLinear)):
+    if not (isinstance(found, type) and issubclass(found, LatentLinear)):
         schemes = [key for key, value in vars(imported).items() if isinstance(value, type)]
-        raise UserError(f"{name} is no subclass of bimamba_lit.binarize.BinaryLinear{nearest(last, schemes)}")
+        raise UserError(f"{name} is no subclass of bimamba_lit.binarize.LatentLinear{nearest(last, schemes)}")
     return found
 
 
@@ -101,7 +109,7 @@ def findings_of(scheme: Scheme) -> list[Finding]:
     """Ask a scheme every question; one that fails keeps none of the others from being asked."""
     questions: dict[str, Callable[[Scheme], str]] = {
         "takes over weights and bias of an nn.Linear": _takes_over,
-        "its weight is its signs times scales and shifts": _weight,
+        "its weight is that of its packed form": _weight,
         "gradients reach the latent weights and every scale": _gradients,
         "options are plain values that build it again": _options,
         "packed, it computes what it was trained to": _packs,
@@ -121,7 +129,7 @@ def findings_of(scheme: Scheme) -> list[Finding]:
     return findings + _exports(scheme)
 
 
-def _layer(scheme: Scheme, bias: bool = True) -> BinaryLinear:
+def _layer(scheme: Scheme, bias: bool = True) -> LatentLinear:
     return scheme(nn.Linear(INPUTS, OUTPUTS, bias=bias))
 
 
@@ -147,24 +155,17 @@ def _takes_over(scheme: Scheme) -> str:
         _demand(layer.latent.dtype == torch.float32, f"latent is {layer.latent.dtype}, not float32")
         _demand((layer.bias is not None) == bias, "the bias is lost or made up")
         x = torch.randn(3, INPUTS)
-        right = nn.functional.linear(x, layer.weight, layer.bias)
+        right = layer.finish(nn.functional.linear(x, layer.weight, layer.bias))
         _demand(_distance(layer(x), right) <= TOLERANCE, "forward is not a product with its weight")
     return f"({OUTPUTS}, {INPUTS}), with a bias and without"
 
 
-def _signs(layer: BinaryLinear) -> Tensor:
-    return ops.unpack_signs(layer.packed_signs(), layer.in_features)
-
-
 def _weight(scheme: Scheme) -> str:
     layer = _layer(scheme)
-    terms = dict(layer.terms())
-    packed = PackedLinear(layer)
-    weight = packed(torch.eye(INPUTS)).t() - (0 if layer.bias is None else layer.bias[:, None])
-    error = _distance(weight, layer.weight)
-    _demand(error <= TOLERANCE, f"it differs from what terms() and the signs give by {error:.1e}")
+    error = _distance(packed_form(layer).weight, layer.weight)
+    _demand(error <= TOLERANCE, f"it differs from what its terms and signs, or its codes, give by {error:.1e}")
     _demand(bool(torch.isfinite(layer.weight).all()), "it is not finite")
-    return f"{', '.join(terms) or 'signs alone'}; within {error:.1e}"
+    return f"{', '.join(layer.storage())}; within {error:.1e}"
 
 
 def _gradients(scheme: Scheme) -> str:
@@ -176,14 +177,19 @@ def _gradients(scheme: Scheme) -> str:
         assert grad is not None
         _demand(bool(torch.isfinite(grad).all()), f"that of {name} is not finite")
         _demand(bool(grad.any()), f"that of {name} is zero")
+    answer = f"{len(list(layer.parameters()))} parameters"
+    if not isinstance(layer, BinaryLinear):
+        return answer  # a scale that codes are rounded by has a gradient that stands in, too
     worst = max((_slope_error(layer, name) for name, _ in layer.named_parameters() if name != "latent"), default=0.0)
     _demand(worst <= 0.01, f"that of a scale is {worst:.1%} off its finite difference")
-    return f"{len(list(layer.parameters()))} parameters; scales within {worst:.1e} of finite differences"
+    return f"{answer}; scales within {worst:.1e} of finite differences"
 
 
 def _slope_error(layer: BinaryLinear, name: str) -> float:
     """Compare a parameter's gradient along a direction with the change of the output along it, in fp64."""
-    layer = copy.deepcopy(layer).double().train()
+    layer = copy.deepcopy(layer).double()
+    layer.train()
+    layer.scaled_gradients = False  # which would make the gradient another on purpose
     parameter = layer.get_parameter(name)
     x, direction = torch.randn(64, INPUTS).double(), torch.randn(64, OUTPUTS).double()
     way = torch.randn_like(parameter)
@@ -219,16 +225,15 @@ def _options(scheme: Scheme) -> str:
 def _packs(scheme: Scheme) -> str:
     layer = _layer(scheme).eval()
     nn.init.normal_(layer.latent)  # not the weights that scales were initialised from
-    packed, x = PackedLinear(layer), torch.randn(5, INPUTS)
+    packed, x = packed_form(layer), torch.randn(5, INPUTS)
     error = _distance(packed(x), layer(x))
     _demand(error <= TOLERANCE, f"outputs differ by {error:.1e}")
-    _demand(torch.equal(packed.signs, layer.packed_signs()), "the signs differ")
-    return f"signs equal, outputs within {error:.1e}"
+    return f"outputs within {error:.1e}"
 
 
 def _storage(scheme: Scheme) -> str:
     layer = _layer(scheme)
-    packed = PackedLinear(layer)
+    packed = packed_form(layer)
     told = layer.storage()
     _demand(told == packed.storage(), f"packed it reports {packed.storage()}, before {told}")
     half = {16: torch.float16}[DEPLOYED_BITS]
@@ -251,7 +256,7 @@ def _round_trip(scheme: Scheme) -> str:
             lm.save_pretrained(Path(folder) / form)
             again = MambaLM.from_pretrained(Path(folder) / form).eval()
             _demand(torch.equal(again(ids).logits, lm(ids).logits), f"the {form} model computes something else")
-            for (name, one), (_, other) in zip(binary_layers(lm), binary_layers(again), strict=True):
+            for (name, one), (_, other) in zip(quantized_layers(lm), quantized_layers(again), strict=True):
                 _demand(one.options() == other.options(), f"{name} comes back with options {other.options()}")
             if form == "latent":
                 pack_(lm)

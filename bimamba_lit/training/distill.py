@@ -7,7 +7,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from bimamba_lit import ops
-from bimamba_lit.binarize import TARGETS, BinaryLinear, retrain_
+from bimamba_lit.binarize import TARGETS, LatentLinear, retrain_
 from bimamba_lit.distill import find_checkpoint, load_teacher
 from bimamba_lit.distill.causal_teacher import CausalTeacher
 from bimamba_lit.errors import UserError
@@ -44,7 +44,7 @@ class Distill(LanguageModule):
     def __init__(
         self,
         teacher: str,
-        binarizer: Callable[[nn.Linear], BinaryLinear] | None,
+        binarizer: Callable[[nn.Linear], LatentLinear] | None,
         student: MambaConfig | str = "teacher",
         targets: list[str] = list(TARGETS),  # noqa: B006  (shown as the default in --help; never changed)
         divergence: Literal["soft_ce", "forward_kl", "reverse_kl"] = "soft_ce",

@@ -6,7 +6,7 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
-from bimamba_lit.binarize import quantized_layers
+from bimamba_lit.binarize import quantized_layers, take_unfinished_
 from bimamba_lit.binarize.ptb.layer import PREFIX
 from bimamba_lit.errors import UserError
 from bimamba_lit.eval import LanguageMetrics
@@ -128,14 +128,18 @@ class LanguageModule(pl.LightningModule):
         _, checkpoint["tokenizer"] = self.data_vocabulary()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse a checkpoint of another model before its tensors are tried one by one.
+        """Take over how far the layers have come to binary, and refuse a checkpoint of another model.
+
+        It is refused before its tensors are tried one by one.
 
         Raises:
             UserError: If the checkpoint holds another architecture or scheme than the recipe builds.
         """
         if "lm" not in checkpoint:
             raise UserError("the checkpoint is not one of this project: it does not describe its model (key 'lm')")
-        saved, built = checkpoint["lm"], describe(self.lm)
+        saved = checkpoint["lm"]
+        take_unfinished_(self.lm, saved.get("binarization", []))
+        built = describe(self.lm)
         differing = sorted(key for key in saved.keys() | built.keys() if saved.get(key) != built.get(key))
         if differing:
             raise UserError(

@@ -132,12 +132,18 @@ def compile_cases() -> list[CompileCase]:
         terms = (empty(in_features), empty(out_features), group_scale, empty(in_features), empty(1))
         linear_forward(empty(tokens, in_features, dtype=dtype), signs, in_features, terms, empty(out_features), bits)
 
+    def signs_alone() -> None:
+        signs = torch.empty(8192, 1024, dtype=torch.uint8, device="meta")
+        x = torch.empty(1, 8192, dtype=torch.bfloat16, device="meta")
+        linear_forward(x, signs, 8192, (None,) * 5, None, None)
+
     bf16, fp32 = torch.bfloat16, torch.float32
     return [
         CompileCase("one token bf16", partial(call, 1, 10576, 2560, bf16, 1, None), representative=True),
         CompileCase("one token bf16 8-bit", partial(call, 1, 8192, 8192, bf16, 1, 8)),
         CompileCase("one token fp32 groups", partial(call, 1, 2560, 5120, fp32, 40, None)),
         CompileCase("one token odd", partial(call, 1, 1001, 2051, bf16, 1, None)),
+        CompileCase("one token, signs alone", signs_alone),
         CompileCase("8 tokens bf16", partial(call, 8, 2560, 5120, bf16, 1, None)),
         CompileCase("16 tokens bf16", partial(call, 16, 2560, 5120, bf16, 1, None)),
         CompileCase("8 tokens fp32 groups", partial(call, 8, 2560, 5120, fp32, 40, None)),

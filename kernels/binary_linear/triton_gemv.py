@@ -105,9 +105,10 @@ def _add(low, middle, high, other_low, other_middle, other_high):
 def _scaled(x, in_scale, i, inside, stride_i, in_scale_step):
     """Return inputs, and inputs times their scale, in float32."""
     value = tl.load(x + i.to(tl.int64) * stride_i, mask=inside, other=0.0).to(tl.float32)
-    if in_scale is None:
-        return value, value
-    return value, value * tl.load(in_scale + i * in_scale_step, mask=inside, other=0.0).to(tl.float32)
+    scaled = value
+    if in_scale is not None:
+        scaled *= tl.load(in_scale + i * in_scale_step, mask=inside, other=0.0).to(tl.float32)
+    return value, scaled
 
 
 @triton.jit

@@ -18,9 +18,10 @@ def binary_weight(
     in_shift: Tensor | None = None,
     out_shift: Tensor | None = None,
     dtype: torch.dtype | None = None,
+    reach: Tensor | None = None,
 ) -> Tensor:
     """Return the weight (O, I) of the signs of `latent` (O, I), in `dtype` or else in that of the formula."""
-    signs = straight_through_sign(latent, straight_through)
+    signs = straight_through_sign(latent, straight_through, None if reach is None else reach.unsqueeze(1))
     weight = compose(signs, in_scale, out_scale, group_scale, in_shift, out_shift)
     return weight if dtype is None else weight.to(dtype)
 
@@ -50,25 +51,26 @@ def compose(
 
 class _Sign(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, straight_through: str) -> Tensor:
+    def forward(ctx: Any, x: Tensor, straight_through: str, reach: Tensor | None) -> Tensor:
         ctx.straight_through = straight_through
-        ctx.save_for_backward(*(() if straight_through == "identity" else (x,)))
+        ctx.save_for_backward(*((None, None) if straight_through == "identity" else (x, reach)))
         return torch.where(x > 0, 1.0, -1.0).to(x.dtype)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         if ctx.straight_through == "identity":
-            return gradient, None
-        (x,) = ctx.saved_tensors
+            return gradient, None, None
+        x, reach = ctx.saved_tensors
+        width = 1.0 if reach is None else reach
         if ctx.straight_through == "clipped":
-            slope = (x.abs() <= 1).to(gradient.dtype)
+            slope = (x.abs() <= width).to(gradient.dtype)
         elif ctx.straight_through == "tanh":
-            slope = 1 - x.tanh().square()
+            slope = 1 - (x / width).tanh().square()
         else:
-            slope = (2 - 2 * x.abs()).clamp(min=0)
-        return gradient * slope, None
+            slope = (2 - 2 * x.abs() / width).clamp(min=0)
+        return gradient * slope, None, None
 
 
-def straight_through_sign(x: Tensor, straight_through: str = "identity") -> Tensor:
-    """Return +1 where x > 0 and -1 elsewhere, with the gradient that `straight_through` names."""
-    return _Sign.apply(x, straight_through)
+def straight_through_sign(x: Tensor, straight_through: str = "identity", reach: Tensor | None = None) -> Tensor:
+    """Return +1 where x > 0 and -1 elsewhere, with the gradient that `straight_through` names, taken at x / reach."""
+    return _Sign.apply(x, straight_through, reach)

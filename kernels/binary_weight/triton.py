@@ -31,15 +31,16 @@ def binary_weight(
     in_shift: Tensor | None = None,
     out_shift: Tensor | None = None,
     dtype: torch.dtype | None = None,
+    reach: Tensor | None = None,
 ) -> Tensor:
     """Compute what `naive.binary_weight` computes."""
     terms = (in_scale, out_scale, group_scale, in_shift, out_shift)
-    return _op(latent, latent.shape[1], *terms, straight_through, latent.dtype if dtype is None else dtype)
+    return _op(latent, latent.shape[1], *terms, reach, straight_through, latent.dtype if dtype is None else dtype)
 
 
 def dense_weight(signs: Tensor, in_features: int, terms: Terms, dtype: torch.dtype) -> Tensor:
     """Return the weight (O, I) of packed signs (O, ceil(I / 8)); the terms receive gradients."""
-    return _op(signs, in_features, *terms, "identity", dtype)
+    return _op(signs, in_features, *terms, None, "identity", dtype)
 
 
 @torch.library.custom_op("bimamba_lit::binary_weight", mutates_args=())
@@ -51,6 +52,7 @@ def _op(
     group_scale: Tensor | None,
     in_shift: Tensor | None,
     out_shift: Tensor | None,
+    reach: Tensor | None,
     straight_through: str,
     dtype: torch.dtype,
 ) -> Tensor:
@@ -71,37 +73,39 @@ def _backward_op(
     group_scale: Tensor | None,
     in_shift: Tensor | None,
     out_shift: Tensor | None,
+    reach: Tensor | None,
     straight_through: str,
 ) -> list[Tensor]:
-    return weight_backward(gradient, source, (in_scale, out_scale, group_scale, in_shift, out_shift), straight_through)
+    terms = (in_scale, out_scale, group_scale, in_shift, out_shift)
+    return weight_backward(gradient, source, terms, straight_through, reach)
 
 
 @_backward_op.register_fake
 def _(gradient: Tensor, source: Tensor, *rest: Any) -> list[Tensor]:
-    like = [None if source.dtype == torch.uint8 else source, *rest[:-1]]
+    like = [None if source.dtype == torch.uint8 else source, *rest[:5]]
     return [gradient.new_empty(0) if term is None else torch.empty_like(term) for term in like]
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    source, _, *terms, straight_through, _ = inputs
-    ctx.save_for_backward(source, *terms)
+    source, _, *terms, reach, straight_through, _ = inputs
+    ctx.save_for_backward(source, *terms, reach)
     ctx.straight_through = straight_through
 
 
 def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-    source, *terms = ctx.saved_tensors
-    gradients = weight_gradients(gradient, source, terms, ctx.straight_through)
-    return gradients[0], None, *gradients[1:], None, None
+    source, *terms, reach = ctx.saved_tensors
+    gradients = weight_gradients(gradient, source, terms, ctx.straight_through, reach)
+    return gradients[0], None, *gradients[1:], None, None, None
 
 
 _op.register_autograd(_backward, setup_context=_setup)
 
 
 def weight_gradients(
-    gradient: Tensor, source: Tensor, terms: Any, straight_through: str = "identity"
+    gradient: Tensor, source: Tensor, terms: Any, straight_through: str = "identity", reach: Tensor | None = None
 ) -> list[Tensor | None]:
     """Return the gradients to latent weights (None for packed signs) and to each term that is given."""
-    outs = _backward_op(gradient, source, *terms, straight_through)
+    outs = _backward_op(gradient, source, *terms, reach, straight_through)
     given = [source if source.dtype != torch.uint8 else None, *terms]
     return [None if term is None else out for term, out in zip(given, outs, strict=True)]
 
@@ -135,7 +139,9 @@ def weight_forward(source: Tensor, in_features: int, terms: Terms, dtype: torch.
     return weight
 
 
-def weight_backward(gradient: Tensor, source: Tensor, terms: Terms, straight_through: str) -> list[Tensor]:
+def weight_backward(
+    gradient: Tensor, source: Tensor, terms: Terms, straight_through: str, reach: Tensor | None = None
+) -> list[Tensor]:
     """Launch the backward pass: gradients to the latent weights and to each term, empty where there is none."""
     out_features, in_features = gradient.shape
     packed = source.dtype == torch.uint8
@@ -153,10 +159,11 @@ def weight_backward(gradient: Tensor, source: Tensor, terms: Terms, straight_thr
     scaled_columns = partial(in_scale is not None, tiles_o, in_features)
     plain_columns = partial(in_shift is not None, tiles_o, in_features)
     _backward_kernel[(groups * tiles_i, tiles_o)](
-        gradient, source, latent, in_scale, out_scale, group_scale,
+        gradient, source, latent, in_scale, out_scale, group_scale, reach,
         scaled_rows, plain_rows, scaled_columns, plain_columns, out_features, in_features, size, groups,
         gradient.stride(0), gradient.stride(1), source.stride(0), source.stride(1),
         0 if latent is None else latent.stride(0), 0 if latent is None else latent.stride(1), *_steps(terms)[:2],
+        0 if reach is None or reach.shape[0] == 1 else reach.stride(0),
         PACKED=packed, SLOPE=SLOPES[straight_through], **chosen.launch(),
     )  # fmt: skip
     by_group = None if scaled_rows is None else scaled_rows.unflatten(0, (groups, tiles_i)).sum(1)  # (G, O)
@@ -200,7 +207,7 @@ def compile_cases() -> list[CompileCase]:
         latent, group_scale = empty(out_features, in_features), empty(out_features, groups) if groups > 1 else None
         terms = (empty(in_features), empty(out_features), group_scale, empty(in_features), empty(1))
         weight = weight_forward(latent, in_features, terms, dtype)
-        weight_backward(weight, latent, terms, straight_through)
+        weight_backward(weight, latent, terms, straight_through, empty(out_features) if groups > 1 else None)
 
     def from_signs() -> None:
         signs = torch.empty(2560, 640, dtype=torch.uint8, device="meta")
@@ -210,7 +217,7 @@ def compile_cases() -> list[CompileCase]:
         CompileCase("latent bf16", partial(call, 10576, 2560, torch.bfloat16, 1, "identity"), representative=True),
         CompileCase("latent fp32 groups clipped", partial(call, 2560, 5120, torch.float32, 40, "clipped")),
         CompileCase("latent bf16 odd tanh", partial(call, 1001, 2051, torch.bfloat16, 1, "tanh")),
-        CompileCase("latent bf16 bireal", partial(call, 2560, 5120, torch.bfloat16, 1, "bireal")),
+        CompileCase("latent bf16 groups bireal", partial(call, 2560, 5120, torch.bfloat16, 40, "bireal")),
         CompileCase("signs bf16", from_signs),
     ]
 
@@ -307,9 +314,9 @@ def _unpack_kernel(
 
 @triton.jit
 def _backward_kernel(
-    gradient, source, latent_gradient, in_scale, out_scale, group_scale,
+    gradient, source, latent_gradient, in_scale, out_scale, group_scale, reach,
     scaled_rows, plain_rows, scaled_columns, plain_columns, out_features, in_features, size, groups,
-    gradient_o, gradient_i, stride_o, stride_i, latent_o, latent_i, in_scale_step, out_scale_step,
+    gradient_o, gradient_i, stride_o, stride_i, latent_o, latent_i, in_scale_step, out_scale_step, reach_step,
     PACKED: tl.constexpr, SLOPE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     group, rows, columns, inside = _tile(size, tl.cdiv(size, COLUMNS), ROWS, COLUMNS)
@@ -340,12 +347,16 @@ def _backward_kernel(
         tl.store(scaled_columns + row_tile.to(tl.int64) * in_features + columns, sums, mask=inside)
     if latent_gradient is not None:
         slope = by_column * row_scale[:, None]
+        distance = tl.abs(latent)
+        width = tl.full([ROWS], 1.0, tl.float32)
+        if reach is not None:
+            width = tl.load(reach + rows * reach_step, mask=there, other=1.0).to(tl.float32)
         if SLOPE == 1:
-            slope = tl.where(tl.abs(latent) <= 1, slope, 0.0)
+            slope = tl.where(distance <= width[:, None], slope, 0.0)
         if SLOPE == 2:
-            e = tl.exp(-2 * tl.abs(latent))
+            e = tl.exp(-2 * distance / width[:, None])
             slope *= 4 * e / ((1 + e) * (1 + e))
         if SLOPE == 3:
-            slope *= tl.maximum(2 - 2 * tl.abs(latent), 0.0)
+            slope *= tl.maximum(2 - 2 * distance / width[:, None], 0.0)
         to = latent_gradient + rows[:, None] * latent_o + columns.to(tl.int64)[None, :] * latent_i
         tl.store(to, slope.to(latent_gradient.dtype.element_ty), mask=mask)

@@ -7,7 +7,19 @@ import torch
 from torch import nn
 
 from bimamba_lit import ops
-from bimamba_lit.binarize import FBI, BinaryLinear, PackedLinear, ScaledSign, Sign, pack_
+from bimamba_lit.binarize import (
+    FBI,
+    GroupScale,
+    PackedLinear,
+    ParetoQ,
+    ScaledSign,
+    Sign,
+    TwoSided,
+    binarize_,
+    pack_,
+)
+from bimamba_lit.binarize.two_sided import rank_one
+from bimamba_lit.errors import UserError
 
 
 def plus_minus(values):
@@ -27,6 +39,20 @@ def centred_rows(w):
     return (w - mean).abs().mean(1, keepdim=True) * plus_minus(w - mean) + mean
 
 
+def singular(magnitudes):
+    u, s, v = torch.linalg.svd(magnitudes.double())
+    return (s[0] * u[:, :1] @ v[:1]).float()
+
+
+def fbi_two_sided(w):
+    beta = w.mean(0)
+    return singular((w - beta).abs()) * plus_minus(w) + beta
+
+
+def means(w):
+    return w.abs().mean(1, keepdim=True) * w.abs().mean(0) / w.abs().mean() * plus_minus(w)
+
+
 # scheme, its weight right after construction written out from the papers, its numbers beside the signs for (O, I)
 SCHEMES = {
     "Sign": (Sign, plus_minus, lambda o, i: 0),
@@ -35,6 +61,15 @@ SCHEMES = {
     "FBI-column": (FBI, fbi((0,)), lambda o, i: 2 * i),
     "FBI-row": (partial(FBI, pattern="row"), fbi((1,)), lambda o, i: 2 * o),
     "FBI-single": (partial(FBI, pattern="single"), fbi((0, 1)), lambda o, i: 2),
+    "FBI-two_sided": (partial(FBI, pattern="two_sided"), fbi_two_sided, lambda o, i: o + 2 * i),
+    "TwoSided": (TwoSided, lambda w: singular(w.abs()) * plus_minus(w), lambda o, i: o + i),
+    "TwoSided-means": (partial(TwoSided, init="means"), means, lambda o, i: o + i),
+    "GroupScale-row": (
+        partial(GroupScale, group_size=None),
+        lambda w: w.abs().mean(1, keepdim=True) * plus_minus(w),
+        lambda o, i: o,
+    ),
+    "ParetoQ": (ParetoQ, lambda w: w.abs().mean(1, keepdim=True) * plus_minus(w), lambda o, i: o),
 }
 ROWS = pytest.mark.parametrize(("scheme", "weight", "numbers"), SCHEMES.values(), ids=SCHEMES)
 
@@ -104,6 +139,30 @@ def test_fbi_gradients_are_the_papers():
     torch.testing.assert_close(layer.in_shift.grad, upstream.sum(0))
 
 
+@pytest.mark.parametrize("straight_through", ["clipped", "tanh", "bireal", "identity"])
+def test_a_reach_is_in_units_of_the_mean_weight_of_a_row(straight_through):
+    dense, upstream = linear(bias=False), torch.randn(7, 13)
+    with torch.no_grad():
+        dense.weight *= 0.02 * torch.arange(7)[:, None]  # rows of every size, one of zeros
+    layer = FBI(dense, straight_through=straight_through, reach=1.5)
+    (layer.weight * upstream).sum().backward()
+    w = layer.latent.detach()
+    u = (w / (1.5 * w.abs().mean(1, keepdim=True))).nan_to_num()
+    slope = {
+        "clipped": (u.abs() <= 1).float(),
+        "tanh": 1 / torch.cosh(u).square(),
+        "bireal": (2 - 2 * u.abs()).clamp(min=0),
+        "identity": torch.ones_like(u),
+    }[straight_through]
+    torch.testing.assert_close(layer.latent.grad, layer.in_scale.detach() * upstream * slope)
+    assert layer.options()["reach"] == 1.5 and (straight_through == "identity" or 0.05 < slope.mean() < 0.95)
+
+
+def test_a_reach_that_is_not_positive_is_refused():
+    with pytest.raises(UserError, match="reach is 0, and must be above 0 or null"):
+        FBI(linear(), straight_through="clipped", reach=0)
+
+
 def test_scaled_sign_passes_the_gradient_of_its_scale_to_the_latent_weights():
     layer, upstream = ScaledSign(linear(bias=False)), torch.randn(7, 13)
     (layer.weight * upstream).sum().backward()
@@ -146,22 +205,69 @@ def test_half_precision_weights_become_fp32_latent_weights():
     assert {parameter.dtype for parameter in layer.parameters()} == {torch.float32}
 
 
-def test_a_scheme_with_group_scales_needs_only_its_terms():
-    class Grouped(BinaryLinear):
-        def __init__(self, layer):
-            super().__init__(layer)
-            self.groups = nn.Parameter(self.latent.detach().unflatten(1, (4, -1)).abs().mean(2))
-
-        def terms(self):
-            return {"group_scale": self.groups}
-
-    layer = Grouped(nn.Linear(16, 6, bias=False))
+def test_group_scales():
+    layer = GroupScale(nn.Linear(16, 6, bias=False), group_size=4)
     w = layer.latent.detach()
     expected = (plus_minus(w).view(6, 4, 4) * w.view(6, 4, 4).abs().mean(2, keepdim=True)).view(6, 16)
     torch.testing.assert_close(layer.weight, expected)
     x = torch.randn(3, 16)
     torch.testing.assert_close(PackedLinear(layer)(x), x @ expected.T, rtol=1e-5, atol=1e-5)
     assert layer.storage() == {"signs": 6 * 16, "group_scale": 16 * 24}
+
+
+@pytest.mark.parametrize("size", [5, 0, 32])
+def test_a_group_that_does_not_divide_the_inputs_is_refused_by_the_layers_name(size):
+    model = nn.Sequential(nn.Linear(16, 6))
+    with pytest.raises(UserError, match=f"^0: group_size={size} does not divide the layer's 16 inputs"):
+        binarize_(model, partial(GroupScale, group_size=size), ["0"])
+    assert type(model[0]) is nn.Linear
+
+
+def test_an_unknown_start_is_refused():
+    with pytest.raises(UserError, match="init is 'nmf', and must be svd or means"):
+        TwoSided(linear(), init="nmf")
+
+
+def test_rank_one_is_the_nearest_of_a_matrix_with_structure():
+    torch.manual_seed(0)
+    magnitudes = (torch.randn(40, 1) * torch.randn(24) + 0.3 * torch.randn(40, 24)).abs()
+    rows, columns = rank_one(magnitudes)
+    torch.testing.assert_close(rows[:, None] * columns, singular(magnitudes), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(rows.mean(), columns.mean())
+    assert not torch.cat(rank_one(torch.zeros(3, 5))).any()
+
+
+@pytest.mark.parametrize(
+    ("scheme", "served"),
+    [
+        (FBI, {"in_scale": 7}),
+        (partial(FBI, pattern="single"), {"out_scale": 91}),
+        (TwoSided, {"in_scale": 7, "out_scale": 13}),
+        (partial(GroupScale, group_size=1), {"group_scale": 1}),
+    ],
+)
+def test_scaled_gradients_are_divided_by_the_root_of_the_weights_served(scheme, served):
+    plain, scaled = scheme(linear()), scheme(linear(), scaled_gradients=True)
+    upstream = torch.randn(7, 13)
+    for layer in (plain, scaled):
+        (layer.weight * upstream).sum().backward()
+    for (name, one), (_, other) in zip(plain.named_parameters(), scaled.named_parameters(), strict=True):
+        if one.grad is not None:
+            torch.testing.assert_close(other.grad, one.grad / served.get(name, 1) ** 0.5)
+    assert torch.equal(scaled.weight, plain.weight)
+
+
+def test_pareto_q_gradients_are_the_papers():
+    layer, upstream = ParetoQ(linear(bias=False)), torch.randn(7, 13)
+    (layer.weight * upstream).sum().backward()
+    w, alpha = layer.latent.detach(), layer.out_scale.detach()
+    inside = (w / alpha[:, None]).abs() <= 1
+    assert 0 < inside.sum() < w.numel()
+    torch.testing.assert_close(layer.latent.grad, inside * upstream)
+    torch.testing.assert_close(layer.out_scale.grad, (plus_minus(w) * upstream).sum(1) / w.numel() ** 0.5)
+    with torch.no_grad():  # a scale that training takes below zero turns its row round, and no sign
+        layer.out_scale[0] = -0.5
+    torch.testing.assert_close(layer.weight[0], 0.5 * -plus_minus(w[0]))
 
 
 def test_signs_agree_between_weight_and_bits():

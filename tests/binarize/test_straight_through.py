@@ -28,6 +28,14 @@ def test_backward_is_the_formula(kind):
     torch.testing.assert_close(x.grad, upstream * SLOPES[kind])
 
 
+@pytest.mark.parametrize("kind", SLOPES)
+def test_it_is_taken_in_units_of_the_reach(kind):
+    reach, upstream = torch.tensor([[0.5], [0.02]]), torch.randn(2, len(X))
+    x = (reach * X).requires_grad_()
+    straight_through_sign(x, kind, reach).backward(upstream)
+    torch.testing.assert_close(x.grad, upstream * SLOPES[kind])
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_dtype_is_kept(dtype):
     x = torch.randn(5, dtype=dtype, requires_grad=True)

@@ -23,10 +23,10 @@ def model(scheme):
 
 
 def test_what_fits():
-    check_deploy(model(ScaledSign), FORMATS)
-    check_deploy(model(FBI), [name for name in FORMATS if name != "gguf"])
-    check_deploy(model(ForScriptsOnly), ["torchscript"])
-    check_deploy(model(FBI), [])
+    assert check_deploy(model(ScaledSign), FORMATS) is None
+    assert check_deploy(model(FBI), [name for name in FORMATS if name != "gguf"]) is None
+    assert check_deploy(model(ForScriptsOnly), ["torchscript"]) is None
+    assert check_deploy(model(FBI), []) is None
 
 
 @pytest.mark.parametrize(

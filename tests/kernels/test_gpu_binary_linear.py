@@ -73,17 +73,19 @@ def test_gradients(tokens):
 
 
 @pytest.mark.parametrize("straight_through", ["identity", "clipped", "tanh", "bireal"])
-def test_the_dense_weight_and_its_gradients(straight_through):
+@pytest.mark.parametrize("relative", [False, True])
+def test_the_dense_weight_and_its_gradients(straight_through, relative):
     shape = (2560, 5120)
     _, terms = make(*shape, 40)
     del terms["bias"]
     terms["out_shift"] = torch.randn(shape[0], device="cuda")  # the gradient of a single one is what cancels out
     tensors = {"latent": torch.randn(shape, device="cuda"), **terms}
     upstream = torch.randn(shape, device="cuda")
+    options = {"straight_through": straight_through, "reach": tensors["latent"].abs().mean(1) if relative else None}
 
     def gradients(backend, dtype):
         leaves = {name: t.clone().requires_grad_() for name, t in tensors.items()}
-        weight = ops.binary_weight(straight_through=straight_through, dtype=dtype, **leaves, backend=backend)
+        weight = ops.binary_weight(dtype=dtype, **leaves, **options, backend=backend)
         weight.backward(upstream.to(weight.dtype))
         return {"weight": weight.detach()} | {name: leaf.grad for name, leaf in leaves.items()}
 

@@ -67,7 +67,8 @@ def explicit(u, delta, A, B, C, D, z, delta_bias, initial_states, seq_idx=None):
 def outputs_and_gradients(function, inputs, **options):
     y, states = function(**inputs, **options)
     generator = torch.Generator().manual_seed(1)
-    loss = sum((t.double() * torch.randn(t.shape, generator=generator, dtype=torch.float64)).sum() for t in (y, states))
+    weights = [torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t.device) for t in (y, states)]
+    loss = sum((t.double() * weight).sum() for t, weight in zip((y, states), weights, strict=True))
     return [y, states, *torch.autograd.grad(loss, list(inputs.values()))]
 
 

@@ -58,5 +58,5 @@ def test_memory_does_not_grow_with_the_text():
         generate(lm, ids, count, 0)
         return torch.cuda.max_memory_allocated()
 
-    peak(20)
+    peak(20), peak(20)  # kernels are compiled, libraries set up
     assert abs(peak(800) - peak(20)) <= 2 * 800 * 8 + 4096  # the tokens themselves

@@ -18,6 +18,8 @@ from bimamba_lit.binarize.ptb.result import PTBResult
 from bimamba_lit.binarize.ptb.scaled_sign import ScaledSign
 from bimamba_lit.binarize.ptb.scheme import PTBScheme
 from bimamba_lit.binarize.ptb.sign import Sign
+from bimamba_lit.binarize.ptb.ternary import Ternary
+from bimamba_lit.binarize.ptb.two_bit import TwoBit
 
 __all__ = [
     "ARB",
@@ -31,6 +33,8 @@ __all__ = [
     "PTBScheme",
     "ScaledSign",
     "Sign",
+    "Ternary",
+    "TwoBit",
     "calibrate_",
     "proxy_error",
 ]

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from bimamba_lit import ops
 
-_SMALLEST = 2.0**-24  # the least positive fp16: an all-zero group keeps a scale to divide by
+SMALLEST = 2.0**-24  # the least positive fp16: an all-zero group keeps a scale to divide by
 
 
 def fit_grid(values: Tensor, bits: int) -> tuple[Tensor, Tensor]:
@@ -14,7 +14,7 @@ def fit_grid(values: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     The range includes 0: scale = (max - min) / (2^b - 1), zero = round(-min / scale).
     """
     low, high = values.amin(0).clamp(max=0), values.amax(0).clamp(min=0)
-    scale = ((high - low) / (2**bits - 1)).half().float().clamp(min=_SMALLEST)
+    scale = ((high - low) / (2**bits - 1)).half().float().clamp(min=SMALLEST)
     return scale, (-low / scale).round().clamp(0, 2**bits - 1)
 
 

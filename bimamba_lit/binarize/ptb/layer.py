@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bimamba_lit.binarize.linear import DEPLOYED_BITS, fingerprint
+from bimamba_lit.binarize.latent import fingerprint
+from bimamba_lit.binarize.linear import DEPLOYED_BITS
 from bimamba_lit.binarize.ptb.scheme import PTBScheme
 from bimamba_lit.errors import UserError
 from bimamba_lit.kernels.linear import linear

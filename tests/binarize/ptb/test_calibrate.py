@@ -227,7 +227,7 @@ def test_schemes_that_need_no_hessian_need_no_text():
     assert sum(isinstance(layer, PTBLinear) for layer in lm.modules()) == 6
 
 
-def unchanged(model, *args, match, **options):
+def assert_unchanged(model, *args, match, **options):
     """Check that a calibration is refused and leaves the model as it was."""
     before, modules = {k: v.clone() for k, v in model.state_dict().items()}, list(model.modules())
     with pytest.raises(UserError, match=match):
@@ -247,12 +247,12 @@ def unchanged(model, *args, match, **options):
     ],
 )
 def test_wrong_arguments_are_told(options, match):
-    unchanged(made(ours), Coarse(), **({"batches": text()} | options), match=match)
+    assert_unchanged(made(ours), Coarse(), **({"batches": text()} | options), match=match)
 
 
 def test_two_lists_of_blocks_have_to_be_told_apart():
     both = nn.ModuleDict({"one": made(ours), "two": made(ours)})
-    unchanged(both, ptb.Sign(), match="several lists.*one.backbone.layers, two.backbone.layers")
+    assert_unchanged(both, ptb.Sign(), match="several lists.*one.backbone.layers, two.backbone.layers")
     ptb.calibrate_(both, ptb.Sign(), blocks="two.*layers")
     assert not any(isinstance(layer, PTBLinear) for layer in both["one"].modules())
 
@@ -275,7 +275,9 @@ def unchanged_with_nan(lm):
 def test_inputs_that_are_all_zero_are_refused():
     lm = made(ours)
     lm.backbone.layers[2].norm.weight.data.zero_()
-    unchanged(lm, Coarse(), text(), match="layers.2.mixer.in_proj: its input is zero for all of the calibration text")
+    assert_unchanged(
+        lm, Coarse(), text(), match="layers.2.mixer.in_proj: its input is zero for all of the calibration text"
+    )
 
 
 def test_inputs_that_are_not_finite_are_refused():
@@ -312,13 +314,15 @@ def test_a_product_that_cannot_be_seen_is_told():
     model = made(Beside)
     model.layers = nn.ModuleList([FusedBlock()])
     model.forward = lambda ids: model.layers[0](model.embedding(ids))
-    unchanged(model, Coarse(), text(), targets=["out_proj"], match="layers.0.out_proj is never multiplied by.*fused")
+    assert_unchanged(
+        model, Coarse(), text(), targets=["out_proj"], match="layers.0.out_proj is never multiplied by.*fused"
+    )
 
 
 def test_blocks_that_do_not_run_in_order_are_told():
     model = made(Beside)
     model.forward = lambda ids: [block(model.embedding(ids)) for block in reversed(model.layers)]
-    unchanged(model, Coarse(), text(), match="does not run its blocks one after the other")
+    assert_unchanged(model, Coarse(), text(), match="does not run its blocks one after the other")
 
 
 @pytest.mark.parametrize("terminal", [False, True])

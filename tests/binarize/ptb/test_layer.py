@@ -209,6 +209,10 @@ def by_row(linear):
     return FBI(linear, pattern="row")
 
 
+def by_group(linear):
+    return binarize.GroupScale(linear, group_size=32)
+
+
 @pytest.mark.parametrize(
     ("scheme", "trained", "exact"),
     [
@@ -218,10 +222,14 @@ def by_row(linear):
         (ptb.ScaledSign(centred_rows=True), by_row, True),
         (ptb.GPTQ(bits=1, group_size=None), by_row, True),
         (ptb.Sign(), by_row, True),
+        (ptb.ScaledSign(), by_group, True),
+        (ptb.ScaledSign(), binarize.TwoSided, True),
+        (ptb.ScaledSign(), binarize.ParetoQ, True),
         (ptb.ScaledSign(), FBI, False),
         (ptb.ScaledSign(), binarize.Sign, False),
         (ptb.GPTQ(bits=2, group_size=32), by_row, False),
         (ptb.ARBRC(), FBI, False),
+        (ptb.ARBRC(), binarize.TwoSided, False),
     ],
     ids=lambda value: getattr(value, "__name__", str(value)),
 )

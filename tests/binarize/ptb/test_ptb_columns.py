@@ -73,7 +73,7 @@ def plain_pbllm(weight, hessian, share):
     return column_by_column(weight, hessian, start_group, rounded)
 
 
-def agree(result, expected, weight, hessian):
+def assert_agrees(result, expected, weight, hessian):
     """The same values but where float32 fell on the other side of a boundary, and the same error."""
     same = ((result.weight - expected.float()).abs() <= 1e-6).float().mean()
     assert same > 0.98
@@ -87,21 +87,21 @@ def agree(result, expected, weight, hessian):
 def test_gptq_is_the_plain_derivation(bits, group_size, kind, layer):
     weight, hessian = layer(kind, 4, 144)  # more than one block of 128
     expected = plain_gptq(weight, hessian, bits, group_size or 144)
-    agree(ptb.GPTQ(bits, group_size).fit(weight, hessian), expected, weight, hessian)
+    assert_agrees(ptb.GPTQ(bits, group_size).fit(weight, hessian), expected, weight, hessian)
 
 
 def test_gptq_leaves_out_inputs_that_were_always_zero(layer):
     weight, hessian = layer("correlated", 4, 32)
     hessian[5], hessian[:, 5] = 0.0, 0.0
     result = ptb.GPTQ(4, None).fit(weight, hessian)
-    agree(result, plain_gptq(weight, hessian, 4, 32), weight, hessian)
+    assert_agrees(result, plain_gptq(weight, hessian, 4, 32), weight, hessian)
     assert not result.weight[:, 5].any()
 
 
 @pytest.mark.parametrize("share", [0.1, 0.3])
 def test_pbllm_is_the_plain_derivation(share, layer):
     weight, hessian = layer("correlated", 4, 144)
-    agree(ptb.PBLLM(share).fit(weight, hessian), plain_pbllm(weight, hessian, share), weight, hessian)
+    assert_agrees(ptb.PBLLM(share).fit(weight, hessian), plain_pbllm(weight, hessian, share), weight, hessian)
 
 
 def test_pbllm_keeps_the_share_of_entries_at_eight_bits(layer):

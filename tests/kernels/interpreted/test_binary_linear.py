@@ -142,14 +142,21 @@ def test_outliers_zeros_and_numbers_that_are_not_finite():
 
 @pytest.mark.parametrize("straight_through", SLOPES)
 @pytest.mark.parametrize("single", [False, True])
+@pytest.mark.parametrize("relative", [False, True])
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.bfloat16, 0.008)])
-def test_the_dense_weight_and_its_gradients(straight_through, single, dtype, bound):
+def test_the_dense_weight_and_its_gradients(straight_through, single, relative, dtype, bound):
     tensors = {"latent": normal(51, 13).t(), **make(13, 51, 3, TERMS[:-1], single)}
     tensors["latent"][0, 0] = 0
+    reach = None
+    if relative:
+        tensors["latent"] *= 0.02
+        reach = 0.02 * (0.5 + normal(2 if single else 26, seed=9).abs())[::2]  # not contiguous
+        tensors["latent"][3, 5] = reach[3 % len(reach)]  # at the edge is inside
 
     def by(backend, dtype):
+        options = {"dtype": dtype, "reach": reach, "backend": backend}
         return gradients(
-            lambda latent, **terms: ops.binary_weight(latent, straight_through, **terms, dtype=dtype, backend=backend),
+            lambda latent, **terms: ops.binary_weight(latent, straight_through, **terms, **options),
             tensors,
             normal(13, 51, seed=8),
         )
@@ -160,8 +167,11 @@ def test_the_dense_weight_and_its_gradients(straight_through, single, dtype, bou
         assert ratio(value, right[name]) <= bound, name
 
 
-@pytest.mark.parametrize("terms", [(), *((name,) for name in TERMS[:-1])])
-def test_each_term_of_the_dense_weight_alone(terms):
+@pytest.mark.parametrize(
+    "terms",
+    [(), *((name,) for name in TERMS[:-1]), ("in_scale", "out_scale"), ("in_scale", "out_scale", "in_shift")],
+)
+def test_each_schemes_terms_of_the_dense_weight(terms):
     tensors = {"latent": normal(9, 40), **make(9, 40, 5, terms)}
 
     def by(backend):
@@ -179,7 +189,8 @@ def test_the_registered_ops_are_sound():
     terms = [normal(48).requires_grad_(), None, normal(13, 3).requires_grad_(), None, None]
     bias = normal(13).requires_grad_()
     opcheck(kernel._op, (normal(3, 48).requires_grad_(), signs, 48, *terms, bias, None))
-    opcheck(weight_kernel._op, (normal(13, 48).requires_grad_(), 48, *terms, "tanh", torch.float32))
+    reach = normal(13).abs()
+    opcheck(weight_kernel._op, (normal(13, 48).requires_grad_(), 48, *terms, reach, "tanh", torch.float32))
 
 
 def test_it_compiles_without_a_graph_break():

@@ -1,0 +1,101 @@
+"""What the public ops demand of their arguments: shapes in the letters of their docstrings."""
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def readable(tensor: Tensor) -> bool:
+    """Say whether values may be read back: not while a graph is traced or captured."""
+    return not torch.compiler.is_compiling() and not (tensor.is_cuda and torch.cuda.is_current_stream_capturing())
+
+
+def check_dimensions(name: str, tensor: Tensor, letters: str) -> None:
+    """Refuse a tensor that has another number of dimensions than `letters` names."""
+    if tensor.ndim != letters.count(" ") + 1:
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}, but must be ({letters.replace(' ', ', ')}).")
+
+
+def check_shape(name: str, tensor: Tensor | None, letters: str, shape: tuple[int, ...]) -> None:
+    """Refuse a tensor of another shape; None passes."""
+    if tensor is not None and tensor.shape != shape:
+        raise ValueError(
+            f"{name} has shape {tuple(tensor.shape)}, but must be ({letters.replace(' ', ', ')}) = {shape}."
+        )
+
+
+def check_scan(heads: int, width: int, groups: int, A: Tensor, D: Tensor | None, dt_bias: Tensor | None) -> None:
+    """Refuse groups, decays, skips or biases that do not fit the heads of an SSD."""
+    if groups < 1 or heads % groups:
+        raise ValueError(f"B has {groups} groups, which must divide x's {heads} heads.")
+    check_shape("A", A, "H", (heads,))
+    check_shape("dt_bias", dt_bias, "H", (heads,))
+    if D is not None and tuple(D.shape) not in ((heads,), (heads, width)):
+        raise ValueError(f"D has shape {tuple(D.shape)}, but must be (H,) = {(heads,)} or (H, P) = {(heads, width)}.")
+
+
+def check_selective(channels: int, A: Tensor, D: Tensor | None, delta_bias: Tensor | None) -> int:
+    """Return the state size."""
+    check_dimensions("A", A, "D N")
+    size = A.shape[1]
+    check_shape("A", A, "D N", (channels, size))
+    check_shape("D", D, "D", (channels,))
+    check_shape("delta_bias", delta_bias, "D", (channels,))
+    return size
+
+
+def check_maps(B: Tensor, C: Tensor, batch: int, channels: int, size: int, length: tuple[int, ...]) -> None:
+    """Refuse a selective scan's B or C that do not fit its channels and states."""
+    last = " L" if length else ""
+    for name, maps in (("B", B), ("C", C)):
+        if maps.ndim == 2 + len(length):
+            check_shape(name, maps, f"B N{last}", (batch, size, *length))
+            continue
+        check_dimensions(name, maps, f"B G N{last}")
+        groups = maps.shape[1]
+        check_shape(name, maps, f"B G N{last}", (batch, groups, size, *length))
+        if groups < 1 or channels % groups:
+            raise ValueError(f"{name} has {groups} groups, which must divide u's {channels} channels.")
+
+
+def check_activation(activation: str | None) -> None:
+    """Refuse an activation that a causal convolution does not have."""
+    if activation not in (None, "silu", "swish"):
+        raise ValueError(f"activation is {activation!r}, but must be None, 'silu' or 'swish'.")
+
+
+def check_signs(signs: Tensor, in_features: int) -> None:
+    """Refuse packed signs of another dtype or width than their inputs need."""
+    if signs.dtype != torch.uint8:
+        raise TypeError(f"signs has dtype {signs.dtype}, but must be torch.uint8.")
+    check_dimensions("signs", signs, "O ceil(I/8)")
+    check_shape("signs", signs, "O ceil(I/8)", (signs.shape[0], math.ceil(in_features / 8)))
+
+
+def check_terms(
+    out_features: int,
+    in_features: int,
+    in_scale: Tensor | None,
+    out_scale: Tensor | None,
+    group_scale: Tensor | None,
+    in_shift: Tensor | None,
+    out_shift: Tensor | None,
+    bias: Tensor | None,
+) -> None:
+    """Refuse terms of the packed linear layer that do not fit its weight (O, I)."""
+    for name, term, letter, count in (
+        ("in_scale", in_scale, "I", in_features),
+        ("out_scale", out_scale, "O", out_features),
+        ("in_shift", in_shift, "I", in_features),
+        ("out_shift", out_shift, "O", out_features),
+        ("bias", bias, "O", out_features),
+    ):
+        if term is not None and tuple(term.shape) not in ((count,), (1,)):
+            raise ValueError(f"{name} has shape {tuple(term.shape)}, but must be ({letter},) = ({count},) or (1,).")
+    if group_scale is not None:
+        check_dimensions("group_scale", group_scale, "O G")
+        groups = group_scale.shape[1]
+        check_shape("group_scale", group_scale, "O G", (out_features, groups))
+        if groups < 1 or in_features % groups:
+            raise ValueError(f"group_scale has {groups} groups, which must divide in_features = {in_features}.")
