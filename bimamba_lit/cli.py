@@ -265,9 +265,18 @@ def _compare(chosen: argparse.Namespace) -> None:
 def _ablate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-c", "--config", required=True, metavar="RECIPE", help="the recipe that all runs share")
     parser.add_argument(
-        "--grid", required=True, metavar="FILE", help="YAML: recipe keys and the values of each; all combinations run"
+        "--grid",
+        required=True,
+        metavar="FILE",
+        help="YAML: recipe keys and the values of each; all combinations run. Or a name of those that come along",
     )
     parser.add_argument("--seeds", type=_whole_numbers, default=[], metavar="0,1,2", help="(default: the recipe's)")
+    parser.add_argument(
+        "--tune",
+        metavar="KEY=V1,V2,V3",
+        help="run each setting at each value with the first seed, and with the other seeds at the best of them",
+    )
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time (default: %(default)s)")
     parser.add_argument("--out", help="folder of the runs and the report (default: runs/ablation_GRID)")
 
 
@@ -277,9 +286,15 @@ def _whole_numbers(text: str) -> list[int]:
 
 def _ablate(chosen: argparse.Namespace) -> None:
     from bimamba_lit.training.ablation import ablate
+    from bimamba_lit.training.grid import find_grid
+    from bimamba_lit.training.tuning import read_tuning
 
-    out = Path(chosen.out or Path("runs") / f"ablation_{Path(chosen.grid).stem}")
-    ablate(Path(chosen.config), Path(chosen.grid), chosen.seeds, out)
+    if chosen.jobs < 1:
+        raise UserError(f"--jobs: {chosen.jobs} is out of range, the least is 1")
+    grid = find_grid(chosen.grid)
+    tuning = None if chosen.tune is None else read_tuning(chosen.tune)
+    out = Path(chosen.out or Path("runs") / f"ablation_{grid.stem}")
+    ablate(Path(chosen.config), grid, chosen.seeds, out, tuning, chosen.jobs)
     print(f"\nWritten: {out}/report.md, report.csv, report.tex and report.png")
 
 

@@ -1,10 +1,13 @@
 """Writing files so that a reader sees the old content or the new, never half of it."""
 
+import json
+import math
 import os
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from bimamba_lit.errors import UserError
 
@@ -38,6 +41,25 @@ def replacing(path: str | Path) -> Iterator[Path]:
         if temporary is not None:
             with suppress(OSError):
                 temporary.unlink()
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a value of plain types as JSON, which has no word for infinity or NaN: they are written as strings.
+
+    Raises:
+        UserError: As :func:`replacing`.
+    """
+    text = json.dumps(_without_nonfinite(value), indent=2, allow_nan=False)
+    with replacing(path) as temporary:
+        temporary.write_text(text + "\n", encoding="utf-8")
+
+
+def _without_nonfinite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _without_nonfinite(inner) for name, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_without_nonfinite(inner) for inner in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 @contextmanager

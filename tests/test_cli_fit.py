@@ -237,6 +237,27 @@ def test_test_prints_its_figures(tiny, bimamba):
     assert f"test: {before['bits_per_byte']:.3f} bits per byte" in answer.out
 
 
+def test_the_recipes_tests_are_measured_at_the_end_and_leave_the_validation_as_it_is(tiny, bimamba, tmp_path):
+    other = tmp_path / "other.txt"
+    other.write_text("Sphinx of black quartz, judge my vow.\n" * 9)
+    folder = tmp_path / "run"
+    args = ["-c", tiny.teacher_recipe, f"--trainer.default_root_dir={folder}", f"--tests=[{tiny.text}, {other}]"]
+    answer = bimamba("fit", *args)
+    assert answer.code == 0, answer
+    found, alone = summary(folder), summary(tiny.teacher)
+    assert {key: found[key] for key in ("bits_per_byte", "eval_data")} == {
+        key: alone[key] for key in ("bits_per_byte", "eval_data")
+    }
+    first, second = found["tests"]
+    assert (first["sha256"], first["bits_per_byte"]) == (found["eval_data"]["sha256"], found["bits_per_byte"])
+    answer = bimamba("test", *args[:2], f"--ckpt_path={folder}/checkpoints/last.ckpt", f"--data.test={other}")
+    assert f"test: {second['bits_per_byte']:.3f} bits per byte" in answer.out
+
+    answer = bimamba("fit", "-c", tiny.teacher_recipe, "--tests=[nowhere.txt]", f"--trainer.default_root_dir={folder}2")
+    assert answer.code == 1 and "tests: 'nowhere.txt' is not a file" in answer.err
+    assert not Path(f"{folder}2").exists()
+
+
 def before_ckpt(tiny) -> Path:
     return tiny.teacher / "checkpoints" / "last.ckpt"
 

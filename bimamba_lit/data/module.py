@@ -1,5 +1,6 @@
 """The Lightning data module: text in, batches of packed sequences out."""
 
+import copy
 import warnings
 from pathlib import Path
 from typing import Any
@@ -141,6 +142,13 @@ class TextDataModule(LightningDataModule):
             self._prepare_evaluation("val")
         if stage == "test":
             self._prepare_evaluation("test")
+
+    def testing_on(self, text: Setting) -> "TextDataModule":
+        """Return the same module with another text to test on."""
+        other = copy.copy(self)
+        other.texts = self.texts | {"test": text}
+        other.eval_data, other._streams = {}, {}
+        return other
 
     def train_dataloader(self) -> StatefulDataLoader:
         """Return the training batches; the loader's state is its position, and resumes exactly."""

@@ -1,11 +1,8 @@
 """``bimamba evaluate``: a saved model on texts and on zero-shot tasks, as a table and a JSON file."""
 
-import json
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
@@ -17,7 +14,7 @@ from bimamba_lit.errors import UserError
 from bimamba_lit.eval.reader import load_reader
 from bimamba_lit.eval.text import TextFigures, TextSettings, measure_text
 from bimamba_lit.eval.zeroshot import TaskFigures, find_tasks, run_tasks
-from bimamba_lit.files import replacing
+from bimamba_lit.files import write_json
 from bimamba_lit.models.count import count_parameters, true_bits
 
 
@@ -108,18 +105,7 @@ def write_evaluation(evaluation: Evaluation, out: Path) -> None:
     Raises:
         UserError: If the file cannot be written.
     """
-    with replacing(out) as temporary:
-        text = json.dumps(_plain(asdict(evaluation)), indent=2, allow_nan=False)
-        temporary.write_text(text + "\n", encoding="utf-8")
-
-
-def _plain(value: Any) -> Any:
-    """Return a value that JSON can hold: it has no word for infinity or NaN, so they become strings."""
-    if isinstance(value, dict):
-        return {key: _plain(inner) for key, inner in value.items()}
-    if isinstance(value, list):
-        return [_plain(inner) for inner in value]
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+    write_json(out, asdict(evaluation))
 
 
 def print_evaluation(evaluation: Evaluation, console: Console | None = None) -> None:

@@ -4,9 +4,9 @@ from pathlib import Path
 
 from bimamba_lit.files import replacing
 from bimamba_lit.report.side_by_side import Comparison, Row
-from bimamba_lit.report.table import COLUMNS, NOTHING, evaluation
+from bimamba_lit.report.table import NOTHING, columns_of, evaluation
 
-_SHOWN = ("run", "scheme", "bits/byte", "seeds", "gap", "ppl", "MiB", "bits/w")
+_SHOWN = ("run", "scheme", "bits/byte", "seeds", "gap", "gap fp", "ppl", "MiB", "bits/w")
 _SPECIAL = {
     "\\": r"\textbackslash{}",
     "{": r"\{",
@@ -25,7 +25,7 @@ def write_latex(comparison: Comparison, path: Path) -> None:
     Raises:
         UserError: If the file cannot be written.
     """
-    columns = [column for column in COLUMNS if column.short in _SHOWN]
+    columns = [column for column in columns_of(comparison) if column.short in _SHOWN]
     kinds = "".join("l" if column.short in ("run", "scheme") else "r" for column in columns)
     best = min((row for row in comparison.rows if not row.is_teacher), key=_result, default=None)
 

@@ -18,6 +18,7 @@ from typing import Any
 
 from bimamba_lit.errors import UserError
 from bimamba_lit.models.count import FULL_PRECISION
+from bimamba_lit.report.gap import gaps_to_full_precision
 from bimamba_lit.report.summary import Summary, read_summary
 
 MIB_BITS = 8 * 2**20
@@ -34,6 +35,9 @@ class Row:
         bits_per_byte: Mean over the runs.
         spread: Sample standard deviation of bits per byte; None of a single run.
         gap: Bits per byte less the teacher's; None where the teacher is not among the runs compared.
+        gap_to_full_precision: Mean over the runs of bits per byte less those of a full-precision student trained alike
+            (:mod:`bimamba_lit.report.gap`); None where there is none among the runs compared.
+        gap_spread: Sample standard deviation of that gap; None of a single run.
         perplexity: Mean over the runs.
         agreement: Share of positions where the likeliest token is the teacher's, 0 to 1; None where not measured.
         true_bits: Bits it takes to store the model.
@@ -43,6 +47,7 @@ class Row:
         tokens_seen: Tokens trained or calibrated on.
         seconds: Seconds of training or calibration.
         is_teacher: Whether it is the teacher of another row.
+        tests: Bits per byte on other texts, mean and spread, by the texts' SHA-256.
     """
 
     name: str
@@ -51,6 +56,8 @@ class Row:
     bits_per_byte: float
     spread: float | None
     gap: float | None
+    gap_to_full_precision: float | None
+    gap_spread: float | None
     perplexity: float
     agreement: float | None
     true_bits: float
@@ -60,6 +67,7 @@ class Row:
     tokens_seen: int
     seconds: float
     is_teacher: bool
+    tests: dict[str, tuple[float, float | None]]
 
     @property
     def size_mib(self) -> float:
@@ -98,12 +106,14 @@ class Comparison:
         eval_data: ``name`` and ``sha256`` of the text they were all evaluated on.
         context: Tokens of an evaluation window.
         stride: Tokens from one evaluation window to the next.
+        tests: Names of the other texts that runs were measured on, by SHA-256.
     """
 
     rows: tuple[Row, ...]
     eval_data: dict[str, str]
     context: int
     stride: int
+    tests: dict[str, str]
 
 
 def lay_side_by_side(run_dirs: Sequence[str | Path]) -> Comparison:
@@ -118,11 +128,14 @@ def lay_side_by_side(run_dirs: Sequence[str | Path]) -> Comparison:
     summaries = {path: read_summary(folder) for path, folder in runs.items()}
     _refuse_unlike({runs[path]: summary for path, summary in summaries.items()})
     teachers = {path: _teacher_of(path, summaries) for path in summaries}
-    groups = _same_but_for_the_seed(summaries)
-    rows = [_row(group, runs, summaries, teachers) for group in groups]
+    configurations = {path: _configuration(path) for path in summaries}
+    groups = _same_but_for_the_seed(summaries, configurations)
+    gaps = gaps_to_full_precision(groups, summaries, configurations)
+    rows = [_row(group, runs, summaries, teachers, gap) for group, gap in zip(groups, gaps, strict=True)]
     rows.sort(key=lambda row: (math.isnan(row.bits_per_byte), row.bits_per_byte, row.size_mib, row.name))
     one = next(iter(summaries.values()))
-    return Comparison(tuple(_distinct(rows)), dict(one.eval_data), one.context, one.stride)
+    tests = {test.sha256: test.name for summary in summaries.values() for test in summary.tests}
+    return Comparison(tuple(_distinct(rows)), dict(one.eval_data), one.context, one.stride, tests)
 
 
 def _refuse_unlike(summaries: dict[Path, Summary]) -> None:
@@ -165,11 +178,11 @@ def _teacher_of(path: Path, summaries: dict[Path, Summary]) -> Path | None:
     return named[0] if len(named) == 1 else None
 
 
-def _same_but_for_the_seed(summaries: dict[Path, Summary]) -> list[list[Path]]:
+def _same_but_for_the_seed(summaries: dict[Path, Summary], configurations: dict[Path, Any]) -> list[list[Path]]:
     groups: dict[str, list[Path]] = {}
     for path, summary in summaries.items():
         alike = [summary.scheme, summary.teacher, summary.params, summary.binarized_params]
-        alike += [summary.tokens_seen, summary.version, _configuration(path)]
+        alike += [summary.tokens_seen, summary.version, configurations[path]]
         key = json.dumps(alike, sort_keys=True, default=str)
         # A second run with a seed that the row has already, or without a seed, is a row of its own.
         turn = 0
@@ -182,7 +195,16 @@ def _same_but_for_the_seed(summaries: dict[Path, Summary]) -> list[list[Path]]:
     return list(groups.values())
 
 
-_OF_THE_RUN_ALONE = ("seed_everything", "seed", "default_root_dir", "logger", "callbacks", "checkpoint", "ckpt_path")
+_OF_THE_RUN_ALONE = (
+    "seed_everything",
+    "seed",
+    "default_root_dir",
+    "logger",
+    "checkpoint",
+    "ckpt_path",
+    "tests",
+)
+_WATCHERS = ("BitFlips", "WeightScales", "Samples", "Throughput", "NonFiniteGuard", "ProgressLines", "StepsBar")
 
 
 def _configuration(run_dir: Path) -> Any:
@@ -197,13 +219,25 @@ def _configuration(run_dir: Path) -> Any:
     def apart_from_the_run(value: Any) -> Any:
         if isinstance(value, dict):
             return {k: apart_from_the_run(v) for k, v in value.items() if k not in _OF_THE_RUN_ALONE}
-        return [apart_from_the_run(part) for part in value] if isinstance(value, list) else value
+        if isinstance(value, list):
+            return [apart_from_the_run(part) for part in value if not _watches(part)] or None
+        return value
 
     return apart_from_the_run(config)
 
 
+def _watches(part: Any) -> bool:
+    """Say whether a part of a list is a callback that only watches training, rather than changes it."""
+    name = str(part.get("class_path", "")) if isinstance(part, dict) else ""
+    return name.rpartition(".")[2] in _WATCHERS
+
+
 def _row(
-    group: list[Path], runs: dict[Path, Path], summaries: dict[Path, Summary], teachers: dict[Path, Path | None]
+    group: list[Path],
+    runs: dict[Path, Path],
+    summaries: dict[Path, Summary],
+    teachers: dict[Path, Path | None],
+    gaps_to_full_precision: list[float],
 ) -> Row:
     ran = [summaries[path] for path in group]
     results = [summary.bits_per_byte for summary in ran]
@@ -216,6 +250,8 @@ def _row(
         bits_per_byte=statistics.fmean(results),
         spread=_spread(results),
         gap=_mean(gaps),
+        gap_to_full_precision=_mean(gaps_to_full_precision),
+        gap_spread=_spread(gaps_to_full_precision),
         perplexity=statistics.fmean(summary.perplexity for summary in ran),
         agreement=_mean(summary.agreement for summary in ran if summary.agreement is not None),
         true_bits=statistics.fmean(summary.true_bits for summary in ran),
@@ -225,7 +261,16 @@ def _row(
         tokens_seen=ran[0].tokens_seen,
         seconds=statistics.fmean(summary.seconds for summary in ran),
         is_teacher=any(path in teachers.values() for path in group),
+        tests=_tests(ran),
     )
+
+
+def _tests(ran: list[Summary]) -> dict[str, tuple[float, float | None]]:
+    """Return mean and spread on every text that all of the runs were measured on."""
+    found = [{test.sha256: test.bits_per_byte for test in summary.tests} for summary in ran]
+    alike = [text for text in found[0] if all(text in results for results in found)]
+    results = {text: [one[text] for one in found] for text in alike}
+    return {text: (statistics.fmean(values), _spread(values)) for text, values in results.items()}
 
 
 def _binarized_bits(summary: Summary) -> int | None:

@@ -2,16 +2,33 @@
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from types import UnionType
 from typing import Any
 
 from bimamba_lit.errors import UserError, nearest
-from bimamba_lit.files import replacing
+from bimamba_lit.files import write_json
 
 FILE_NAME = "summary.json"
+
+
+@dataclass(frozen=True)
+class TextResult:
+    """What a run makes of a text other than the one it is validated on.
+
+    Attributes:
+        name: The text's name.
+        sha256: Of its UTF-8 bytes.
+        bits_per_byte: As in the summary.
+        perplexity: As in the summary.
+    """
+
+    name: str
+    sha256: str
+    bits_per_byte: float
+    perplexity: float
 
 
 @dataclass(frozen=True)
@@ -38,6 +55,7 @@ class Summary:
         storage: Bits by part: those of all binary layers, such as ``signs``, and ``full_precision``, all the rest. They
             add up to ``true_bits``; None where it was not written down.
         agreement: Share of positions, 0 to 1, where the likeliest token is the teacher's; None where not measured.
+        tests: What it makes of other texts, in the order of the recipe's ``tests``.
     """
 
     name: str
@@ -57,6 +75,7 @@ class Summary:
     version: str
     agreement: float | None = None
     storage: Mapping[str, int] | None = None
+    tests: Sequence[TextResult] = ()
 
 
 def write_summary(run_dir: str | Path, summary: Summary) -> Path:
@@ -65,14 +84,8 @@ def write_summary(run_dir: str | Path, summary: Summary) -> Path:
     Raises:
         UserError: If the file cannot be written.
     """
-    # JSON has no word for infinity or NaN, which a diverged run can come to: they are written as strings.
-    values = {
-        name: str(value) if isinstance(value, float) and not math.isfinite(value) else value
-        for name, value in asdict(summary).items()
-    }
     path = Path(run_dir) / FILE_NAME
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps(values, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    write_json(path, asdict(summary))
     return path
 
 
@@ -109,17 +122,17 @@ def _checked(values: Any, path: Path) -> Summary:
     known = {field.name for field in fields(Summary)}
     if unknown := sorted(set(values) - known):
         raise UserError(f"{path} has the unknown key '{unknown[0]}'{nearest(unknown[0], known)}")
-    if missing := sorted(known - set(values) - {"agreement", "storage"}):
+    if missing := sorted(known - set(values) - {"agreement", "storage", "tests"}):
         raise UserError(f"{path} lacks {', '.join(missing)}: let `bimamba validate` write it anew")
-    return Summary(**{name: _value(name, value, path) for name, value in values.items()})
+    return Summary(**{name: _value(name, value, _KINDS[name], path) for name, value in values.items()})
 
 
 _WORDS = {"inf": math.inf, "-inf": -math.inf, "nan": math.nan}
 _KINDS = {field.name: field.type for field in fields(Summary)}
+_RESULT = {field.name: field.type for field in fields(TextResult)}
 
 
-def _value(name: str, value: Any, path: Path) -> Any:
-    kind = _KINDS[name]
+def _value(name: str, value: Any, kind: Any, path: Path) -> Any:
     if value is None and isinstance(kind, UnionType):
         return None
     if kind in (float, float | None):
@@ -129,6 +142,13 @@ def _value(name: str, value: Any, path: Path) -> Any:
         fits, wanted = isinstance(value, int) and not isinstance(value, bool), "a whole number"
     elif kind in (str, str | None):
         fits, wanted = isinstance(value, str), "text"
+    elif name == "tests":
+        if isinstance(value, list) and all(isinstance(one, dict) and set(one) == set(_RESULT) for one in value):
+            return tuple(
+                TextResult(**{part: _value(f"{name}.{part}", one[part], _RESULT[part], path) for part in _RESULT})
+                for one in value
+            )
+        fits, wanted = False, f"a list of objects of {', '.join(_RESULT)}"
     elif name == "storage":
         fits, wanted = isinstance(value, dict) and all(type(bits) is int for bits in value.values()), "bits by part"
     else:

@@ -4,6 +4,7 @@ import csv
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from rich import box
@@ -39,6 +40,7 @@ COLUMNS = (
     Column("Bits/byte", "bits/byte", lambda row: with_spread(row)),
     Column("Seeds", "seeds", lambda row: str(len(row.runs))),
     Column("Gap to teacher", "gap", lambda row: NOTHING if row.gap is None else f"{row.gap:+.3f}"),
+    Column("Gap to full precision", "gap fp", lambda row: _gap(row)),
     Column("Perplexity", "ppl", lambda row: figure(row.perplexity)),
     Column("Agreement", "agree", lambda row: NOTHING if row.agreement is None else f"{row.agreement:.1%}"),
     Column("True size (MiB)", "MiB", lambda row: figure(row.size_mib)),
@@ -49,26 +51,38 @@ COLUMNS = (
     Column("Training time", "time", lambda row: duration(row.seconds)),
 )
 _LEFT = ("run", "scheme")
-_FIRST_TO_GO = ("time", "tokens", "1-bit", "bits/w", "bits/bin", "agree", "ppl", "seeds", "gap")
+_FIRST_TO_GO = ("time", "tokens", "1-bit", "bits/w", "bits/bin", "agree", "ppl", "seeds", "gap", "gap fp")
 _LONGEST_NAME = 32
 
 
-def write_markdown(comparison: Comparison, path: Path, plot: str) -> None:
+def columns_of(comparison: Comparison) -> list[Column]:
+    """Return the columns: those there always are, and gaps and other texts where these runs have them."""
+    has_gaps = any(row.gap_to_full_precision is not None for row in comparison.rows)
+    columns = [column for column in COLUMNS if has_gaps or column.short != "gap fp"]
+    tests = [Column(f"{name}, bits/byte", name, partial(_test, text)) for text, name in comparison.tests.items()]
+    place = [column.short for column in columns].index("ppl")
+    return [*columns[:place], *tests, *columns[place:]]
+
+
+def write_markdown(comparison: Comparison, path: Path, plot: str, sections: Sequence[str] = ()) -> None:
     """Write the report.
 
     Args:
         comparison: The runs.
         path: The file to write.
         plot: The plot's path as seen from the report.
+        sections: Lines to end it with.
 
     Raises:
         UserError: If the file cannot be written.
     """
     lines = ["# Comparison", "", evaluation(comparison), ""]
-    lines.append(_markdown_row([column.title for column in COLUMNS]))
-    lines.append(_markdown_row([":---" if column.short in _LEFT else "---:" for column in COLUMNS]))
-    lines += [_markdown_row([_escaped(column.text(row)) for column in COLUMNS]) for row in comparison.rows]
+    columns = columns_of(comparison)
+    lines.append(_markdown_row([_escaped(column.title) for column in columns]))
+    lines.append(_markdown_row([":---" if column.short in _LEFT else "---:" for column in columns]))
+    lines += [_markdown_row([_escaped(column.text(row)) for column in columns]) for row in comparison.rows]
     lines += ["", f"![Bits per byte against true size]({plot})", "", *(f"- {note}" for note in notes(comparison)), ""]
+    lines += [*sections, ""] if sections else []
     with replacing(path) as temporary:
         temporary.write_text("\n".join(lines), encoding="utf-8")
 
@@ -87,6 +101,8 @@ def write_csv(comparison: Comparison, path: Path) -> None:
             "bits_per_byte": row.bits_per_byte,
             "bits_per_byte_sd": row.spread,
             "gap_to_teacher": row.gap,
+            "gap_to_full_precision": row.gap_to_full_precision,
+            "gap_to_full_precision_sd": row.gap_spread,
             "perplexity": row.perplexity,
             "agreement": row.agreement,
             "true_bits": row.true_bits,
@@ -99,6 +115,11 @@ def write_csv(comparison: Comparison, path: Path) -> None:
             "seconds": row.seconds,
             "is_teacher": row.is_teacher,
             "runs": " ".join(str(run) for run in row.runs),
+            **{
+                f"{name}{ending}": row.tests.get(text, (None, None))[place]
+                for text, name in comparison.tests.items()
+                for place, ending in enumerate((" bits_per_byte", " bits_per_byte_sd"))
+            },
         }
         for row in comparison.rows
     ]
@@ -111,7 +132,8 @@ def write_csv(comparison: Comparison, path: Path) -> None:
 def print_comparison(comparison: Comparison, console: Console | None = None) -> None:
     """Print the comparison as a table that fits the terminal, leaving out the columns that do not and naming them."""
     console = console or Console()
-    cells = {column.short: [column.text(row) for row in comparison.rows] for column in COLUMNS}
+    columns = [column for column in columns_of(comparison) if column in COLUMNS]
+    cells = {column.short: [column.text(row) for row in comparison.rows] for column in columns}
     cells["run"] = [shortened(name, _LONGEST_NAME) for name in cells["run"]]
     if all(len(row.runs) == 1 for row in comparison.rows):
         del cells["seeds"]
@@ -155,6 +177,11 @@ def notes(comparison: Comparison) -> list[str]:
     ]
     if any(row.spread is not None for row in rows):
         told.append("± is the sample standard deviation over runs that differ only in their seed.")
+    if any(row.gap_to_full_precision is not None for row in rows):
+        told.append(
+            "Gap to full precision is bits per byte less those of a full-precision student of the same recipe, start, "
+            "loss and tokens, seed by seed."
+        )
     if any(not row.trained for row in rows):
         told.append("`ptb.` marks models binarized after training and left so.")
     if any(row.agreement is not None for row in rows):
@@ -168,7 +195,22 @@ def _bits(value: float | None) -> str:
 
 def with_spread(row: Row) -> str:
     """Return bits per byte, of several runs with their spread."""
-    return f"{row.bits_per_byte:.3f}" + ("" if row.spread is None else f" ± {row.spread:.3f}")
+    return f"{row.bits_per_byte:.3f}{_spread(row.spread)}"
+
+
+def _gap(row: Row) -> str:
+    return (
+        NOTHING if row.gap_to_full_precision is None else f"{row.gap_to_full_precision:+.3f}{_spread(row.gap_spread)}"
+    )
+
+
+def _test(text: str, row: Row) -> str:
+    mean, spread = row.tests.get(text, (None, None))
+    return NOTHING if mean is None else f"{mean:.3f}{_spread(spread)}"
+
+
+def _spread(value: float | None) -> str:
+    return "" if value is None else f" ± {value:.3f}"
 
 
 def figure(value: float) -> str:

@@ -39,7 +39,7 @@ from bimamba_lit.training.last_checkpoint import LastCheckpoint
 from bimamba_lit.training.model_line import ModelLine
 from bimamba_lit.training.recipe_check import check_settings
 from bimamba_lit.training.recipe_read import read_settings, with_resolved_recipes
-from bimamba_lit.training.record import SaveConfig, write_run_summary
+from bimamba_lit.training.record import SaveConfig, find_tests, measure_tests, write_run_summary
 from bimamba_lit.training.run_folder import CONFIG, LAST_CHECKPOINT, RunFolder, choose_run_folder
 
 COMMANDS = {
@@ -52,6 +52,7 @@ GROUPS: dict[str, Any] = {
     "checkpoint": LastCheckpoint,
     "model": type[pl.LightningModule],
     "data": type[pl.LightningDataModule],
+    "tests": list[str],
     "seed_everything": bool | int,
     "ckpt_path": str | None,
 }
@@ -131,11 +132,14 @@ class CommandLine(LightningCLI):
         )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Make the checkpoint a top-level key."""
+        """Make the checkpoint and the texts measured at the end top-level keys."""
         parser.usage = f"bimamba {self.command} -c RECIPE.yaml [--key value ...]"
         parser.description = COMMANDS[self.command]
         parser.epilog = "What a class takes: --model.help=Distill, --data.help=TextDataModule."
         parser.add_lightning_class_args(LastCheckpoint, "checkpoint")
+        parser.add_argument(
+            "--tests", type=list[str], default=[], help="texts to measure on once the run is at its end"
+        )
         parser.set_defaults(
             {
                 "checkpoint.filename": LAST_CHECKPOINT.stem,
@@ -151,6 +155,7 @@ class CommandLine(LightningCLI):
         """Choose the run folder and point everything that writes to it."""
         sys.argv = self._argv
         config = self.config[self.command]
+        find_tests(config.tests)
         base = Path(config.trainer.default_root_dir or Path("runs") / "unnamed")
         parser = self._subcommand_parsers[self.command]
         self.recipe = yaml.safe_load(parser.dump(config, skip_unset=False))
@@ -249,6 +254,7 @@ class CommandLine(LightningCLI):
 
     def _close(self, when: str) -> None:
         folder = self.run_folder.path
-        write_run_summary(self.trainer, self.model, self.datamodule, folder, self.recipe)
+        tests = measure_tests(self.trainer, self.model, self.datamodule, self.recipe["tests"])
+        write_run_summary(self.trainer, self.model, self.datamodule, folder, self.recipe, tests)
         if self.trainer.is_global_zero:
             print(f"{folder}: {self.model.evaluated['bits_per_byte']:.3f} bits per byte{when}; see {folder / SUMMARY}")

@@ -1,6 +1,7 @@
 """What a run leaves behind beside its checkpoints: ``config.yaml`` and ``summary.json``."""
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,13 @@ from lightning.pytorch.utilities import rank_zero_only
 
 import bimamba_lit
 from bimamba_lit.callbacks import Throughput
+from bimamba_lit.data import TextDataModule
+from bimamba_lit.data.source import as_sources
+from bimamba_lit.errors import UserError
 from bimamba_lit.files import replacing
 from bimamba_lit.models.count import count_parameters, storage_by_part
 from bimamba_lit.report.summary import FILE_NAME as SUMMARY
-from bimamba_lit.report.summary import Summary, write_summary
+from bimamba_lit.report.summary import Summary, TextResult, write_summary
 from bimamba_lit.training.language import LanguageModule, scheme_name
 from bimamba_lit.training.run_folder import CONFIG
 
@@ -46,6 +50,44 @@ class SaveConfig(pl.Callback):
                 temporary.write_text(yaml.safe_dump(self.recipe, sort_keys=False, allow_unicode=True), encoding="utf-8")
 
 
+def find_tests(texts: Sequence[str]) -> None:
+    """Raise, before anything is trained, if one of the texts to measure on at the end cannot be found.
+
+    Raises:
+        UserError: As it says.
+    """
+    for text in texts:
+        for source in as_sources(text, "tests"):
+            source.parts("tests", streaming=True)
+
+
+def measure_tests(trainer: pl.Trainer, module: LanguageModule, data: Any, texts: Sequence[str]) -> list[TextResult]:
+    """Measure a model on texts as the data module reads its own, and leave what validation found as it is.
+
+    Args:
+        trainer: The trainer that has just fitted or validated.
+        module: The module.
+        data: The data module.
+        texts: The texts, as ``data.test`` takes them.
+
+    Raises:
+        UserError: If the data module takes no texts.
+    """
+    if texts and not isinstance(data, TextDataModule):
+        raise UserError(f"tests: {type(data).__name__} takes no texts to test on; bimamba_lit.data.TextDataModule does")
+    found: list[TextResult] = []
+    validated = module.evaluated
+    for text in texts:
+        measured = data.testing_on(text)
+        trainer.test(module, measured, verbose=False)
+        figures = module.evaluated
+        found.append(
+            TextResult(**measured.eval_data, bits_per_byte=figures["bits_per_byte"], perplexity=figures["perplexity"])
+        )
+    module.evaluated = validated
+    return found
+
+
 @rank_zero_only
 def write_run_summary(
     trainer: pl.Trainer,
@@ -53,6 +95,7 @@ def write_run_summary(
     data: Any,
     folder: Path,
     recipe: dict[str, Any],
+    tests: Sequence[TextResult] = (),
 ) -> None:
     """Write ``summary.json`` from the newest evaluation of ``module`` and the totals of its training.
 
@@ -62,6 +105,7 @@ def write_run_summary(
         data: The data module that the evaluation text came from.
         folder: The run folder.
         recipe: The configuration, for the seed.
+        tests: What it makes of other texts.
     """
     progress = next(callback for callback in trainer.callbacks if isinstance(callback, Throughput))  # type: ignore[attr-defined]
     params, binarized = count_parameters(module.lm)
@@ -85,5 +129,6 @@ def write_run_summary(
         seed=recipe.get("seed_everything"),
         teacher=None if module.teacher_path is None else os.path.relpath(module.teacher_path),
         version=bimamba_lit.__version__,
+        tests=tests,
     )
     write_summary(folder, summary)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from bimamba_lit.errors import UserError
-from bimamba_lit.report import lay_side_by_side
+from bimamba_lit.report import TextResult, lay_side_by_side
 
 Run = Callable[..., Path]
 OTHER_TEXT = {"name": "wikitext2", "sha256": "cd" * 32}
@@ -71,6 +71,48 @@ def test_runs_that_differ_in_more_do_not_fold(run: Run, changes: dict[str, Any])
     alike = {"config": "seed_everything: 1\nmodel: {lr: 0.1}\n", "seed": 1}
     assert len(lay_side_by_side([one, run("two", **alike)]).rows) == 1
     assert len(lay_side_by_side([one, run("three", **{**alike, **changes})]).rows) == 2
+
+
+def test_callbacks_that_only_watch_make_no_other_run(run: Run) -> None:
+    config = "trainer:\n  callbacks: {}\n"
+    watch = "[{class_path: bimamba_lit.callbacks.BitFlips}]"
+    change = "[{class_path: bimamba_lit.callbacks.Progressive, init_args: {end_step: 5}}]"
+    runs = [run("one", config.format("null"), seed=0), run("two", config.format(watch), seed=1)]
+    assert len(lay_side_by_side(runs).rows) == 1
+    assert len(lay_side_by_side([*runs, run("three", config.format(change), seed=2)]).rows) == 2
+
+
+STUDENT = "model: {{teacher: t, loss: {0}, binarizer: {1}, optimizer: {{lr: {2}}}}}\nseed_everything: {3}\n"
+
+
+def test_the_gap_to_full_precision_is_to_a_student_trained_alike_seed_by_seed(run: Run) -> None:
+    def student(scheme: str, seed: int, result: float, loss: str = "ce", lr: float = 0.1, **changes: Any) -> Path:
+        config = STUDENT.format(loss, "null" if scheme == "fp" else scheme, lr, seed)
+        name = f"{scheme}-{loss}-{lr}-{seed}-{len(changes)}"
+        changes = {"teacher": "t", "scheme": scheme, "seed": seed, "bits_per_byte": result, **changes}
+        return run(name, config, **changes)
+
+    runs = [student("fp", seed, result) for seed, result in [(0, 2.0), (1, 2.2)]]
+    runs += [student("fp", 0, 2.5, lr=0.2)]  # of two students trained alike the better one counts
+    runs += [student("FBI", seed, result, lr=0.3) for seed, result in [(0, 2.1), (1, 2.4), (2, 2.6)]]
+    runs += [student("Sign", 0, 2.9, loss="kl"), student("ScaledSign", 0, 2.9, tokens_seen=7)]  # no such student
+    rows = {(row.scheme, row.name): row for row in lay_side_by_side(runs).rows}
+    assert len(rows) == 5
+    (fbi,) = [row for row in rows.values() if row.scheme == "FBI"]
+    gaps = [2.1 - 2.0, 2.4 - 2.2, 2.6 - 2.1]
+    assert fbi.gap_to_full_precision == pytest.approx(statistics.mean(gaps))
+    assert fbi.gap_spread == pytest.approx(statistics.stdev(gaps))
+    assert [row.gap_to_full_precision for row in rows.values() if row.scheme != "FBI"] == [None] * 4
+
+
+def test_other_texts_fold_as_the_first_does(run: Run) -> None:
+    def of(*results: float) -> tuple[TextResult, ...]:
+        return tuple(TextResult(f"text {i}", f"{i}" * 64, value, 9.0) for i, value in enumerate(results))
+
+    one, two = run("a-seed0", seed=0, tests=of(2.0, 3.0)), run("a-seed1", seed=1, tests=of(2.5))
+    comparison = lay_side_by_side([one, two])
+    assert comparison.tests == {"0" * 64: "text 0", "1" * 64: "text 1"}
+    assert comparison.rows[0].tests == {"0" * 64: (2.25, pytest.approx(statistics.stdev([2.0, 2.5])))}
 
 
 def test_spread_of_a_diverged_seed_is_no_number(run: Run) -> None:

@@ -7,15 +7,20 @@ from typing import Any
 import pytest
 
 from bimamba_lit.errors import UserError
-from bimamba_lit.report import Summary, read_summary, write_summary
+from bimamba_lit.report import Summary, TextResult, read_summary, write_summary
 
 KEYS = (
     "name, scheme, bits_per_byte, perplexity, eval_data, context, stride, params, binarized_params, true_bits, "
-    "tokens_seen, seconds, seed, teacher, version, agreement, storage"
+    "tokens_seen, seconds, seed, teacher, version, agreement, storage, tests"
 )
 
 
-@pytest.mark.parametrize("changes", [{}, {"agreement": None, "seed": None, "teacher": "runs/teacher", "seconds": 3}])
+TESTS = (TextResult("wiki", "ab" * 32, 2.5, 5.6), TextResult("other", "cd" * 32, math.inf, math.inf))
+
+
+@pytest.mark.parametrize(
+    "changes", [{"tests": TESTS}, {"agreement": None, "seed": None, "teacher": "runs/teacher", "seconds": 3}]
+)
 def test_round_trip(summary: Callable[..., Summary], tmp_path: Path, changes: dict[str, Any]) -> None:
     written = summary(**changes)
     path = write_summary(tmp_path / "run", written)

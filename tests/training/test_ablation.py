@@ -1,12 +1,20 @@
 import json
+import os
+import signal
+import sys
+import threading
+import time
+from importlib.resources import files
 from pathlib import Path
 
 import pytest
 import yaml
 
 from bimamba_lit.errors import UserError
+from bimamba_lit.report import Summary, write_summary
 from bimamba_lit.training import ablation
-from bimamba_lit.training.ablation import Run, plan, read_grid
+from bimamba_lit.training.grid import Run, find_grid, plan, read_grid
+from bimamba_lit.training.tuning import Tuning, read_tuning
 
 
 def grid(folder: Path, content: object) -> Path:
@@ -16,9 +24,17 @@ def grid(folder: Path, content: object) -> Path:
 
 
 def test_a_mapping_is_all_combinations_and_a_list_each_of_its_blocks(tmp_path):
-    assert read_grid(grid(tmp_path, {"a": [1, 2], "b": "x"})) == [{"a": 1, "b": "x"}, {"a": 2, "b": "x"}]
+    found = read_grid(grid(tmp_path, {"a": [1, 2], "b": "x"}))
+    assert found == {"a-1-b-x": {"a": 1, "b": "x"}, "a-2-b-x": {"a": 2, "b": "x"}}
     blocks = [{"a": 1}, {"b": [[1, 2], [3]]}]
-    assert read_grid(grid(tmp_path, blocks)) == [{"a": 1}, {"b": [1, 2]}, {"b": [3]}]
+    assert list(read_grid(grid(tmp_path, blocks)).values()) == [{"a": 1}, {"b": [1, 2]}, {"b": [3]}]
+
+
+def test_a_block_may_have_a_name_and_its_runs_say_what_differs_in_it(tmp_path):
+    blocks = [{"name": "row scale", "b": "x"}, {"name": "both", "a": [1, 2], "b": "y"}]
+    assert read_grid(grid(tmp_path, blocks)) == {
+        "row_scale": {"b": "x"}, "both-a-1": {"a": 1, "b": "y"}, "both-a-2": {"a": 2, "b": "y"},
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -30,21 +46,28 @@ def test_a_mapping_is_all_combinations_and_a_list_each_of_its_blocks(tmp_path):
         ({1: [2]}, "is no grid"),
         ([], "is empty"),
         ({"a": []}, "a has no value"),
+        ([{"a": 1}, {"name": "other", "a": 1}], "the setting other twice"),
     ],
 )
 def test_what_is_no_grid_is_told(tmp_path, content, sentence):
     with pytest.raises(UserError, match=sentence):
         read_grid(grid(tmp_path, content))
-    with pytest.raises(UserError, match="there is no grid"):
+    with pytest.raises(UserError, match="cannot read the grid"):
         read_grid(tmp_path / "none.yaml")
+    with pytest.raises(UserError, match="there is no grid scheme; did you mean 'schemes'"):
+        find_grid("scheme")
 
 
-def test_every_run_has_a_name_of_its_own_and_all_its_settings():
+def test_every_run_has_a_name_of_its_own_and_all_its_settings(tmp_path):
     settings = [
-        {"model.binarizer": "bimamba_lit.binarize.FBI", "model.binarizer.pattern": "row", "model.targets": ["in_proj"]},
-        {"model.binarizer": "other.FBI", "model.binarizer.pattern": "row", "model.targets": ["in_proj"]},
+        {
+            "model.binarizer": "bimamba_lit.binarize.FBI",
+            "model.binarizer.pattern": "row",
+            "model.targets": [["in_proj"]],
+        },
+        {"model.binarizer": "other.FBI", "model.binarizer.pattern": "row", "model.targets": [["in_proj"]]},
     ]
-    runs = plan(settings, [0, 1])
+    runs = plan(read_grid(grid(tmp_path, settings)), [0, 1])
     name = "binarizer-FBI-pattern-row-targets-in_proj"
     assert [run.name for run in runs] == [f"{name}-seed0", f"{name}-seed1", f"{name}-2-seed0", f"{name}-2-seed1"]
     assert runs[1].arguments(Path("r.yaml"), Path("out")) == [
@@ -52,14 +75,9 @@ def test_every_run_has_a_name_of_its_own_and_all_its_settings():
         "--model.targets=[in_proj]", "--seed_everything=1", "--data.seed=1", "--trainer.default_root_dir=out",
         "--ckpt_path=last",
     ]  # fmt: skip
-    assert plan([{"a": 1}], []) == [Run("a-1", {"a": 1}, None)]
-
-
-def test_what_stands_twice_is_told():
-    with pytest.raises(UserError, match="the setting a-1 twice"):
-        plan([{"a": 1}, {"a": 1}], [])
+    assert plan({"a-1": {"a": 1}}, []) == [Run("a-1", {"a": 1}, None)]
     with pytest.raises(UserError, match="a seed twice"):
-        plan([{"a": 1}], [0, 0])
+        plan({"a-1": {"a": 1}}, [0, 0])
 
 
 def test_a_grid_runs_to_one_report_and_is_not_run_again(tiny, bimamba, tmp_path, monkeypatch):
@@ -79,9 +97,9 @@ def test_a_grid_runs_to_one_report_and_is_not_run_again(tiny, bimamba, tmp_path,
     assert "failed: binarizer-Sing-seed3" in answer.out and "did you mean" in answer.out
 
     ran = []
-    monkeypatch.setattr(ablation, "_run", lambda run, recipe, folder: ran.append(run.name) or "not run")
+    monkeypatch.setattr(ablation.Runner, "_one", lambda self, run: ran.append(run.name) or "not run")
     answer = bimamba(*args)
-    assert answer.code == 0 and answer.out.count("finished already") == 1
+    assert answer.code == 0 and "1 of them finished already" in answer.out
     assert ran == ["binarizer-Sing-seed3"]
 
     args[2] = tiny.teacher_recipe
@@ -90,6 +108,110 @@ def test_a_grid_runs_to_one_report_and_is_not_run_again(tiny, bimamba, tmp_path,
 
 
 def test_when_nothing_comes_to_its_end_it_is_an_error(tiny, bimamba, tmp_path, monkeypatch):
-    monkeypatch.setattr(ablation, "_run", lambda *args: "out of memory")
+    monkeypatch.setattr(ablation.Runner, "_one", lambda *args: "out of memory")
     answer = bimamba("ablate", "-c", tiny.teacher_recipe, "--grid", grid(tmp_path, {"a": 1}), "--out", tmp_path / "out")
     assert answer.code == 1 and "no run of" in answer.err and "out of memory" in answer.err
+
+
+@pytest.mark.parametrize(
+    ("text", "values"),
+    [("lr=1e-3,2e-3", (0.001, 0.002)), ("k=1,2,3", (1, 2, 3)), ("m.s=tanh,bireal", ("tanh", "bireal"))],
+)
+def test_what_is_tuned_is_read_as_yaml_is(text, values):
+    assert read_tuning(text) == Tuning(text.split("=")[0], values)
+
+
+@pytest.mark.parametrize("text", ["lr", "lr=", "lr=1", "=1,2", "lr=1,1", "lr=[1,{"])
+def test_what_is_no_tuning_is_told(text):
+    with pytest.raises(UserError, match="--tune"):
+        read_tuning(text)
+
+
+def summary(**values: object) -> Summary:
+    text = {"name": "text", "sha256": "0" * 64}
+    of_all = dict(perplexity=4.0, eval_data=text, context=8, stride=8, params=9, binarized_params=8, true_bits=64)
+    return Summary(**of_all, tokens_seen=99, seconds=1.0, teacher=None, version="1", **values)
+
+
+def test_every_setting_is_tuned_with_the_first_seed_and_runs_on_at_its_best(tiny, bimamba, tmp_path, monkeypatch):
+    """The best rate differs by scheme, one rate of one scheme fails, and all of another's do."""
+    ran = []
+
+    def fake(self, run):
+        ran.append(run.name)
+        scheme, rate = run.setting["scheme"], run.setting["lr"]
+        if (scheme, rate) == ("a", 0.002) or scheme == "c":
+            return "diverged"
+        best = {"a": 0.004, "b": 0.002}[scheme]
+        result = summary(name=run.name, scheme=scheme, bits_per_byte=2 + abs(rate - best), seed=run.seed)
+        write_summary(self.out / run.name, result)
+        return None
+
+    monkeypatch.setattr(ablation.Runner, "_one", fake)
+    out, content = tmp_path / "out", grid(tmp_path, {"scheme": ["a", "b", "c"]})
+    args = ["ablate", "-c", tiny.distill_recipe, "--grid", content, "--seeds=5,6,7", "--out", out, "--jobs=2"]
+    answer = bimamba(*args, "--tune=lr=1e-3,2e-3,4e-3")
+    assert answer.code == 0, answer
+    trials = [f"scheme-{scheme}-lr-{rate}-seed5" for scheme in "abc" for rate in (0.001, 0.002, 0.004)]
+    rest = [f"scheme-{scheme}-seed{seed}" for scheme in ("a-lr-0.004", "b-lr-0.002") for seed in (6, 7)]
+    assert sorted(ran[:9]) == sorted(trials) and sorted(ran[9:]) == rest
+    report = (out / "report.md").read_text()
+    assert "| scheme-a | 2.003 | failed | **2.000**\\* |" in report  # at the end of the values
+    assert "| scheme-b | 2.001 | **2.000** | 2.002 |" in report
+    assert "| scheme-c | failed | failed | failed |" in report
+    assert "| scheme-b-lr-0.002 | b | 2.000 ± 0.000 | 3 |" in report and "scheme-b-lr-0.001 |" not in report
+    assert "failed: scheme-c-lr-0.001-seed5: diverged" in answer.out
+
+
+def test_jobs_run_at_once(tmp_path, monkeypatch):
+    together = threading.Barrier(3)
+    monkeypatch.setattr(ablation.Runner, "_one", lambda self, run: str(together.wait(timeout=20)))
+    runner = ablation.Runner(tmp_path / "r.yaml", tmp_path / "out", jobs=3)
+    assert sorted(runner.run(plan({"a-1": {}}, [0, 1, 2])).values()) == ["0", "1", "2"]
+
+
+CHILD = """
+import os, pathlib, signal, sys, time
+folder = pathlib.Path(next(arg for arg in sys.argv if "default_root_dir" in arg).split("=")[1])
+def save(*_):
+    (folder / "saved").touch()
+    sys.exit("bimamba: stopped")
+signal.signal(signal.SIGTERM, save)
+print("threads", os.environ.get("OMP_NUM_THREADS"), flush=True)
+(folder / "begun").touch()
+time.sleep(60)
+"""
+
+
+def test_stopped_it_lets_its_runs_save_and_starts_no_more(tmp_path, monkeypatch, capsys):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 6)
+    monkeypatch.setattr(ablation, "PROGRAM", (sys.executable, "-c", CHILD))
+    runner = ablation.Runner(tmp_path / "r.yaml", tmp_path, jobs=2)
+
+    def stop():
+        while len(list(tmp_path.glob("*/begun"))) < 2:
+            time.sleep(0.02)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    before = signal.getsignal(signal.SIGTERM)
+    threading.Thread(target=stop).start()
+    with pytest.raises(UserError, match="the same command goes on"):
+        runner.run(plan({"a-1": {}}, [0, 1, 2]))
+    assert sorted(path.parent.name for path in tmp_path.glob("*/saved")) == ["a-1-seed0", "a-1-seed1"]
+    assert not (tmp_path / "a-1-seed2").exists()
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert "a-1-seed0: threads 3\n" in capsys.readouterr().out
+
+
+def test_the_grids_that_come_along_are_right_for_the_protocol():
+    from bimamba_lit.training.command_line import GROUPS
+    from bimamba_lit.training.recipe_check import check_settings
+    from bimamba_lit.training.recipe_read import read_settings
+
+    recipe = files("bimamba_lit.recipes") / "protocol_student.yaml"
+    names = [entry.name.removesuffix(".yaml") for entry in (files("bimamba_lit") / "grids").iterdir()]
+    for name in names:
+        for run in plan(read_grid(find_grid(name)), [0]):
+            check_settings(read_settings(run.arguments(recipe, Path("out"))[1:-1]), GROUPS)
+    assert "schemes" in names

@@ -1,0 +1,115 @@
+"""What signs and scales did in training, as a picture: what `BitFlips` and `WeightScales` logged."""
+
+import csv
+import math
+import statistics
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from bimamba_lit.files import replacing
+from bimamba_lit.report.side_by_side import Comparison, Row
+from bimamba_lit.report.table import shortened
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+_MOST = 6
+_LONGEST_LABEL = 40
+_COLORS = ("#1f5fa8", "#c2571a", "#3d8b52", "#8a4fa0", "#b8962e", "#5b6770")
+
+Curve = dict[int, float]
+Metrics = Mapping[str, Curve]
+
+
+def write_curves(comparison: Comparison, path: Path) -> bool:
+    """Draw flips and scales of the best runs that logged them over their steps, write a PNG, and say if there are any.
+
+    Four panels: the share of signs that changed from one log to the next, and since the start; the scales' mean as a
+    share of the first one logged, the mean over layers; and the share of scales that collapsed. Seeds are averaged.
+
+    Raises:
+        UserError: If the file cannot be written.
+    """
+    curves = {row.name: metrics for row in comparison.rows if (metrics := _metrics_of(row))}
+    if not curves:
+        path.unlink(missing_ok=True)
+        return False
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 6.5), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(2, 2, sharex=True).flat
+    drawn = dict(list(curves.items())[:_MOST])
+    for axes, (title, quantity) in zip(panels, _PANELS.items(), strict=True):
+        for (name, metrics), color in zip(drawn.items(), _COLORS, strict=False):
+            curve = quantity(metrics)
+            axes.plot(list(curve), list(curve.values()), color=color, label=shortened(name, _LONGEST_LABEL))
+        _set_axes(axes, title)
+    for axes in figure.axes[2:]:
+        axes.set_xlabel("optimizer step")
+    figure.axes[0].set_yscale("log")
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper left", ncols=2, frameon=False, fontsize=8)
+    if len(curves) > _MOST:
+        figure.supxlabel(f"the best {_MOST} of {len(curves)} runs that logged signs", fontsize=8, color="#555555")
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=figure.dpi)
+    return True
+
+
+def _set_axes(axes: "Axes", title: str) -> None:
+    axes.set_title(title, loc="left", fontsize=9, color="#333333")
+    axes.grid(color="#e4e4e4", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _metrics_of(row: Row) -> dict[str, Curve]:
+    """Return the curves of flips and scales by column, the mean over the row's runs."""
+    found: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for run in row.runs:
+        for step, column, value in _logged(run / "metrics.csv"):
+            found[column][step].append(value)
+    return {
+        column: {step: statistics.fmean(values) for step, values in sorted(curve.items())}
+        for column, curve in found.items()
+    }
+
+
+def _logged(path: Path) -> Iterable[tuple[int, str, float]]:
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            for line in csv.DictReader(file):
+                for column, text in line.items():
+                    if text and column and column.startswith(("flips/", "scales/")):
+                        yield int(line["step"]) + 1, column, float(text)  # the first optimizer step is row 0
+    except (OSError, ValueError, TypeError, KeyError):  # a run without the file, or cut off by a kill
+        return
+
+
+def _over_layers(metrics: Metrics, ending: str, of: Callable[[Curve], Curve] = lambda curve: curve) -> Curve:
+    """Return the mean over the layers of what ``of`` makes of the curves ``scales/LAYER/ENDING``."""
+    layers = [
+        of(curve) for column, curve in metrics.items() if column.startswith("scales/") and column.endswith(ending)
+    ]
+    return {step: statistics.fmean(curve[step] for curve in layers) for step in _common(layers)}
+
+
+def _common(curves: Sequence[Curve]) -> list[int]:
+    return sorted(set.intersection(*map(set, curves))) if curves else []
+
+
+def _relative(curve: Curve) -> Curve:
+    first = next(iter(curve.values()))
+    return {step: value / first if first else math.nan for step, value in curve.items()}
+
+
+_PANELS: dict[str, Callable[[Metrics], Curve]] = {
+    "signs changed since the last log, share": lambda metrics: metrics.get("flips/rate", {}),
+    "signs changed since the start, share": lambda metrics: metrics.get("flips/since_start", {}),
+    "mean scale, share of the first logged": lambda metrics: _over_layers(metrics, "/mean", _relative),
+    "scales near zero, share": lambda metrics: _over_layers(metrics, "/near_zero"),
+}
