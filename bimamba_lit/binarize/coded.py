@@ -6,6 +6,7 @@ scheme's layer. Numbers are rounded to fp16 in training already, so that both co
 
 from abc import abstractmethod
 
+import torch
 from torch import Tensor
 
 from bimamba_lit.binarize.latent import LatentLinear
@@ -22,6 +23,7 @@ class CodedLinear(LatentLinear):
     Attributes:
         stored_as: The post-training scheme whose parts the layer is stored as.
         parts: Those parts, by name.
+        empty_parts: The same on the meta device.
     """
 
     formats = ("torchscript", "pt2", "safetensors", "transformers")
@@ -36,12 +38,17 @@ class CodedLinear(LatentLinear):
     def parts(self) -> dict[str, Tensor]:
         """What the layer is stored as, by name; ``stored_as.decode`` makes exactly its weight of it."""
 
+    @property
+    def empty_parts(self) -> dict[str, Tensor]:
+        """The parts on the meta device: their sizes without their values, however the layer's own are spread."""
+        return self.stored_as.encode(torch.empty(self.out_features, self.in_features, device="meta"), None)
+
     def terms(self) -> None:
         """Return None: the weight is more than one sign each."""
 
     def storage(self) -> dict[str, int]:
         """Return the bits that the layer is stored in, by part: those of the parts' own bytes; the bias in 16 bits."""
-        bits = {name: 8 * part.nbytes for name, part in self.parts.items()}
+        bits = {name: 8 * part.nbytes for name, part in self.empty_parts.items()}
         if self.bias is not None:
             bits["bias"] = DEPLOYED_BITS * self.bias.numel()
         return bits

@@ -9,9 +9,10 @@ Tied weights count once.
 from collections import Counter
 from typing import NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 
 from bimamba_lit.binarize import DEPLOYED_BITS, CodedLinear, KeptRows, PTBLinear, quantized_layers
+from bimamba_lit.binarize.apply import QuantizedLinear
 from bimamba_lit.models.quantized_table import QuantizedTable
 
 FULL_PRECISION = "full_precision"
@@ -35,12 +36,17 @@ def count_parameters(lm: nn.Module) -> ParameterCount:
     binarized = beside = 0
     for _, layer in quantized_layers(lm):
         binarized += layer.in_features * layer.out_features
-        held = layer.binary if isinstance(layer, KeptRows) else layer
-        scales = held.parts if isinstance(held, PTBLinear | CodedLinear) else held.terms() or {}
-        beside += sum(values.numel() for values in scales.values() if values.is_floating_point())
+        beside += sum(values.numel() for values in _beside_signs(layer).values() if values.is_floating_point())
         beside += 0 if layer.bias is None else layer.bias.numel()
     beside += sum(table.codes.shape[0] * table.width + table.scale.numel() for table in _tables(lm))
     return ParameterCount(binarized + beside + _full_precision(lm), binarized)
+
+
+def _beside_signs(layer: QuantizedLinear) -> dict[str, Tensor]:
+    held = layer.binary if isinstance(layer, KeptRows) else layer
+    if isinstance(held, CodedLinear):
+        return held.empty_parts
+    return held.parts if isinstance(held, PTBLinear) else held.terms() or {}
 
 
 def storage_by_part(lm: nn.Module) -> dict[str, int]:

@@ -1,5 +1,7 @@
 """GGUF, read back with gguf's own reader: the model that llama.cpp would build of it computes what ours does."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +9,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
 
 from bimamba_lit import MambaConfig, MambaLM
-from bimamba_lit.binarize import FBI, BinaryLinear, ScaledSign, Sign, binarize_, pack_
+from bimamba_lit.binarize import FBI, GroupScale, ParetoQ, ScaledSign, Sign, TwoSided, binarize_, pack_
 from bimamba_lit.data.tokenizer import ByteTokenizer
 from bimamba_lit.errors import UserError
 from bimamba_lit.export.gguf import export_gguf
@@ -18,22 +20,9 @@ IDS = torch.randint(61, (2, 21), generator=torch.Generator().manual_seed(1))
 SIZES = {"d_model": 128, "headdim": 64, "ngroups": 2}
 
 
-class ByBlock(BinaryLinear):
-    """One learnable scale by row and 64 or 128 inputs."""
-
-    width = 128
-
-    def __init__(self, linear):
-        super().__init__(linear)
-        self.group = nn.Parameter(self.latent.detach().abs().unflatten(1, (-1, self.width)).mean(2))
-
+class ByInputToo(GroupScale):
     def terms(self):
-        return {"group_scale": self.group}
-
-
-class ByInputToo(ByBlock):
-    def terms(self):
-        return {"in_scale": torch.linspace(-1, 2, self.in_features), "out_scale": self.group[:, 0]}
+        return {"in_scale": torch.linspace(-1, 2, self.in_features), "out_scale": self.group_scale[:, 0]}
 
 
 def binary(make, scheme=ScaledSign, targets=("in_proj", "out_proj"), **options):
@@ -87,7 +76,8 @@ def rebuilt(lm, path):
 
 
 @pytest.mark.parametrize(
-    "scheme", [ScaledSign, Sign, FBI, lambda layer: FBI(layer, pattern="row"), ByBlock, ByInputToo]
+    "scheme",
+    [ScaledSign, Sign, FBI, partial(FBI, pattern="row"), GroupScale, TwoSided, ParetoQ, ByInputToo],
 )
 def test_the_model_in_the_file_is_the_source(make, error, tmp_path, scheme):
     lm = binary(make, scheme)
@@ -142,7 +132,7 @@ def test_a_binary_head_and_what_the_file_says(make, error, tmp_path):
     [
         (FBI, {}, "F16 F32", r"in_proj \(FBI\) does not fit Q1_0: it has a shift that is not zero \(in_shift\)"),
         (lambda layer: ScaledSign(layer, centred_rows=True), {}, "F16 F32", r"a shift that is not zero \(out_shift\)"),
-        (type("Narrow", (ByBlock,), {"width": 64}), {}, "F16 F32", r"\(Narrow\) .*one scale for 64 inputs"),
+        (partial(GroupScale, group_size=64), {}, "F16 F32", r"\(GroupScale\) .*one scale for 64 inputs"),
         (ScaledSign, {"d_model": 64}, "F16 F32 Q1_0", "it has 64 inputs, not a multiple of 128"),
         (
             ScaledSign,

@@ -1,6 +1,7 @@
 """Sharded training in two processes on a CPU, through the command that a user types."""
 
 import csv
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -98,3 +99,15 @@ def test_a_loss_that_is_not_finite_stops_both_processes(tiny, tmp_path):
     file = recipe(tiny, tmp_path / "run", 2, max_steps=6)
     run = fit(file, "--model.optimizer.lr=1e30", "--model.optimizer.warmup_steps=0")
     assert run.returncode == 1 and "training stopped before optimizer step" in run.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scheme", ["ParetoQ", "Ternary", "TwoBit"])
+def test_other_schemes_train_in_two_processes_as_in_one(scheme, tiny, tmp_path):
+    files = [recipe(tiny, tmp_path / f"{devices}", devices, max_steps=3) for devices in (1, 2)]
+    for run in [fit(file, f"--model.binarizer=bimamba_lit.binarize.{scheme}") for file in files]:
+        assert run.returncode == 0, run.stderr[-2000:]
+    one, two = (checkpoint(tmp_path / name)["state_dict"] for name in ("1", "2"))
+    assert all(torch.allclose(value, two[name], atol=1e-6) for name, value in one.items())
+    bits = [json.loads((tmp_path / name / "summary.json").read_text())["true_bits"] for name in ("1", "2")]
+    assert bits[0] == bits[1]
