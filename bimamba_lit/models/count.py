@@ -44,9 +44,10 @@ def count_parameters(lm: nn.Module) -> ParameterCount:
 
 
 def _beside_signs(layer: QuantizedLinear) -> dict[str, Tensor]:
-    if isinstance(layer, CodedLinear):
-        return layer.empty_parts
-    return layer.parts if isinstance(layer, PTBLinear) else layer.terms() or {}
+    held = layer.binary if isinstance(layer, KeptRows) else layer
+    if isinstance(held, CodedLinear):
+        return held.empty_parts
+    return held.parts if isinstance(held, PTBLinear) else held.terms() or {}
 
 
 def storage_by_part(lm: nn.Module) -> dict[str, int]:

@@ -77,7 +77,7 @@ def rebuilt(lm, path):
 
 @pytest.mark.parametrize(
     "scheme",
-    [ScaledSign, Sign, FBI, lambda layer: FBI(layer, pattern="row"), GroupScale, TwoSided, ParetoQ, ByInputToo],
+    [ScaledSign, Sign, FBI, partial(FBI, pattern="row"), GroupScale, TwoSided, ParetoQ, ByInputToo],
 )
 def test_the_model_in_the_file_is_the_source(make, error, tmp_path, scheme):
     lm = binary(make, scheme)

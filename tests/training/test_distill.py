@@ -263,7 +263,10 @@ def test_a_run_with_rows_in_full_precision(tiny, bimamba, tmp_path):
         "trained from the teacher's"
     )
     found = json.loads((run / "summary.json").read_text())
-    assert found["storage"]["kept_rows"] == 16 * layer.kept.numel()
+    weights = 164 * 32 + 32 * 64
+    bits = (164 - 20) * 32 + 32 * 64 + 16 * (2 * 32 + 2 * 64) + 16 * 20 * 32  # signs, scales and shifts, rows
+    assert found["binarized_params"] == weights
+    assert sum(found["storage"].values()) - found["storage"]["full_precision"] == bits
     answer = bimamba("export", "--ckpt", run, "--format", "safetensors", "--out", tmp_path / "out")
     assert answer.code == 0, answer
     packed = load_lm(tmp_path / "out").backbone.layers[0].mixer.in_proj
