@@ -522,9 +522,9 @@ def binary_weight(
 
     Args:
         latent: Latent weights (O, I), any float dtype.
-        straight_through: What stands in for the sign's derivative at a latent weight v, with u = v / reach:
+        straight_through: What stands in for the sign's derivative at a latent weight v: with u = v / reach,
             ``"identity"`` 1, ``"clipped"`` 1 where abs(u) <= 1, else 0, ``"tanh"`` 1 - tanh(u)^2, ``"bireal"``
-            max(0, 2 - 2 abs(u)).
+            max(0, 2 - 2 abs(u)), each over reach: the derivative to v of u, clip(u), tanh(u) or 2 u - u abs(u).
         in_scale: (I,) or (1,).
         out_scale: (O,) or (1,).
         group_scale: (O, G), for G contiguous groups of I / G inputs.

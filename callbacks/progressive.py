@@ -18,10 +18,15 @@ class Progressive(pl.Callback):
       weights;
     * ``rows``, ``mix``, ``tanh``: every layer as far as :class:`bimamba_lit.binarize.Unfinished` has it.
 
+    Give the scheme a ``reach``: without one the gradients of latent weights shrink to the size of the weights as layers
+    become binary, and AdamW, whose averages remember the larger ones, all but stops for a while.
+
     From ``end_step`` on all layers are binary and cost what they would without this callback. What a layer multiplies
     by is what validation, samples and a saved checkpoint have too; ``bimamba export`` refuses to pack a model whose
     layers are not all binary, and its size is told at 16 bits a weight of those. A resumed run goes on where it was:
     the share follows from the step.
+
+    Layers of more than one sign a weight (`Ternary`, `TwoBit`) are left alone.
 
     Args:
         by: ``layers``, ``rows``, ``mix`` or ``tanh``.

@@ -11,6 +11,7 @@ from bimamba_lit.binarize.describe import apply_binarization_, describe_binariza
 from bimamba_lit.binarize.fbi import FBI
 from bimamba_lit.binarize.formats import check_format
 from bimamba_lit.binarize.group_scale import GroupScale
+from bimamba_lit.binarize.kept_rows import KeptRows
 from bimamba_lit.binarize.latent import LatentLinear
 from bimamba_lit.binarize.linear import DEPLOYED_BITS, BinaryLinear, no_decay
 from bimamba_lit.binarize.one_bit import OneBit
@@ -34,6 +35,7 @@ __all__ = [
     "BinaryLinear",
     "CodedLinear",
     "GroupScale",
+    "KeptRows",
     "LatentLinear",
     "OneBit",
     "PTBLinear",

@@ -1,11 +1,14 @@
 """Making a model binary, and packing it."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from types import MappingProxyType
 from typing import TypeVar
 
 from torch import nn
 
 from bimamba_lit.binarize.coded import CodedLinear
+from bimamba_lit.binarize.kept_rows import KeptRows, rows_to_keep
 from bimamba_lit.binarize.latent import LatentLinear
 from bimamba_lit.binarize.linear import BinaryLinear
 from bimamba_lit.binarize.packed import PackedLinear
@@ -14,39 +17,59 @@ from bimamba_lit.binarize.targets import TARGETS, dense_layers
 from bimamba_lit.errors import UserError
 
 Scheme = Callable[[nn.Linear], LatentLinear]
+NO_ROWS: Mapping[str, Sequence[str]] = MappingProxyType({})
 Model = TypeVar("Model", bound=nn.Module)
 
 
-def binarize_(model: Model, scheme: Scheme, targets: Sequence[str] = TARGETS) -> Model:
+def binarize_(
+    model: Model,
+    scheme: Scheme,
+    targets: Sequence[str] = TARGETS,
+    keep_rows: Mapping[str, Sequence[str]] = NO_ROWS,
+) -> Model:
     """Replace every targeted ``nn.Linear`` of ``model`` by its binary form, in place.
 
     Args:
         model: Any module with ``nn.Linear`` layers, of this project or another.
         scheme: A scheme (``FBI``) or anything that makes a :class:`LatentLinear` of an ``nn.Linear``.
         targets: fnmatch patterns, each tried on a layer's dotted name and on its last part. ``lm_head`` is taken only
-            by a pattern that ends in that very name.
+            by a pattern that ends in that very name. A pattern after ``!`` leaves out layers that others take.
+        keep_rows: Rows of these layers that stay in full precision, by their names, for patterns of layers as above:
+            ``{"in_proj": ["B", "C", "dt"]}``. A mixer of this project names the rows of its projections in
+            ``projection_rows``: z, x, B, C and dt of Mamba-2's ``in_proj``; x and z of Mamba-1's, dt, B and C of its
+            ``x_proj``.
 
     Returns:
         ``model``.
 
     Raises:
-        UserError: If a pattern matches no ``nn.Linear`` that is still in full precision, or ``scheme`` does not fit a
-            layer or makes something else than a :class:`LatentLinear`. The model is then as it was.
+        UserError: If a pattern matches no ``nn.Linear`` that is still in full precision, rows have other names, or
+            ``scheme`` does not fit a layer or makes something else than a :class:`LatentLinear`. The model is then as
+            it was.
     """
+    return replace_(model, partial(_made, scheme), targets, keep_rows)
+
+
+def replace_(
+    model: Model,
+    make: Callable[[nn.Linear], LatentLinear | PTBLinear],
+    targets: Sequence[str],
+    keep_rows: Mapping[str, Sequence[str]],
+) -> Model:
+    """Replace every targeted ``nn.Linear`` by what ``make`` makes of it, or of its rows that are not kept, in place."""
     shared = _shared_parameters(model)
-    binary = {}
-    for name, linear in dense_layers(model, targets).items():
+    made: dict[str, nn.Module] = {}
+    dense = dense_layers(model, targets)
+    kept = rows_to_keep(model, list(dense), keep_rows)
+    for name, linear in dense.items():
+        whole = _untied(linear) if id(linear.weight) in shared else linear
         try:
-            layer = scheme(_untied(linear) if id(linear.weight) in shared else linear)
+            layer = KeptRows(whole, make, *kept[name]) if name in kept else make(whole)
         except UserError as error:
             raise UserError(f"{name}: {error}") from error
-        if not isinstance(layer, LatentLinear):
-            raise UserError(
-                f"{scheme!r} is no binarization scheme: it makes a {type(layer).__name__}, not a LatentLinear"
-            )
-        binary[name] = layer.train(linear.training)
-    for name, layer in binary.items():
-        model.set_submodule(name, layer)
+        made[name] = layer.train(linear.training)
+    for name, module in made.items():
+        model.set_submodule(name, module)
     return model
 
 
@@ -77,7 +100,7 @@ def pack_(model: Model, activation_bits: int | None = None) -> Model:
 
 
 _UNPACKED = (LatentLinear, PTBLinear)
-QuantizedLinear = LatentLinear | PackedLinear | PTBLinear
+QuantizedLinear = LatentLinear | PackedLinear | PTBLinear | KeptRows
 
 
 def packed_form(layer: LatentLinear | PTBLinear, activation_bits: int | None = None) -> PackedLinear | PTBLinear:
@@ -89,17 +112,31 @@ def packed_form(layer: LatentLinear | PTBLinear, activation_bits: int | None = N
 
 
 def quantized_layers(model: nn.Module) -> Iterator[tuple[str, QuantizedLinear]]:
-    """Yield the dotted name and the layer of every layer held in few bits: latent, packed or fitted after training."""
-    for name, layer in model.named_modules():
-        if isinstance(layer, QuantizedLinear):
+    """Yield the dotted name and the layer of every layer held in few bits: latent, packed or fitted after training.
+
+    A layer with rows in full precision comes as the whole that it is.
+    """
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, QuantizedLinear)}
+    for name, layer in layers.items():
+        if not isinstance(layers.get(name.rpartition(".")[0]), KeptRows):
             yield name, layer
 
 
 def binary_layers(model: nn.Module) -> Iterator[tuple[str, BinaryLinear | PackedLinear]]:
-    """Yield the dotted name and the layer of every binary layer, latent or packed, in the model's order."""
+    """Yield the dotted name and the layer of every binary layer, latent or packed, in the model's order.
+
+    Of one with rows in full precision, the layer of its binary rows.
+    """
     for name, layer in model.named_modules():
         if isinstance(layer, BinaryLinear | PackedLinear):
             yield name, layer
+
+
+def _made(scheme: Scheme, linear: nn.Linear) -> LatentLinear:
+    layer = scheme(linear)
+    if not isinstance(layer, LatentLinear):
+        raise UserError(f"{scheme!r} is no binarization scheme: it makes a {type(layer).__name__}, not a LatentLinear")
+    return layer
 
 
 def _shared_parameters(model: nn.Module) -> set[int]:

@@ -5,18 +5,19 @@ imports what the file names.
 """
 
 import inspect
+from collections.abc import Callable
 from functools import partial
 from typing import Any, TypeVar
 
 from torch import nn
 
-from bimamba_lit.binarize.apply import binarize_, quantized_layers
+from bimamba_lit.binarize.apply import quantized_layers, replace_
+from bimamba_lit.binarize.kept_rows import KeptRows
 from bimamba_lit.binarize.latent import LatentLinear
 from bimamba_lit.binarize.linear import BinaryLinear
 from bimamba_lit.binarize.packed import PackedLinear
 from bimamba_lit.binarize.ptb.layer import PREFIX, PTBLinear, empty_parts
 from bimamba_lit.binarize.ptb.scheme import PTBScheme
-from bimamba_lit.binarize.targets import dense_layers
 from bimamba_lit.binarize.unfinished import Unfinished
 from bimamba_lit.errors import UserError, nearest
 
@@ -27,11 +28,13 @@ def describe_binarization(model: nn.Module) -> list[dict[str, Any]]:
     """Return one entry a kind of layer: ``scheme``, ``options``, ``packed`` and ``targets`` (dotted names).
 
     ``scheme`` is the class's name; of a post-training scheme with ``ptb.`` before it, and the entry also has ``parts``,
-    the dtype and the shape of each part that is stored. Layers that are not binary yet also have ``unfinished``.
+    the dtype and the shape of each part that is stored. Layers with rows in full precision also have ``kept_rows``,
+    those that are not binary yet ``unfinished``.
     """
     entries: list[dict[str, Any]] = []
     for name, layer in quantized_layers(model):
-        kind = layer.kind() | {"packed": isinstance(layer, PackedLinear)}
+        held = layer.binary if isinstance(layer, KeptRows) else layer
+        kind = layer.kind() | {"packed": isinstance(held, PackedLinear)}
         for entry in entries:
             if {key: value for key, value in entry.items() if key != "targets"} == kind:
                 entry["targets"].append(name)
@@ -58,24 +61,39 @@ def apply_binarization_(model: nn.Module, description: list[dict[str, Any]]) -> 
             ) from error
         if not isinstance(targets, list) or not all(isinstance(target, str) for target in targets):
             raise UserError(f"the targets of a scheme must be a list of layers' names, not {targets!r}")
+        kept = _kept_rows(entry, targets)
         try:
-            if str(name).startswith(PREFIX):
-                scheme = _named(name, PTBScheme, PREFIX)(**options)  # type: ignore[type-abstract]
-                for target, linear in dense_layers(model, targets).items():
-                    model.set_submodule(target, PTBLinear(linear, scheme, empty_parts(entry.get("parts"))))
-            else:
-                trained = _named(name, LatentLinear)  # type: ignore[type-abstract]
-                binarize_(model, partial(trained, **options), targets)
+            replace_(model, _maker(name, options, entry.get("parts")), targets, kept)
         except (TypeError, KeyError) as error:
             raise UserError(f"scheme '{name}' does not take the options {options}") from error
         take_unfinished_(model, [entry])
         if packed:
-            layers = dict(model.named_modules())
-            for target in targets:
-                layer = layers.get(target)
+            for target, (place, layer) in _held(model, targets).items():
                 if not isinstance(layer, BinaryLinear | PTBLinear):
                     raise UserError(f"the model has no binary layer {target!r}, which is said to be packed")
-                model.set_submodule(target, PackedLinear(layer))
+                model.set_submodule(place, PackedLinear(layer))
+
+
+def _maker(name: object, options: Any, parts: Any) -> Callable[[nn.Linear], LatentLinear | PTBLinear]:
+    """Return what makes a layer of the scheme of that name, trained or fitted after training."""
+    if not str(name).startswith(PREFIX):
+        return partial(_named(name, LatentLinear), **options)  # type: ignore[type-abstract]
+    scheme = _named(name, PTBScheme, PREFIX)(**options)  # type: ignore[type-abstract]
+    return lambda linear: PTBLinear(linear, scheme, empty_parts(parts))
+
+
+def _held(model: nn.Module, targets: list[str]) -> dict[str, tuple[str, nn.Module | None]]:
+    """Return the names and the layers of few bits that targets stand for: of one with kept rows, that of the others."""
+    layers = dict(model.named_modules())
+    places = {target: f"{target}.binary" if isinstance(layers.get(target), KeptRows) else target for target in targets}
+    return {target: (place, layers.get(place)) for target, place in places.items()}
+
+
+def _kept_rows(entry: dict[str, Any], targets: list[str]) -> dict[str, list[str]]:
+    names = entry.get("kept_rows", [])
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise UserError(f"the kept_rows of a scheme must be a list of names, not {names!r}")
+    return dict.fromkeys(targets, names) if names else {}
 
 
 def take_unfinished_(model: nn.Module, description: list[dict[str, Any]]) -> None:
@@ -84,15 +102,14 @@ def take_unfinished_(model: nn.Module, description: list[dict[str, Any]]) -> Non
     Raises:
         UserError: If the description says it in another way than :func:`describe_binarization` does.
     """
-    layers = dict(model.named_modules())
     for entry in description:
         way = entry.get("unfinished")
         try:
             unfinished = None if way is None else Unfinished(**way)
         except TypeError as error:
             raise UserError(f"a layer that is not binary yet must have 'way' and 'share', not {way!r}") from error
-        for target in entry["targets"]:
-            if isinstance(layer := layers.get(target), BinaryLinear):
+        for _, layer in _held(model, entry["targets"]).values():
+            if isinstance(layer, BinaryLinear):
                 layer.unfinished = unfinished
 
 

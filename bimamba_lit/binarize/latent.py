@@ -72,7 +72,7 @@ class LatentLinear(nn.Linear, ABC):
         """Multiply ``x`` ``(..., I)`` by the weight and add the bias: ``(..., O)``."""
         # Reading a text costs more than forming the weight, decoding a token far less.
         decodes = not (self.training or torch.is_grad_enabled()) and x.numel() <= FEW * self.in_features
-        weight = self._kept_weight() if decodes else self._weight_in(_product_dtype(x))
+        weight = self._kept_weight() if decodes else self._weight_in(product_dtype(x))
         return self.finish(linear(x, weight, self.bias))
 
     def train(self, mode: bool = True) -> "LatentLinear":
@@ -111,6 +111,7 @@ def fingerprint(tensors: Iterable[Tensor]) -> tuple[Any, ...]:
     return tuple((id(t), t.data_ptr(), t._version, t.device, t.dtype) for t in tensors)
 
 
-def _product_dtype(x: Tensor) -> torch.dtype | None:
+def product_dtype(x: Tensor) -> torch.dtype | None:
+    """Return the dtype that autocast multiplies ``x`` in; None where it is off."""
     device = x.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None

@@ -38,7 +38,8 @@ class BinaryLinear(LatentLinear):
             clipping goes by, as single latent weights do. AdamW's own step is the same either way.
         reach: How far from zero the gradients ``clipped``, ``tanh`` and ``bireal`` reach, in units of the mean
             abs(latent) of each weight's row (of what the sign is taken of, where a scheme shifts it); ``null`` is the
-            papers' 1, whatever the size of the weights. ``identity`` has none.
+            papers' 1, whatever the size of the weights. All four are divided by it, as derivatives to the latent weight
+            are, so that a binary layer's gradients are as large as a full-precision layer's.
 
     Attributes:
         latent: ``(O, I)`` fp32 parameter that the optimizer sees.
@@ -99,7 +100,7 @@ class BinaryLinear(LatentLinear):
         return self.unfinished.weight(self.latent, centred, binary, terms).to(dtype or binary.dtype)
 
     def _reach_of(self, centred: Tensor) -> Tensor | None:
-        if self.reach is None or self.straight_through == "identity" or not torch.is_grad_enabled():
+        if self.reach is None or not torch.is_grad_enabled():
             return None
         return self.widening * self.reach * row_scale(centred.detach()).squeeze(1)
 

@@ -1,17 +1,17 @@
 """Training on from what a post-training scheme made of a model."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from bimamba_lit import ops
-from bimamba_lit.binarize.apply import Scheme, binarize_
+from bimamba_lit.binarize.apply import NO_ROWS, Scheme, binarize_
 from bimamba_lit.binarize.latent import LatentLinear
 from bimamba_lit.binarize.linear import TERMS, compose
 from bimamba_lit.binarize.ptb.layer import PTBLinear
-from bimamba_lit.binarize.targets import TARGETS
+from bimamba_lit.binarize.targets import TARGETS, dense_layers
 
 _ROUNDING = 1e-6
 
@@ -28,7 +28,12 @@ class Start(NamedTuple):
     near: int
 
 
-def retrain_(model: nn.Module, scheme: Scheme | None, targets: Sequence[str] = TARGETS) -> Start:
+def retrain_(
+    model: nn.Module,
+    scheme: Scheme | None,
+    targets: Sequence[str] = TARGETS,
+    keep_rows: Mapping[str, Sequence[str]] = NO_ROWS,
+) -> Start:
     """Make trainable layers of the post-training results in a model, in place.
 
     A result of one sign a weight keeps its signs and scales where the trained scheme can hold them: ``FBI`` by row
@@ -40,9 +45,11 @@ def retrain_(model: nn.Module, scheme: Scheme | None, targets: Sequence[str] = T
         model: A model, with :class:`PTBLinear` layers or without.
         scheme: The trained scheme; None makes full-precision layers of the results.
         targets: Layers to make binary, as in :func:`bimamba_lit.binarize.binarize_`.
+        keep_rows: Rows of these that stay in full precision, likewise; of a post-training result they start at its
+            dense weight, as do the latent weights beside them.
 
     Raises:
-        UserError: If a target matches no layer.
+        UserError: If a target matches no layer, or rows have other names.
     """
     results: dict[int, PTBLinear] = {}
     for name, layer in list(model.named_modules()):
@@ -52,17 +59,19 @@ def retrain_(model: nn.Module, scheme: Scheme | None, targets: Sequence[str] = T
             results[id(linear)] = layer
     if scheme is None:
         return Start(0, 0)
-    starts: list[bool] = []
+    exact: list[LatentLinear] = []
 
     def start(linear: nn.Linear) -> LatentLinear:
         result = results.get(id(linear))
-        exact = None if result is None else _exact(scheme, linear, result)
-        if result is not None:
-            starts.append(exact is not None)
-        return scheme(linear) if exact is None else exact
+        layer = None if result is None else _exact(scheme, linear, result)
+        if layer is None:
+            return scheme(linear)
+        exact.append(layer)
+        return layer
 
-    binarize_(model, start, targets)
-    return Start(sum(starts), len(starts) - sum(starts))
+    fitted = sum(id(linear) in results for linear in dense_layers(model, targets).values())
+    binarize_(model, start, targets, keep_rows)
+    return Start(len(exact), fitted - len(exact))
 
 
 @torch.no_grad()

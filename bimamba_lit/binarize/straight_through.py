@@ -19,7 +19,7 @@ def straight_through_sign(
         straight_through: What the backward pass multiplies the gradient by, with ``u = x / reach``: ``identity`` 1
             (Bengio et al., arXiv 1308.3432); ``clipped`` 1 where ``abs(u) <= 1``, else 0 (Hubara et al., arXiv
             1602.02830); ``tanh`` ``1 - tanh(u)^2``; ``bireal`` ``max(0, 2 - 2 abs(u))`` (Bi-Real Net, arXiv 1808.00278,
-            eq. 5).
+            eq. 5). Each over ``reach``: the derivative to ``x`` of ``u``, ``clip(u)``, ``tanh(u)``, ``u (2 - abs(u))``.
         reach: Positive, broadcast against ``x``; by default 1, as in the papers.
 
     Returns:

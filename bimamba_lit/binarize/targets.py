@@ -10,20 +10,30 @@ from bimamba_lit.binarize.latent import LatentLinear
 from bimamba_lit.errors import UserError, nearest
 
 TARGETS = ("in_proj", "out_proj")
+_NOT = "!"
 
 
 def dense_layers(model: nn.Module, targets: Sequence[str]) -> dict[str, nn.Linear]:
     """Return the full-precision ``nn.Linear`` layers that ``targets`` name, by dotted name; see :func:`binarize_`.
 
     Raises:
-        UserError: If a pattern matches none.
+        UserError: If a pattern matches none, or nothing is left.
     """
-    patterns = [targets] if isinstance(targets, str) else list(targets)
     linears = {name: layer for name, layer in model.named_modules() if name and _is_dense(layer)}
-    for pattern in patterns:
-        if not any(_matches(name, pattern) for name in linears):
+    chosen: set[str] = set()
+    left_out: set[str] = set()
+    targets = [targets] if isinstance(targets, str) else list(targets)
+    for target in targets:
+        pattern = target.removeprefix(_NOT)
+        found = {name for name in linears if matches(name, pattern)}
+        if not found:
             raise UserError(_no_match(pattern, linears))
-    return {name: layer for name, layer in linears.items() if any(_matches(name, pattern) for pattern in patterns)}
+        (left_out if target.startswith(_NOT) else chosen).update(found)
+    if left_out >= chosen and targets:
+        raise UserError(
+            f"targets {', '.join(targets)} leave nothing: name layers first, then those of them to leave out"
+        )
+    return {name: layer for name, layer in linears.items() if name in chosen - left_out}
 
 
 def _is_dense(layer: nn.Module) -> TypeGuard[nn.Linear]:
@@ -31,7 +41,8 @@ def _is_dense(layer: nn.Module) -> TypeGuard[nn.Linear]:
     return isinstance(layer, nn.Linear) and not isinstance(layer, LatentLinear)
 
 
-def _matches(name: str, pattern: str) -> bool:
+def matches(name: str, pattern: str) -> bool:
+    """Say whether an fnmatch pattern is of a layer's dotted name or of its last part; ``lm_head`` only by that name."""
     last = name.rpartition(".")[2]
     if last == "lm_head" and pattern.rpartition(".")[2] != "lm_head":
         return False

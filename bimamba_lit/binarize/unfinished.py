@@ -18,6 +18,7 @@ from bimamba_lit.kernels.binary_weight import naive
 
 Way = Literal["rows", "mix", "tanh"]
 STEEPEST = 100.0
+_LEAST = 1e-5
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,5 @@ class Unfinished:
 
 
 def row_scale(centred: Tensor) -> Tensor:
-    """Return the mean abs of each row of what the sign is taken of, ``(O, 1)``: the unit of its weights."""
-    mean = torch.linalg.vector_norm(centred, ord=1, dim=1, keepdim=True) / centred.shape[1]
-    return mean.clamp(min=torch.finfo(mean.dtype).tiny)
+    """Return the mean abs of each row of what the sign is taken of, ``(O, 1)``, to divide by: 1e-5 at least."""
+    return (torch.linalg.vector_norm(centred, ord=1, dim=1, keepdim=True) / centred.shape[1]).clamp(min=_LEAST)

@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bimamba_lit.binarize import BinaryLinear, PackedLinear, PTBLinear
+from bimamba_lit.binarize import BinaryLinear, KeptRows, PackedLinear, PTBLinear
+from bimamba_lit.binarize.kept_rows import in_order
 from bimamba_lit.binarize.linear import TERMS
 from bimamba_lit.errors import UserError
 from bimamba_lit.kernels.binary_linear.naive import add_terms
@@ -25,17 +26,18 @@ class DeployedLinear(nn.Module):
     """A full-precision matrix, stored in half precision and multiplied in float32 in every mode.
 
     Args:
-        layer: The layer.
+        weight: (O, I).
         dtype: What to store it in.
+        bias: (O,).
     """
 
     stored: Tensor
     bias: Tensor
 
-    def __init__(self, layer: nn.Linear | PTBLinear, dtype: torch.dtype) -> None:
+    def __init__(self, weight: Tensor, dtype: torch.dtype, bias: Tensor | None = None) -> None:
         super().__init__()
-        self.register_buffer("stored", rounded(layer.weight, dtype))
-        self.register_buffer("bias", rounded(layer.bias, dtype))
+        self.register_buffer("stored", rounded(weight, dtype))
+        self.register_buffer("bias", rounded(bias, dtype))
         self.weight = torch.empty(0)
 
     def prepare(self, mode: str) -> None:
@@ -151,6 +153,35 @@ class DeployedBinary(nn.Module):
         if self.out_shift.numel() > 0:
             terms["out_shift"] = self.out_shift.float()
         return terms
+
+
+class DeployedKeptRows(nn.Module):
+    """A binary matrix some of whose rows are in half precision.
+
+    Args:
+        layer: The layer.
+        binary: The deployed form of its binary rows.
+        dtype: What to store the other rows in.
+    """
+
+    bias: Tensor
+
+    def __init__(self, layer: KeptRows, binary: DeployedBinary | DeployedLinear, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.spans = layer.spans
+        self.binary = binary
+        self.kept = DeployedLinear(layer.kept, dtype)
+        self.register_buffer("bias", rounded(layer.bias, dtype))
+
+    def prepare(self, mode: str) -> None:
+        """Unpack as the mode asks."""
+        self.binary.prepare(mode)
+        self.kept.prepare(mode)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Multiply x (..., I): (..., O)."""
+        y = in_order(self.binary(x), self.kept(x), self.spans, -1)
+        return y + self.bias.float() if self.bias.numel() > 0 else y
 
 
 class DeployedTable(nn.Module):

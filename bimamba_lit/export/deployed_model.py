@@ -19,13 +19,20 @@ from torch import Tensor, nn
 
 from bimamba_lit.binarize import (
     BinaryLinear,
+    KeptRows,
     LatentLinear,
     PackedLinear,
     PTBLinear,
     check_format,
     describe_binarization,
 )
-from bimamba_lit.export.deployed_linear import DeployedBinary, DeployedLinear, DeployedTable, rounded
+from bimamba_lit.export.deployed_linear import (
+    DeployedBinary,
+    DeployedKeptRows,
+    DeployedLinear,
+    DeployedTable,
+    rounded,
+)
 from bimamba_lit.export.deployed_ops import (
     causal_conv,
     causal_conv_step,
@@ -387,9 +394,18 @@ class DeployedLM(nn.Module):
             raise ValueError("the state is not one of this model's for as many sequences: see init_state")
 
 
-def deployed(layer: nn.Module, dtype: torch.dtype) -> DeployedBinary | DeployedLinear:
+def deployed(layer: nn.Module, dtype: torch.dtype) -> DeployedBinary | DeployedKeptRows | DeployedLinear:
     """Return the deployed form of a projection."""
+    return (
+        DeployedKeptRows(layer, _alike(layer.binary, dtype), dtype)
+        if isinstance(layer, KeptRows)
+        else _alike(layer, dtype)
+    )
+
+
+def _alike(layer: nn.Module, dtype: torch.dtype) -> DeployedBinary | DeployedLinear:
+    """Return the deployed form of a projection whose rows are all alike."""
     if isinstance(layer, BinaryLinear | PackedLinear) or (isinstance(layer, PTBLinear) and layer.terms() is not None):
         return DeployedBinary(layer, dtype)
     assert isinstance(layer, nn.Linear | PTBLinear)
-    return DeployedLinear(layer, dtype)
+    return DeployedLinear(layer.weight, dtype, layer.bias)

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from torch import nn
 
-from bimamba_lit.binarize import DEPLOYED_BITS, CodedLinear, PTBLinear, quantized_layers
+from bimamba_lit.binarize import DEPLOYED_BITS, CodedLinear, KeptRows, PTBLinear, quantized_layers
 from bimamba_lit.models.quantized_table import QuantizedTable
 
 FULL_PRECISION = "full_precision"
@@ -22,7 +22,8 @@ class ParameterCount(NamedTuple):
 
     Attributes:
         total: All weights, scales of binary layers included.
-        binarized: Those in binary layers, or in layers of a few bits fitted after training.
+        binarized: Those in binary layers, rows in full precision included, or in layers of a few bits fitted after
+            training.
     """
 
     total: int
@@ -34,7 +35,8 @@ def count_parameters(lm: nn.Module) -> ParameterCount:
     binarized = beside = 0
     for _, layer in quantized_layers(lm):
         binarized += layer.in_features * layer.out_features
-        scales = layer.parts if isinstance(layer, PTBLinear | CodedLinear) else layer.terms() or {}
+        held = layer.binary if isinstance(layer, KeptRows) else layer
+        scales = held.parts if isinstance(held, PTBLinear | CodedLinear) else held.terms() or {}
         beside += sum(values.numel() for values in scales.values() if values.is_floating_point())
         beside += 0 if layer.bias is None else layer.bias.numel()
     beside += sum(table.codes.shape[0] * table.width + table.scale.numel() for table in _tables(lm))

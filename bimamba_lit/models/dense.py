@@ -4,11 +4,10 @@ from collections.abc import Collection, Iterator
 
 from torch import Tensor
 
-from bimamba_lit.binarize import LatentLinear, PackedLinear, PTBLinear, check_format
+from bimamba_lit.binarize import check_format, quantized_layers
+from bimamba_lit.binarize.apply import QuantizedLinear
 from bimamba_lit.models.lm import MambaLM
 from bimamba_lit.models.quantized_table import QuantizedEmbedding
-
-_FORMED = (LatentLinear, PackedLinear, PTBLinear, QuantizedEmbedding)
 
 
 def dense_tensors(lm: MambaLM, leave_out: Collection[str] = ()) -> Iterator[tuple[str, Tensor]]:
@@ -21,7 +20,8 @@ def dense_tensors(lm: MambaLM, leave_out: Collection[str] = ()) -> Iterator[tupl
         leave_out: Names of layers whose tensors are not wanted.
     """
     check_format(lm, "transformers", leave_out)
-    formed = {name: module for name, module in lm.named_modules() if isinstance(module, _FORMED)}
+    formed: dict[str, QuantizedLinear | QuantizedEmbedding] = dict(quantized_layers(lm))
+    formed |= {name: module for name, module in lm.named_modules() if isinstance(module, QuantizedEmbedding)}
     left_out = {*leave_out, *(["lm_head"] if is_tied(lm) else [])}
     skipped = tuple(f"{name}." for name in {*formed, *left_out})
     for name, tensor in lm.state_dict().items():
@@ -41,4 +41,4 @@ def is_tied(lm: MambaLM) -> bool:
     embedding, head = lm.backbone.embedding, lm.lm_head
     if isinstance(embedding, QuantizedEmbedding) and isinstance(head, QuantizedEmbedding):
         return head.table is embedding.table
-    return not isinstance(head, _FORMED) and head.weight is embedding.weight
+    return not isinstance(head, QuantizedLinear | QuantizedEmbedding) and head.weight is embedding.weight

@@ -67,13 +67,20 @@ class Backbone(nn.Module):
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.norm_f = RMSNorm(config.d_model, config.norm_eps)
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, seq_idx: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        seq_idx: Tensor | None = None,
+        residuals: list[Tensor] | None = None,
+    ) -> Tensor:
         """Return the final normed hidden states.
 
         Args:
             input_ids: Tokens (B, L), int64.
             attention_mask: (B, L), 1 where a token counts and 0 where it is padding, on either side.
             seq_idx: (B, L) integers, the number of the document a token belongs to, for several documents in one row.
+            residuals: A list that the residual stream (B, L, D) after each block is added to.
 
         Returns:
             Hidden states (B, L, D).
@@ -92,6 +99,8 @@ class Backbone(nn.Module):
         x = self._embed(input_ids)
         for layer in self.layers:
             x = layer(x, attention_mask, seq_idx)
+            if residuals is not None:
+                residuals.append(x)
         return self.norm_f(x)
 
     def prefill(self, input_ids: Tensor, state: MambaState) -> tuple[Tensor, MambaState]:

@@ -75,6 +75,14 @@ class Mamba1(nn.Module):
         y = ops.selective_scan(u, delta, self._a(), b, c, z=gate, seq_idx=seq_idx, **self._skip_and_bias())
         return self.out_proj(cast(Tensor, y).transpose(1, 2))
 
+    @property
+    def projection_rows(self) -> dict[str, dict[str, int]]:
+        """How many rows of a projection make what, in their order."""
+        return {
+            "in_proj": {"x": self.d_inner, "z": self.d_inner},
+            "x_proj": {"dt": self.dt_rank, "B": self.d_state, "C": self.d_state},
+        }
+
     def init_state(self, batch_size: int) -> LayerState:
         """Return the memory of a mixer that has read nothing: zeros, the scan's part in fp32."""
         weight = self.conv1d.weight

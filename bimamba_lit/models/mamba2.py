@@ -76,6 +76,11 @@ class Mamba2(nn.Module):
         y = ops.ssd(x, at_least_fp32(dt), self._a(), b, c, self.chunk_size, seq_idx=seq_idx, **self._skip_and_bias())
         return self.out_proj(self.norm(cast(Tensor, y).flatten(-2), z))
 
+    @property
+    def projection_rows(self) -> dict[str, dict[str, int]]:
+        """How many rows of a projection make what, in their order."""
+        return {"in_proj": {"z": self.d_inner, "x": self.d_inner, "B": self.d_bc, "C": self.d_bc, "dt": self.nheads}}
+
     def init_state(self, batch_size: int) -> LayerState:
         """Return the memory of a mixer that has read nothing: zeros, the scan's part in fp32."""
         weight = self.conv1d.weight

@@ -257,7 +257,7 @@ def _round_trip(scheme: Scheme) -> str:
             again = MambaLM.from_pretrained(Path(folder) / form).eval()
             _demand(torch.equal(again(ids).logits, lm(ids).logits), f"the {form} model computes something else")
             for (name, one), (_, other) in zip(quantized_layers(lm), quantized_layers(again), strict=True):
-                _demand(one.options() == other.options(), f"{name} comes back with options {other.options()}")
+                _demand(one.kind() == other.kind(), f"{name} comes back as {other.kind()}")
             if form == "latent":
                 pack_(lm)
     return "latent and packed, logits equal to the bit"

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from bimamba_lit import ops
 from bimamba_lit.binarize import TARGETS, LatentLinear, retrain_
-from bimamba_lit.distill import find_checkpoint, load_teacher
+from bimamba_lit.data.blocks import IGNORED
+from bimamba_lit.distill import find_checkpoint, hidden_state_loss, load_teacher
 from bimamba_lit.distill.causal_teacher import CausalTeacher
 from bimamba_lit.errors import UserError
 from bimamba_lit.export.deploy import check_deploy
@@ -30,11 +31,17 @@ class Distill(LanguageModule):
         student: What the student starts from: an architecture, at random; ``teacher``, the weights of a teacher that is
             a Mamba model; or the path of another model, such as a run of ``PTB``, whose signs and scales are kept where
             the binarizer has the same terms (see :func:`bimamba_lit.binarize.retrain_`). In fp32 whatever that is in.
-        targets: Layers to binarize: fnmatch patterns on their dotted names or on the last part of them.
+        targets: Layers to binarize: fnmatch patterns on their dotted names or on the last part of them; a pattern after
+            ``!`` leaves out layers that others take.
+        keep_rows: Rows of these layers that stay in full precision, by patterns of layers, such as
+            ``{in_proj: [B, C, dt]}``; see :func:`bimamba_lit.binarize.binarize_`.
         divergence: ``soft_ce``, the paper's cross-entropy against the teacher's distribution; ``forward_kl`` or
             ``reverse_kl``, the divergence from the teacher to the student or back.
         temperature: Divides both models' logits; the loss is multiplied by its square.
         hard_share: Share of the loss that is cross-entropy against the text itself, 0 (the paper's) to 1.
+        hidden_weight: Weight of a second loss that is added: how far the residual stream is from the teacher's after
+            each block, as a share of its power (:func:`bimamba_lit.distill.hidden_state_loss`); logged by itself as
+            ``train/hidden``. Not 0 only with a Mamba teacher of the student's ``d_model`` and ``n_layer``.
         optimizer: AdamW and its schedule.
         activation_checkpointing: Compute activations inside blocks again in the backward pass, to save memory.
         deploy: Formats of ``bimamba export`` that the result must fit, such as ``[torchscript, gguf]``; checked before
@@ -47,20 +54,26 @@ class Distill(LanguageModule):
         binarizer: Callable[[nn.Linear], LatentLinear] | None,
         student: MambaConfig | str = "teacher",
         targets: list[str] = list(TARGETS),  # noqa: B006  (shown as the default in --help; never changed)
+        keep_rows: dict[str, list[str]] = {},  # noqa: B006  (likewise)
         divergence: Literal["soft_ce", "forward_kl", "reverse_kl"] = "soft_ce",
         temperature: float = 1.0,
         hard_share: float = 0.0,
+        hidden_weight: float = 0.0,
         optimizer: AdamW | None = None,
         activation_checkpointing: bool = False,
         deploy: list[str] = [],  # noqa: B006  (likewise)
     ) -> None:
         super().__init__(optimizer, teacher, activation_checkpointing)
+        if hidden_weight < 0:
+            raise UserError(f"model.hidden_weight: {hidden_weight} is out of range, it must be 0 or more")
         self.binarizer = binarizer
         self.student = student
         self.targets = targets
+        self.keep_rows = keep_rows
         self.divergence = divergence
         self.temperature = temperature
         self.hard_share = hard_share
+        self.hidden_weight = hidden_weight
         self.deploy = deploy
 
     def configure_model(self) -> None:
@@ -74,7 +87,9 @@ class Distill(LanguageModule):
         assert self.teacher_path is not None
         teacher = load_teacher(self.teacher_path, *self.data_vocabulary())
         student = self._start(teacher)
-        start = retrain_(student, self.binarizer, self.targets)
+        if self.hidden_weight:
+            _check_hidden_states(student, teacher)
+        start = retrain_(student, self.binarizer, self.targets, self.keep_rows)
         check_deploy(student, self.deploy)
         if any(start):
             rank_zero_info(
@@ -104,15 +119,34 @@ class Distill(LanguageModule):
         return student
 
     def training_step(self, batch: Batch) -> Tensor:
-        """Return the distillation loss of a batch, in nats a token."""
-        teacher = self.teacher_output(batch)
+        """Return the loss of a batch: the distillation loss, in nats a token, and that of the hidden states."""
+        ours: list[Tensor] | None = [] if self.hidden_weight else None
+        theirs: list[Tensor] | None = [] if self.hidden_weight else None
+        teacher = self.teacher_output(batch, theirs)
         assert teacher is not None
         loss = ops.distillation_loss(
-            *self.student_output(batch),
+            *self.student_output(batch, ours),
             *teacher,
             labels=batch["labels"],
             divergence=self.divergence,
             temperature=self.temperature,
             hard_share=self.hard_share,
         )
-        return self.log_loss(loss)
+        if ours is None or theirs is None:
+            return self.log_loss(loss)
+        hidden = hidden_state_loss(ours, theirs, batch["labels"] != IGNORED)
+        return self.log_loss(loss + self.hidden_weight * hidden, hidden=hidden.detach())
+
+
+def _check_hidden_states(student: MambaLM, teacher: MambaLM | CausalTeacher) -> None:
+    if not isinstance(teacher, MambaLM):
+        raise UserError(
+            "model.hidden_weight: the teacher is no Mamba model, so its blocks are not the student's: set it to 0"
+        )
+    ours, theirs = ((lm.config.n_layer, lm.config.d_model) for lm in (student, teacher))
+    if ours != theirs:
+        raise UserError(
+            f"model.hidden_weight: the student has {ours[0]} blocks of width {ours[1]} and the teacher {theirs[0]} of "
+            f"width {theirs[1]}; matched block by block, they must have the same n_layer and d_model: give the student "
+            "those of the teacher, or set hidden_weight to 0"
+        )

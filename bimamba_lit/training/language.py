@@ -76,28 +76,40 @@ class LanguageModule(pl.LightningModule):
         if self.device_mesh is not None:
             shard_(self, self.device_mesh)
 
-    def student_output(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Return the hidden states ``(B, L, D)`` and the head ``(V, D)`` of the model in training."""
-        return self.lm.backbone(batch["input_ids"], seq_idx=batch.get("seq_idx")), self.lm.head_weight
+    def student_output(self, batch: Batch, residuals: list[Tensor] | None = None) -> tuple[Tensor, Tensor]:
+        """Return the hidden states ``(B, L, D)`` and the head ``(V, D)`` of the model in training.
+
+        Args:
+            batch: Token ids and, if documents are kept apart, which one each is of.
+            residuals: Filled with the residual stream ``(B, L, D)`` after each block.
+        """
+        hidden = self.lm.backbone(batch["input_ids"], seq_idx=batch.get("seq_idx"), residuals=residuals)
+        return hidden, self.lm.head_weight
 
     def configure_optimizers(self) -> Any:
         """Build AdamW and its schedule for the trained model."""
         return self.optimizer_settings.build(self.lm, self.trainer.max_steps)
 
-    def log_loss(self, loss: Tensor) -> Tensor:
-        """Log the training loss, in nats a token, and the learning rate."""
-        rate = self.trainer.optimizers[0].param_groups[0]["lr"]
+    def log_loss(self, loss: Tensor, **parts: Tensor) -> Tensor:
+        """Log the training loss, in nats a token, what it is made of by name, and the learning rates; return it."""
+        rates = self.optimizer_settings.rates(self.trainer.optimizers[0])
         self.log("train/loss", loss, prog_bar=True)
-        self.log("train/lr", rate)
+        self.log_dict({f"train/{name}": value for name, value in (parts | rates).items()})
         return loss
 
     @torch.no_grad()
-    def teacher_output(self, batch: Batch) -> tuple[Tensor, Tensor] | None:
-        """Return the teacher's hidden states ``(B, L, D_t)`` and head ``(V, D_t)``, or ``None`` without a teacher."""
+    def teacher_output(self, batch: Batch, residuals: list[Tensor] | None = None) -> tuple[Tensor, Tensor] | None:
+        """Return the teacher's hidden states ``(B, L, D_t)`` and head ``(V, D_t)``, or ``None`` without a teacher.
+
+        Args:
+            batch: Token ids and, if documents are kept apart, which one each is of.
+            residuals: Filled with the residual stream ``(B, L, D_t)`` after each block of a teacher that is a MambaLM.
+        """
         if self.teacher_path is None:
             return None
         teacher = self.teacher
-        return teacher.backbone(batch["input_ids"], seq_idx=batch.get("seq_idx")), teacher.head_weight
+        wanted = {} if residuals is None else {"residuals": residuals}
+        return teacher.backbone(batch["input_ids"], seq_idx=batch.get("seq_idx"), **wanted), teacher.head_weight
 
     def validation_step(self, batch: Batch) -> None:
         """Add a batch of evaluation windows to the figures."""

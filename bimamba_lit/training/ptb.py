@@ -26,7 +26,8 @@ class PTB(LanguageModule):
             ``MambaLM.from_pretrained`` takes, or ``hub:OWNER/NAME``.
         scheme: The scheme: a class of ``bimamba_lit.binarize.ptb`` or of your own, with its options.
         sequences: Sequences of calibration text; a scheme that needs none, such as ``Sign``, takes none.
-        targets: Layers to binarize: fnmatch patterns on their dotted names or on the last part of them.
+        targets: Layers to binarize: fnmatch patterns on their dotted names or on the last part of them; a pattern after
+            ``!`` leaves out layers that others take.
     """
 
     def __init__(

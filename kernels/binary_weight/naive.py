@@ -53,24 +53,22 @@ class _Sign(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, straight_through: str, reach: Tensor | None) -> Tensor:
         ctx.straight_through = straight_through
-        ctx.save_for_backward(*((None, None) if straight_through == "identity" else (x, reach)))
+        ctx.save_for_backward(None if straight_through == "identity" else x, reach)
         return torch.where(x > 0, 1.0, -1.0).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        if ctx.straight_through == "identity":
-            return gradient, None, None
         x, reach = ctx.saved_tensors
         width = 1.0 if reach is None else reach
         if ctx.straight_through == "clipped":
-            slope = (x.abs() <= width).to(gradient.dtype)
+            gradient = gradient * (x.abs() <= width).to(gradient.dtype)
         elif ctx.straight_through == "tanh":
-            slope = 1 - (x / width).tanh().square()
-        else:
-            slope = (2 - 2 * x.abs() / width).clamp(min=0)
-        return gradient * slope, None, None
+            gradient = gradient * (1 - (x / width).tanh().square())
+        elif ctx.straight_through == "bireal":
+            gradient = gradient * (2 - 2 * x.abs() / width).clamp(min=0)
+        return gradient if reach is None else gradient / reach, None, None
 
 
 def straight_through_sign(x: Tensor, straight_through: str = "identity", reach: Tensor | None = None) -> Tensor:
-    """Return +1 where x > 0 and -1 elsewhere, with the gradient that `straight_through` names, taken at x / reach."""
+    """Return +1 where x > 0 and -1 elsewhere, with the gradient of what `straight_through` names at x / reach."""
     return _Sign.apply(x, straight_through, reach)

@@ -346,11 +346,11 @@ def _backward_kernel(
         sums = tl.sum(tl.where(positive, by_row, -by_row), 0)
         tl.store(scaled_columns + row_tile.to(tl.int64) * in_features + columns, sums, mask=inside)
     if latent_gradient is not None:
-        slope = by_column * row_scale[:, None]
-        distance = tl.abs(latent)
         width = tl.full([ROWS], 1.0, tl.float32)
         if reach is not None:
             width = tl.load(reach + rows * reach_step, mask=there, other=1.0).to(tl.float32)
+        slope = by_column * (row_scale / width)[:, None]
+        distance = tl.abs(latent)
         if SLOPE == 1:
             slope = tl.where(distance <= width[:, None], slope, 0.0)
         if SLOPE == 2:

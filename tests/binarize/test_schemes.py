@@ -154,8 +154,19 @@ def test_a_reach_is_in_units_of_the_mean_weight_of_a_row(straight_through):
         "bireal": (2 - 2 * u.abs()).clamp(min=0),
         "identity": torch.ones_like(u),
     }[straight_through]
-    torch.testing.assert_close(layer.latent.grad, layer.in_scale.detach() * upstream * slope)
+    reach = (1.5 * w.abs().mean(1, keepdim=True)).clamp(min=1.5e-5)
+    torch.testing.assert_close(layer.latent.grad, layer.in_scale.detach() * upstream * slope / reach)
     assert layer.options()["reach"] == 1.5 and (straight_through == "identity" or 0.05 < slope.mean() < 0.95)
+
+
+def test_a_reach_of_one_has_the_gradient_of_pareto_q():
+    dense, upstream = linear(bias=False), torch.randn(7, 13)
+    ours, theirs = FBI(dense, pattern="row", straight_through="clipped", reach=1.0), ParetoQ(dense)
+    with torch.no_grad():
+        ours.out_scale.copy_(theirs.out_scale)
+    for layer in (ours, theirs):
+        (layer.weight * upstream).sum().backward()
+    torch.testing.assert_close(ours.latent.grad, theirs.latent.grad)
 
 
 def test_a_reach_that_is_not_positive_is_refused():

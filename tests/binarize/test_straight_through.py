@@ -33,7 +33,15 @@ def test_it_is_taken_in_units_of_the_reach(kind):
     reach, upstream = torch.tensor([[0.5], [0.02]]), torch.randn(2, len(X))
     x = (reach * X).requires_grad_()
     straight_through_sign(x, kind, reach).backward(upstream)
-    torch.testing.assert_close(x.grad, upstream * SLOPES[kind])
+    torch.testing.assert_close(x.grad, upstream * SLOPES[kind] / reach)
+
+
+@pytest.mark.parametrize("kind", ["clipped", "tanh", "bireal"])
+@pytest.mark.parametrize("reach", [1.0, 0.02])
+def test_a_gradient_adds_up_to_the_height_of_the_step(kind, reach):
+    x = torch.linspace(-20 * reach, 20 * reach, 400_001, dtype=torch.float64).requires_grad_()
+    straight_through_sign(x, kind, torch.tensor(reach, dtype=torch.float64)).sum().backward()
+    assert float(torch.trapezoid(x.grad, x.detach())) == pytest.approx(2, abs=1e-3)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])

@@ -144,13 +144,20 @@ def test_a_binary_head_and_what_the_file_says(make, error, tmp_path):
         (lambda layer: ScaledSign(layer, centred_rows=True), {}, "F16 F32", r"a shift that is not zero \(out_shift\)"),
         (type("Narrow", (ByBlock,), {"width": 64}), {}, "F16 F32", r"\(Narrow\) .*one scale for 64 inputs"),
         (ScaledSign, {"d_model": 64}, "F16 F32 Q1_0", "it has 64 inputs, not a multiple of 128"),
+        (
+            ScaledSign,
+            {"keep": ["dt"]},
+            "F16 F32 Q1_0",
+            r"in_proj \(ScaledSign\) .* it has rows in full precision \(dt\)",
+        ),
         (FBI, {"mixer": "mamba"}, "F16 F32 Q1_0", r"out_proj \(FBI\).* a scale by input and no norm right before it"),
     ],
 )
 def test_layers_that_do_not_fit_are_refused_by_name_or_written_as_f16(
     make, error, tmp_path, scheme, options, kinds, words
 ):
-    lm = binarize_(make(**SIZES | options | {"ngroups": 1}), scheme)
+    sizes = {name: value for name, value in options.items() if name != "keep"}
+    lm = binarize_(make(**SIZES | sizes | {"ngroups": 1}), scheme, keep_rows={"in_proj": options.get("keep", [])})
     if "mixer" in options:
         lm = binary(make, scheme, **options, ngroups=1)
     path = tmp_path / "lm.gguf"

@@ -45,14 +45,14 @@ class Everything(BinaryLinear):
         }
 
 
-def small(scheme=FBI, targets=("in_proj", "out_proj"), **options):
+def small(scheme=FBI, targets=("in_proj", "out_proj"), keep_rows=None, **options):
     torch.manual_seed(0)
     sizes = {"d_model": 32, "n_layer": 2, "vocab_size": 61, "d_state": 8, "headdim": 16, "chunk_size": 8}
     lm = MambaLM(MambaConfig(**(sizes | options)))
     with torch.no_grad():
         for parameter in lm.parameters():
             parameter += 0.1 * torch.randn_like(parameter)
-    lm = lm if scheme is None else binarize_(lm, scheme, targets)
+    lm = lm if scheme is None else binarize_(lm, scheme, targets, keep_rows or {})
     return lm.eval().requires_grad_(False)
 
 
@@ -86,6 +86,7 @@ MODELS = {
     "row, two groups": partial(small, partial(FBI, pattern="row"), ngroups=2),
     "every term, head": partial(small, Everything, ("in_proj", "lm_head"), tie_embeddings=False),
     "every projection of Mamba-1": partial(small, ScaledSign, ("*_proj",), mixer="mamba"),
+    "rows in full precision": partial(small, keep_rows={"in_proj": ["x", "dt"], "*.1.mixer.in_proj": ["B"]}),
     "both mixers": partial(small, Sign, mixer=["mamba", "mamba2"]),
     "full precision, untied": partial(small, None, tie_embeddings=False),
 }

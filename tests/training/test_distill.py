@@ -1,3 +1,5 @@
+import json
+
 import lightning.pytorch as pl
 import pytest
 import torch
@@ -11,15 +13,19 @@ from bimamba_lit.models.checkpoint import load_lm
 from bimamba_lit.training import AdamW, Distill
 
 
+def path_of(tiny) -> str:
+    return str(tiny.teacher / "checkpoints" / "last.ckpt")
+
+
 @pytest.fixture(scope="module")
 def path(tiny):
-    return str(tiny.teacher / "checkpoints" / "last.ckpt")
+    return path_of(tiny)
 
 
 def built(path: str, **settings: object) -> Distill:
     module = Distill(path, settings.pop("binarizer", FBI), **settings)
     module.configure_model()
-    module.log_loss = lambda loss: loss
+    module.log_loss = lambda loss, **_: loss
     return module
 
 
@@ -133,17 +139,82 @@ def test_the_loss_is_what_it_says(path, batch, kind, temperature, hard_share):
     assert module.lm.backbone.layers[0].mixer.in_proj.latent.grad.abs().sum() > 0
 
 
+@pytest.fixture
+def large(monkeypatch):
+    """A teacher of three blocks in the place of the tiny one."""
+    torch.manual_seed(0)
+    lm = MambaLM(MambaConfig(d_model=48, n_layer=3, vocab_size=256, headdim=16, d_state=8, chunk_size=8))
+    monkeypatch.setattr("bimamba_lit.training.distill.load_teacher", lambda *_: lm.requires_grad_(False))
+    return lm
+
+
+@pytest.mark.parametrize("saving", [False, True])
+def test_hidden_states_are_matched_block_by_block(path, batch, saving, large):
+    module = built(path, hidden_weight=0.7, activation_checkpointing=saving)
+    parts = {}
+    module.log_loss = lambda loss, **values: parts.update(values) or loss
+    labels = batch["labels"].clone()
+    labels[0, :4] = -100
+    loss = module.training_step(batch | {"labels": labels})
+    shares = []
+    with torch.no_grad():
+        streams = []
+        for lm in (module.lm, module.teacher):
+            x, after = lm.backbone.embedding(batch["input_ids"]), []
+            for block in lm.backbone.layers:
+                x = block(x)
+                after.append(x.double()[labels != -100])
+            streams.append(after)
+        for ours, theirs in zip(*streams, strict=True):
+            shares.append((((ours - theirs) ** 2).sum(-1) / (theirs**2).sum(-1)).mean())
+        plain = built(path).training_step(batch | {"labels": labels})
+    hidden = float(sum(shares) / 3)
+    assert hidden > 1e-3 and float(parts["hidden"]) == pytest.approx(hidden, rel=1e-5)
+    assert float(loss.detach()) == pytest.approx(float(plain) + 0.7 * hidden, rel=1e-5)
+    loss.backward()
+    assert module.lm.backbone.layers[0].mixer.in_proj.latent.grad.abs().sum() > 0
+    assert not any(parameter.grad is not None for parameter in module.teacher.parameters())
+
+
+def test_a_student_equal_to_its_teacher_has_no_hidden_loss(path, batch):
+    module = built(path, binarizer=None, hidden_weight=1.0)
+    parts = {}
+    module.log_loss = lambda loss, **values: parts.update(values) or loss
+    module.training_step(batch)
+    assert float(parts["hidden"]) < 1e-12
+
+
+def test_hidden_states_of_other_shapes_are_refused(path, monkeypatch):
+    other = MambaConfig(d_model=16, n_layer=2, headdim=8, d_state=8, chunk_size=8)
+    with pytest.raises(UserError, match="2 blocks of width 16 and the teacher 1 of width 32"):
+        built(path, student=other, hidden_weight=1.0)
+    with pytest.raises(UserError, match="hidden_weight: -1.0 is out of range"):
+        Distill(path, FBI, hidden_weight=-1.0)
+    monkeypatch.setattr("bimamba_lit.training.distill.load_teacher", lambda *_: OtherTeacher(256))
+    with pytest.raises(UserError, match="no Mamba model"):
+        built(path, student=other, hidden_weight=1.0)
+
+
+def test_a_wider_and_deeper_teacher_teaches(path, batch, large):
+    small = MambaConfig(d_model=16, n_layer=1, headdim=8, d_state=8, chunk_size=8)
+    module = built(path, student=small, divergence="reverse_kl", hard_share=0.1)
+    module.training_step(batch).backward()
+    assert module.lm.backbone.layers[0].mixer.in_proj.latent.grad.abs().sum() > 0
+
+
 def test_training_lowers_the_loss_and_leaves_the_teacher_alone(path, tiny, tmp_path):
     pl.seed_everything(0, verbose=False)
     data = TextDataModule(str(tiny.text), str(tiny.text), context=32, batch_size=8, cache_dir=str(tmp_path))
     student = MambaConfig(d_model=32, n_layer=1, headdim=16, d_state=16, chunk_size=16)
-    optimizer = AdamW(lr=1e-2, min_lr=1e-3, warmup_steps=2)
-    module = Distill(path, FBI, student, hard_share=0.5, optimizer=optimizer)
-    losses = []
+    optimizer = AdamW(lr=1e-2, min_lr=0.0, warmup_steps=2, latent_lr=2e-2)
+    module = Distill(path, FBI, student, hard_share=0.5, hidden_weight=0.1, optimizer=optimizer)
+    losses, logged = [], {}
 
     class Watch(pl.Callback):
         def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
             losses.append(float(outputs["loss"]))
+            for name, value in trainer.logged_metrics.items():
+                logged.setdefault(name, []).append(float(value))
 
     trainer = pl.Trainer(
         accelerator="cpu",
@@ -158,11 +229,48 @@ def test_training_lowers_the_loss_and_leaves_the_teacher_alone(path, tiny, tmp_p
     )
     trainer.fit(module, data)
     assert sum(losses[-3:]) < 0.9 * sum(losses[:3])
+    assert logged.keys() == {"train/loss", "train/hidden", "train/lr", "train/lr/latent"}
+    assert logged["train/lr"][2] == pytest.approx(1e-2) and logged["train/lr"][29] == 0.0
+    assert logged["train/lr/latent"] == pytest.approx([2 * rate for rate in logged["train/lr"]])
     fresh = load_lm(path)
     assert all(torch.equal(fresh.get_parameter(name), one) for name, one in module.teacher.named_parameters())
     (optimizer_,) = trainer.optimizers
     trained = {id(one) for group in optimizer_.param_groups for one in group["params"]}
     assert trained == {id(one) for one in module.lm.parameters()}
+
+
+def test_a_run_with_rows_in_full_precision(tiny, bimamba, tmp_path):
+    run, callbacks = tmp_path / "run", []
+    for name in ("BitFlips", "WeightScales"):
+        callbacks += [f"--trainer.callbacks+=bimamba_lit.callbacks.{name}", "--trainer.callbacks.every_n_steps=2"]
+    command = ["fit", "-c", tiny.distill_recipe, f"--trainer.default_root_dir={run}", *callbacks]
+    keep = ["--model.keep_rows={in_proj: [B, dt]}", "--model.targets=[in_proj, out_proj, '!*.9.*']"]
+    answer = bimamba(*command, "--trainer.max_steps=4", "--model.deploy=[gguf]", keep[0])
+    assert answer.code == 1 and "rows in full precision" in answer.err.replace("\n", " "), answer
+    answer = bimamba(*command, "--trainer.max_steps=4", *keep)
+    assert answer.code == 1 and "'*.9.*' matches no Linear layer" in answer.err, answer
+    answer = bimamba(*command, "--trainer.max_steps=4", "--model.deploy=[torchscript]", keep[0])
+    assert answer.code == 0, answer
+    metrics = (run / "metrics.csv").read_text()
+    for name in ("flips/rate", "scales"):
+        assert f"{name}/backbone.layers.0.mixer.in_proj.binary" in metrics
+    lm = load_lm(run / "checkpoints" / "last.ckpt")
+    layer = lm.backbone.layers[0].mixer.in_proj
+    assert layer.names == ["B", "dt"] and layer.kept.shape == (16 + 4, 32)
+    start = load_lm(path_of(tiny)).backbone.layers[0].mixer.in_proj.weight
+    rows = torch.cat([start[128:144], start[160:]])
+    assert not torch.equal(layer.kept, rows) and torch.allclose(layer.kept, rows, atol=0.05), (
+        "trained from the teacher's"
+    )
+    found = json.loads((run / "summary.json").read_text())
+    weights = 164 * 32 + 32 * 64
+    bits = (164 - 20) * 32 + 32 * 64 + 16 * (2 * 32 + 2 * 64) + 16 * 20 * 32  # signs, scales and shifts, rows
+    assert found["binarized_params"] == weights
+    assert sum(found["storage"].values()) - found["storage"]["full_precision"] == bits
+    answer = bimamba("export", "--ckpt", run, "--format", "safetensors", "--out", tmp_path / "out")
+    assert answer.code == 0, answer
+    packed = load_lm(tmp_path / "out").backbone.layers[0].mixer.in_proj
+    torch.testing.assert_close(packed.weight, layer.weight, rtol=1e-3, atol=1e-4)
 
 
 def test_scale_names_tell_whether_a_model_was_trained():

@@ -29,7 +29,8 @@ def recipe(tiny, path: Path, devices: int, **trainer: object) -> Path:
     settings = yaml.safe_load(tiny.distill_recipe.read_text())
     settings["trainer"] |= {"gradient_clip_val": 1.0, "callbacks": CALLBACKS, "devices": devices, **trainer}
     settings["trainer"]["default_root_dir"] = str(path)
-    settings["model"]["init_args"] |= {"activation_checkpointing": True}
+    settings["model"]["init_args"] |= {"activation_checkpointing": True, "hidden_weight": 0.1}
+    settings["model"]["init_args"]["keep_rows"] = {"in_proj": ["dt"]}
     settings["model"]["init_args"]["optimizer"]["total_steps"] = 6
     settings["data"]["init_args"]["batch_size"] = 4 // devices
     if devices > 1:
@@ -76,7 +77,7 @@ def test_two_processes_train_as_one_and_resume(tiny, tmp_path):
     assert sizes[0] == sizes[1]
     last = [rows(path)[-1]["val/loss"] for path in (one, two, stopped)]
     assert float(last[0]) == pytest.approx(float(last[1]), rel=1e-5) and last[1] == last[2]
-    for key in ("flips/rate", "flips/since_start", "scales/backbone.layers.0.mixer.in_proj/mean"):
+    for key in ("flips/rate", "flips/since_start", "scales/backbone.layers.0.mixer.in_proj.binary/mean"):
         ours, theirs, again = ([float(row[key]) for row in rows(path) if row[key]] for path in (one, two, stopped))
         assert len(ours) == 3 and ours == pytest.approx(theirs, rel=1e-5), key
         assert theirs == again, key

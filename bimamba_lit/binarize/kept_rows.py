@@ -1,0 +1,168 @@
+"""Binary layers some of whose rows stay in full precision.
+
+A row of a projection makes one output. Those of ``in_proj`` that make the step sizes, or the scan's B and C, are a few
+percent of it, and the recurrence is built of what they make. A scheme sees the other rows only, as a layer of its own,
+so that every scheme can be had with every choice of rows, packed and not.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bimamba_lit.binarize.latent import LatentLinear, product_dtype
+from bimamba_lit.binarize.linear import DEPLOYED_BITS
+from bimamba_lit.binarize.packed import PackedLinear
+from bimamba_lit.binarize.ptb.layer import PTBLinear
+from bimamba_lit.binarize.targets import matches
+from bimamba_lit.errors import UserError, nearest
+from bimamba_lit.kernels.linear import linear
+
+Span = tuple[int, int]
+
+
+class KeptRows(nn.Module):
+    """A layer that is binary but for some of its rows.
+
+    Args:
+        whole: The layer whose weights ``(O, I)`` and bias ``(O,)`` are taken over.
+        scheme: Makes the binary layer of an ``nn.Linear`` of the other rows, without the bias.
+        rows: How many rows make what, by name, in their order; O in all.
+        keep: The names of those that stay in full precision.
+
+    Raises:
+        UserError: If ``keep`` holds a name that ``rows`` lacks, or all of them.
+
+    Attributes:
+        binary: The layer of the binary rows; packed, after :func:`bimamba_lit.binarize.pack_`.
+        kept: ``(K, I)`` fp32 parameter, the rows in full precision.
+        spans: Where they are in the whole: begins and ends, rising.
+        weight: ``(O, I)``, what the layer multiplies by, all rows in their order.
+    """
+
+    binary: LatentLinear | PackedLinear | PTBLinear
+    bias: nn.Parameter | None
+
+    def __init__(
+        self,
+        whole: nn.Linear,
+        scheme: Callable[[nn.Linear], LatentLinear | PTBLinear],
+        rows: Mapping[str, int],
+        keep: Sequence[str],
+    ) -> None:
+        super().__init__()
+        self.in_features, self.out_features = whole.in_features, whole.out_features
+        self.names = [name for name in rows if name in keep]
+        if unknown := [name for name in keep if name not in rows]:
+            raise UserError(
+                f"there are no rows {unknown[0]!r}{nearest(str(unknown[0]), rows)}; rows are {', '.join(rows)}"
+            )
+        if len(self.names) == len(rows):
+            raise UserError("all of its rows are kept: leave the layer out of the targets instead")
+        self.spans = _spans(rows, self.names)
+        edges = [0, *(edge for span in self.spans for edge in span), self.out_features]
+        weight = whole.weight.detach().to(torch.float32)
+        self.kept = nn.Parameter(torch.cat([weight[begin:end] for begin, end in self.spans]))
+        others = torch.cat([weight[begin:end] for begin, end in zip(edges[::2], edges[1::2], strict=True)])
+        part = nn.Linear(self.in_features, len(others), bias=False, device="meta")
+        part.weight = nn.Parameter(others)
+        self.binary = scheme(part)
+        self.bias = None if whole.bias is None else nn.Parameter(whole.bias.detach().to(torch.float32))
+
+    @property
+    def weight(self) -> Tensor:
+        """The whole weight ``(O, I)``."""
+        return self._whole(self.binary.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Multiply ``x`` ``(..., I)`` by the weight and add the bias: ``(..., O)``."""
+        layer = self.binary
+        if torch.is_grad_enabled() and isinstance(layer, LatentLinear) and _multiplies(layer):
+            # Putting rows together costs less than putting outputs together.
+            return linear(x, self._whole(layer._weight_in(product_dtype(x))), self.bias)
+        y = in_order(layer(x), linear(x, self.kept), self.spans, -1)
+        return y if self.bias is None else y + self.bias
+
+    def _whole(self, binary: Tensor) -> Tensor:
+        return in_order(binary, self.kept.to(binary.dtype), self.spans, 0)
+
+    @property
+    def formats(self) -> tuple[str, ...]:
+        """What ``bimamba export`` can write of the scheme; ``gguf`` looks at the rows, too."""
+        return LatentLinear.formats if isinstance(self.binary, PTBLinear) else self.binary.formats
+
+    def terms(self) -> None:
+        """Return None: signs and terms are not all that the weight is made of."""
+
+    def storage(self) -> dict[str, int]:
+        """Return the bits this layer needs once deployed, by part: those of the binary rows, the others in 16 bits."""
+        bits = {**self.binary.storage(), "kept_rows": DEPLOYED_BITS * self.kept.numel()}
+        return bits if self.bias is None else bits | {"bias": DEPLOYED_BITS * self.bias.numel()}
+
+    def kind(self) -> dict[str, Any]:
+        """Return what describes a layer of this kind in a file: that of its binary rows, and ``kept_rows``."""
+        return self.binary.kind() | {"kept_rows": self.names}
+
+    def extra_repr(self) -> str:
+        """Name the sizes and the rows in full precision when the layer is printed."""
+        return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, keep={self.names}"
+
+
+def in_order(binary: Tensor, kept: Tensor, spans: list[Span], dim: int) -> Tensor:
+    """Put rows, or outputs, together: the kept ones where ``spans`` says, the binary ones in what is left."""
+    pieces: list[Tensor] = []
+    done, taken = 0, 0
+    for begin, end in spans:
+        pieces.append(binary.narrow(dim, done, begin - taken - done))
+        pieces.append(kept.narrow(dim, taken, end - begin))
+        done, taken = begin - taken, taken + end - begin
+    pieces.append(binary.narrow(dim, done, binary.shape[dim] - done))
+    return torch.cat(pieces, dim)
+
+
+def _multiplies(layer: LatentLinear) -> bool:
+    """Say whether the layer does nothing but multiply by its weight."""
+    return (type(layer).forward, type(layer).finish) == (LatentLinear.forward, LatentLinear.finish)
+
+
+def rows_to_keep(
+    model: nn.Module, layers: Sequence[str], keep_rows: Mapping[str, Sequence[str]]
+) -> dict[str, tuple[Mapping[str, int], list[str]]]:
+    """Return the rows of the layers that keep some, by the layer's dotted name, and the names of those that stay.
+
+    Args:
+        model: The model. A block tells what the rows of its projections make in ``projection_rows``.
+        layers: The dotted names of the layers that are to be made binary.
+        keep_rows: Names of rows by fnmatch patterns of layers; see :func:`bimamba_lit.binarize.binarize_`.
+
+    Raises:
+        UserError: If a pattern matches none of the layers, or a layer's block does not tell what its rows are.
+    """
+    kept: dict[str, tuple[Mapping[str, int], list[str]]] = {}
+    for pattern, names in keep_rows.items():
+        found = [layer for layer in layers if matches(layer, pattern)]
+        if not found:
+            raise UserError(f"keep_rows: '{pattern}' matches no layer that is made binary{nearest(pattern, layers)}")
+        for layer in found:
+            parent, _, last = layer.rpartition(".")
+            block = model.get_submodule(parent)
+            rows = getattr(block, "projection_rows", {}).get(last)
+            if rows is None:
+                raise UserError(f"keep_rows: a {type(block).__name__} does not tell what the rows of {layer} are")
+            wanted = [names] if isinstance(names, str) else names
+            if wanted:
+                kept[layer] = rows, [*kept.get(layer, (rows, []))[1], *wanted]
+    return kept
+
+
+def _spans(rows: Mapping[str, int], names: Sequence[str]) -> list[Span]:
+    spans: list[Span] = []
+    end = 0
+    for name, size in rows.items():
+        begin, end = end, end + size
+        if name in names and spans and spans[-1][1] == begin:
+            spans[-1] = (spans[-1][0], end)
+        elif name in names:
+            spans.append((begin, end))
+    return spans
