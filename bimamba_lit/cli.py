@@ -265,6 +265,9 @@ def _compare(chosen: argparse.Namespace) -> None:
 def _ablate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-c", "--config", required=True, metavar="RECIPE", help="the recipe that all runs share")
     parser.add_argument(
+        "--set", nargs="+", default=[], metavar="KEY=VALUE", help="settings of all runs, over those of the recipe"
+    )
+    parser.add_argument(
         "--grid",
         required=True,
         metavar="FILE",
@@ -294,7 +297,8 @@ def _ablate(chosen: argparse.Namespace) -> None:
     grid = find_grid(chosen.grid)
     tuning = None if chosen.tune is None else read_tuning(chosen.tune)
     out = Path(chosen.out or Path("runs") / f"ablation_{grid.stem}")
-    ablate(Path(chosen.config), grid, chosen.seeds, out, tuning, chosen.jobs)
+    shared = ["-c", chosen.config, *(f"--{setting}" for setting in chosen.set)]
+    ablate(shared, grid, chosen.seeds, out, tuning, chosen.jobs)
     print(f"\nWritten: {out}/report.md, report.csv, report.tex and report.png")
 
 

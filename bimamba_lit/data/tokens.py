@@ -8,6 +8,7 @@ size, was cut off and is made anew. A lock lets one process make a stream while 
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -126,9 +127,9 @@ def token_stream(
 
 def default_cache() -> Path:
     """Return the folder of token streams where none is set: ``bimamba_lit`` in the cache of Hugging Face datasets."""
-    from datasets import config
+    from huggingface_hub.constants import HF_HOME  # `datasets` itself takes half a second to import
 
-    return Path(config.HF_DATASETS_CACHE) / "bimamba_lit"
+    return Path(os.environ.get("HF_DATASETS_CACHE", f"{HF_HOME}/datasets")).expanduser() / "bimamba_lit"
 
 
 def _load(folder: Path) -> TokenStream | None:

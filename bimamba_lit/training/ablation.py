@@ -24,7 +24,7 @@ from bimamba_lit.report import Comparison, compare, print_comparison
 from bimamba_lit.report.summary import FILE_NAME as SUMMARY
 from bimamba_lit.report.summary import read_summary
 from bimamba_lit.training.grid import Run, plan, read_grid
-from bimamba_lit.training.recipe_read import read_recipe
+from bimamba_lit.training.recipe_read import read_settings
 from bimamba_lit.training.tuning import Tuning, read_trials, trials
 
 PROGRAM = (sys.executable, "-m", "bimamba_lit")
@@ -34,12 +34,12 @@ _REASON_LINES = 20  # of a failed run's log, in which its last sentence is looke
 
 
 def ablate(
-    recipe: Path, grid: Path, seeds: Sequence[int], out: Path, tuning: Tuning | None = None, jobs: int = 1
+    shared: Sequence[str], grid: Path, seeds: Sequence[int], out: Path, tuning: Tuning | None = None, jobs: int = 1
 ) -> Comparison:
     """Run every setting of a grid with every seed and lay the finished runs side by side in ``out``.
 
     Args:
-        recipe: The recipe that all runs share.
+        shared: The arguments of ``bimamba fit`` that all runs share: ``-c RECIPE`` and settings.
         grid: The file of settings.
         seeds: The seeds; none takes the recipe's own.
         out: The folder of the runs' folders and of the report.
@@ -51,11 +51,11 @@ def ablate(
         UserError: If the recipe or the grid cannot be read, ``out`` holds the ablation of another recipe, it is
             stopped, or no run came to its end.
     """
-    base = read_recipe(recipe)
+    base = read_settings(shared)
     settings = read_grid(grid)
     plan(settings, seeds)
     _claim(out, base)
-    runner = Runner(recipe, out, jobs)
+    runner = Runner(shared, out, jobs)
     sections: list[str] = []
     failed: dict[str, str] = {}
     if tuning is not None:
@@ -103,8 +103,8 @@ def _teachers(runs: Sequence[Path]) -> list[Path]:
 class Runner:
     """Runs runs, some at a time, and shows what they print."""
 
-    def __init__(self, recipe: Path, out: Path, jobs: int) -> None:
-        self.recipe, self.out, self.jobs = recipe, out, jobs
+    def __init__(self, shared: Sequence[str], out: Path, jobs: int) -> None:
+        self.shared, self.out, self.jobs = shared, out, jobs
         self.console = Console()
         self._lock = threading.Lock()
         self._processes: set[subprocess.Popen[str]] = set()
@@ -141,7 +141,7 @@ class Runner:
         folder = self.out / run.name
         folder.mkdir(parents=True, exist_ok=True)
         self._tell(run.name)
-        command = [*PROGRAM, *run.arguments(self.recipe, folder)]
+        command = [*PROGRAM, *run.arguments(self.shared, folder)]
         with (folder / LOG).open("a", encoding="utf-8") as log, self._started(command) as process:
             assert process.stdout is not None
             for line in process.stdout:

@@ -34,9 +34,9 @@ class Run:
     setting: Setting
     seed: int | None
 
-    def arguments(self, recipe: Path, folder: Path) -> list[str]:
-        """Return the arguments after ``bimamba``."""
-        args = ["fit", "-c", str(recipe)]
+    def arguments(self, shared: Sequence[str], folder: Path) -> list[str]:
+        """Return the arguments after ``bimamba``, those that all runs share first."""
+        args = ["fit", *shared]
         args += [f"--{key}={as_argument(value)}" for key, value in self.setting.items()]
         if self.seed is not None:
             args += [f"--seed_everything={self.seed}", f"--data.seed={self.seed}"]

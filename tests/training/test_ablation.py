@@ -70,10 +70,10 @@ def test_every_run_has_a_name_of_its_own_and_all_its_settings(tmp_path):
     runs = plan(read_grid(grid(tmp_path, settings)), [0, 1])
     name = "binarizer-FBI-pattern-row-targets-in_proj"
     assert [run.name for run in runs] == [f"{name}-seed0", f"{name}-seed1", f"{name}-2-seed0", f"{name}-2-seed1"]
-    assert runs[1].arguments(Path("r.yaml"), Path("out")) == [
-        "fit", "-c", "r.yaml", "--model.binarizer=bimamba_lit.binarize.FBI", "--model.binarizer.pattern=row",
-        "--model.targets=[in_proj]", "--seed_everything=1", "--data.seed=1", "--trainer.default_root_dir=out",
-        "--ckpt_path=last",
+    assert runs[1].arguments(["-c", "r.yaml", "--trainer.max_steps=5"], Path("out")) == [
+        "fit", "-c", "r.yaml", "--trainer.max_steps=5", "--model.binarizer=bimamba_lit.binarize.FBI",
+        "--model.binarizer.pattern=row", "--model.targets=[in_proj]", "--seed_everything=1", "--data.seed=1",
+        "--trainer.default_root_dir=out", "--ckpt_path=last",
     ]  # fmt: skip
     assert plan({"a-1": {"a": 1}}, []) == [Run("a-1", {"a": 1}, None)]
     with pytest.raises(UserError, match="a seed twice"):
@@ -84,6 +84,7 @@ def test_a_grid_runs_to_one_report_and_is_not_run_again(tiny, bimamba, tmp_path,
     content = {"model.binarizer": ["bimamba_lit.binarize.FBI", "bimamba_lit.binarize.Sing"]}
     out = tmp_path / "out"
     args = ["ablate", "-c", tiny.distill_recipe, "--grid", grid(tmp_path, content), "--seeds=3", "--out", out]
+    args += ["--set", "model.temperature=2.0", "trainer.max_steps=2"]
     answer = bimamba(*args)
     assert answer.code == 0, answer
     assert {path.name for path in out.iterdir() if path.is_file()} == {
@@ -93,7 +94,7 @@ def test_a_grid_runs_to_one_report_and_is_not_run_again(tiny, bimamba, tmp_path,
     assert "| binarizer-FBI-seed3 | FBI |" in report.replace("\\", "")
     assert json.loads((out / "binarizer-FBI-seed3" / "summary.json").read_text())["seed"] == 3
     config = yaml.safe_load((out / "binarizer-FBI-seed3" / "config.yaml").read_text())
-    assert config["data"]["init_args"]["seed"] == 3
+    assert config["data"]["init_args"]["seed"] == 3 and config["trainer"]["max_steps"] == 2
     assert "failed: binarizer-Sing-seed3" in answer.out and "did you mean" in answer.out
 
     ran = []
@@ -166,7 +167,7 @@ def test_every_setting_is_tuned_with_the_first_seed_and_runs_on_at_its_best(tiny
 def test_jobs_run_at_once(tmp_path, monkeypatch):
     together = threading.Barrier(3)
     monkeypatch.setattr(ablation.Runner, "_one", lambda self, run: str(together.wait(timeout=20)))
-    runner = ablation.Runner(tmp_path / "r.yaml", tmp_path / "out", jobs=3)
+    runner = ablation.Runner([], tmp_path / "out", jobs=3)
     assert sorted(runner.run(plan({"a-1": {}}, [0, 1, 2])).values()) == ["0", "1", "2"]
 
 
@@ -187,7 +188,7 @@ def test_stopped_it_lets_its_runs_save_and_starts_no_more(tmp_path, monkeypatch,
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr(os, "cpu_count", lambda: 6)
     monkeypatch.setattr(ablation, "PROGRAM", (sys.executable, "-c", CHILD))
-    runner = ablation.Runner(tmp_path / "r.yaml", tmp_path, jobs=2)
+    runner = ablation.Runner([], tmp_path, jobs=2)
 
     def stop():
         while len(list(tmp_path.glob("*/begun"))) < 2:
@@ -213,5 +214,5 @@ def test_the_grids_that_come_along_are_right_for_the_protocol():
     names = [entry.name.removesuffix(".yaml") for entry in (files("bimamba_lit") / "grids").iterdir()]
     for name in names:
         for run in plan(read_grid(find_grid(name)), [0]):
-            check_settings(read_settings(run.arguments(recipe, Path("out"))[1:-1]), GROUPS)
+            check_settings(read_settings(run.arguments(["-c", str(recipe)], Path("out"))[1:-1]), GROUPS)
     assert "schemes" in names

@@ -1,0 +1,75 @@
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import matplotlib.image
+import pytest
+from matplotlib.figure import Figure
+
+from bimamba_lit.report import compare
+
+Run = Callable[..., Path]
+
+
+def log(folder: Path, rows: list[dict[str, float]], cut: str = "") -> Path:
+    columns = list(rows[0])
+    lines = [columns, *([row.get(column, "") for column in columns] for row in rows)]
+    (folder / "metrics.csv").write_text("".join(",".join(map(str, line)) + "\n" for line in lines) + cut)
+    return folder
+
+
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> dict[str, dict[str, list[tuple[float, float]]]]:
+    """Every curve of the last picture that was saved, by panel and run."""
+    found: dict[str, dict[str, list[tuple[float, float]]]] = {}
+    save = Figure.savefig
+
+    def keep(figure: Figure, *args: Any, **options: Any) -> None:
+        for axes in figure.axes:
+            lines = {str(line.get_label()): list(zip(*line.get_data(), strict=True)) for line in axes.get_lines()}
+            found[axes.get_title(loc="left")] = lines
+        save(figure, *args, **options)
+
+    monkeypatch.setattr(Figure, "savefig", keep)
+    return found
+
+
+def test_flips_and_scales_are_drawn_as_they_were_logged(run: Run, drawn: Any, tmp_path: Path) -> None:
+    """Two seeds of one run are averaged, layers too; rows between two logs and a cut-off last row count for nothing."""
+
+    def rows(flips: float, scale: float) -> list[dict[str, float]]:
+        first = {"step": 4, "train/loss": 3.0, "flips/rate": flips, "flips/since_start": flips}
+        first |= {"scales/a/mean": scale, "scales/b/mean": 2.0, "scales/a/near_zero": 0.5, "scales/b/near_zero": 0.0}
+        return [first, {"step": 5, "train/loss": 2.0}, first | {"step": 9, "scales/a/mean": 2 * scale}]
+
+    config = "seed_everything: {0}\n"
+    runs = [
+        log(run("fbi-seed0", config.format(0), seed=0), rows(0.1, 1.0)),
+        log(run("fbi-seed1", config.format(1), seed=1), rows(0.3, 3.0), cut="14,2.0,0."),
+        run("teacher", scheme="fp"),
+    ]
+    compare(runs, tmp_path / "out")
+    assert drawn["signs changed since the last log, share"]["fbi"] == [(5, 0.2), (10, 0.2)]
+    assert drawn["scales near zero, share"]["fbi"] == [(5, 0.25), (10, 0.25)]
+    assert drawn["mean scale, share of the first logged"]["fbi"] == [(5, 1.0), (10, 1.5)]
+    assert matplotlib.image.imread(tmp_path / "out" / "curves.png").std() > 0.01
+    assert "(curves.png)" in (tmp_path / "out" / "report.md").read_text()
+
+
+def test_without_logged_signs_there_is_no_picture_not_even_an_old_one(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "curves.png").touch()
+    compare([log(run("teacher", scheme="fp"), [{"step": 0, "train/loss": math.pi}])], tmp_path / "out")
+    assert not (tmp_path / "out" / "curves.png").exists()
+    assert "curves.png" not in (tmp_path / "out" / "report.md").read_text()
+
+
+def test_of_many_runs_the_best_are_drawn(run: Run, drawn: Any, tmp_path: Path) -> None:
+    runs = [
+        log(run(f"r{i}", seed=i, scheme=f"S{i}", bits_per_byte=3 - i / 10), [{"step": 0, "flips/rate": 0.1}])
+        for i in range(8)
+    ]
+    compare(runs, tmp_path / "out")
+    (names,) = {tuple(lines) for title, lines in drawn.items() if "last log" in title}
+    assert names == ("r7", "r6", "r5", "r4", "r3", "r2")
