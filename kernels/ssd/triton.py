@@ -137,9 +137,13 @@ def _scores(shape: Shape, call: Call) -> Tensor:
 def forward(call: Call) -> tuple[Tensor, Tensor]:
     """Return y (B, L, H, P) and the final states (B, H, P, N) in float32."""
     shape = Shape.of(call.x, call.B)
-    if walked := shape.walked(call.x):
-        decays, scores = _decays(walked, call), _scores(walked, call)
-        return walk(walked, call.x, call.B, call.C, call.D, call.z, scores, decays, call.initial_states)
+    if call.z is None and (walked := shape.walked(call.x)):
+        documents, scores = call.documents is not None, _scores(walked, call)
+        if documents:
+            decays = _decays(walked, call)
+        else:
+            decays = triton_forward.totals(walked, call.dt, call.A, call.dt_bias, call.dt_softplus, call.limit)
+        return walk(walked, call.x, call.B, call.C, call.D, scores, decays, documents, call.initial_states)
     decays, before, last, scores = Prepared.of(shape, call)
     return triton_forward.outputs(shape, call.x, call.C, call.D, call.z, scores, decays, before), last
 

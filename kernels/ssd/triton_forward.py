@@ -156,9 +156,10 @@ def place(heads, per_group, chunks, splits, heads_each, PARTS: tl.constexpr):
 def decays_kernel(
     dt_ptr, A_ptr, bias_ptr, documents_ptr, decays_ptr,
     length, heads, chunks, low, high, dt_b, dt_l, dt_h,
-    SOFTPLUS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_DOCUMENTS: tl.constexpr, Q: tl.constexpr, BLOCK_H: tl.constexpr,
+    SOFTPLUS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_DOCUMENTS: tl.constexpr, BRIEF: tl.constexpr, Q: tl.constexpr,
+    BLOCK_H: tl.constexpr,
 ):  # fmt: skip
-    """Write what `decays` returns."""
+    """Write what `decays` or, where BRIEF, `totals` returns."""
     b, chunk = tl.program_id(0) // chunks, tl.program_id(0) % chunks
     rows, h = tl.arange(0, Q), tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
     left = length - chunk * Q
@@ -170,6 +171,12 @@ def decays_kernel(
     dt = tl.where(rows[:, None] < left, step_size(raw, low, high, SOFTPLUS), 0.0)
     log_decay = tl.maximum(dt * tl.load(A_ptr + h, mask=there, other=0.0)[None, :], LOWEST, propagate_nan=NAN) * LOG2_E
     total = tl.cumsum(log_decay, 0)
+    origin = total - tl.log2(tl.maximum(dt, LOWEST_STEP))
+    if BRIEF:
+        out = decays_ptr + (((b * heads + h).to(tl.int64) * chunks + chunk) * (2 * Q))[None, :] + rows[:, None]
+        tl.store(out, total, mask=there[None, :])
+        tl.store(out + Q, origin, mask=there[None, :])
+        return
     from_start = tl.exp2(total)
     to_end = tl.exp2(tl.sum(log_decay, 0)[None, :] - total)
     if HAS_DOCUMENTS:
@@ -182,7 +189,7 @@ def decays_kernel(
     out = decays_ptr + (((b * heads + h).to(tl.int64) * chunks + chunk) * (PLANES * Q))[None, :] + rows[:, None]
     tl.store(out + DT * Q, dt, mask=there[None, :])
     tl.store(out + TOTAL * Q, total, mask=there[None, :])
-    tl.store(out + ORIGIN * Q, total - tl.log2(tl.maximum(dt, LOWEST_STEP)), mask=there[None, :])
+    tl.store(out + ORIGIN * Q, origin, mask=there[None, :])
     tl.store(out + FROM_START * Q, from_start, mask=there[None, :])
     tl.store(out + TO_END * Q, to_end, mask=there[None, :])
 
@@ -315,12 +322,28 @@ def decays(
     limit: tuple[float, float],
 ) -> Tensor:  # fmt: skip
     """Return every token's step size and decays, (B, H, c, 5, Q) in float32, in the order of the planes above."""
-    out = dt.new_empty(shape.batch, shape.heads, shape.chunks, PLANES.value, shape.chunk, dtype=torch.float32)
+    return _decays(shape, dt, A, dt_bias, documents, softplus, limit, brief=False)
+
+
+def totals(
+    shape: Shape, dt: Tensor, A: Tensor, dt_bias: Tensor | None, softplus: bool, limit: tuple[float, float]
+) -> Tensor:
+    """Return TOTAL and ORIGIN alone, (B, H, c, 2, Q), from which the others follow where there is one document."""
+    return _decays(shape, dt, A, dt_bias, None, softplus, limit, brief=True)
+
+
+def _decays(
+    shape: Shape, dt: Tensor, A: Tensor, dt_bias: Tensor | None, documents: Tensor | None, softplus: bool,
+    limit: tuple[float, float], brief: bool,
+) -> Tensor:  # fmt: skip
+    planes = 2 if brief else PLANES.value
+    out = dt.new_empty(shape.batch, shape.heads, shape.chunks, planes, shape.chunk, dtype=torch.float32)
     options = shape.launch("decays", dt)
     grid = (shape.batch * shape.chunks, triton.cdiv(shape.heads, options["BLOCK_H"]))
     decays_kernel[grid](
         dt, A, dt_bias, documents, out, shape.length, shape.heads, shape.chunks, *limit, *dt.stride(),
-        SOFTPLUS=softplus, HAS_BIAS=dt_bias is not None, HAS_DOCUMENTS=documents is not None, Q=shape.chunk, **options,
+        SOFTPLUS=softplus, HAS_BIAS=dt_bias is not None, HAS_DOCUMENTS=documents is not None, BRIEF=brief,
+        Q=shape.chunk, **options,
     )  # fmt: skip
     return out
 

@@ -86,6 +86,11 @@ def test_documents(borders):
     compare(make(70), seq_idx=documents_at(70, *borders))
 
 
+def test_documents_where_the_state_stays_in_registers():
+    inputs = make(150, dtype=torch.float16)
+    compare({name: t for name, t in inputs.items() if name != "z"}, seq_idx=documents_at(150, 15, 64, 130))
+
+
 def test_only_what_is_given_counts():
     inputs = make(40)
     needed = {name: inputs[name] for name in ("x", "dt", "A", "B", "C")}
