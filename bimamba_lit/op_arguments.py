@@ -5,6 +5,8 @@ import math
 import torch
 from torch import Tensor
 
+DIVERGENCES = ("soft_ce", "forward_kl", "reverse_kl")
+
 
 def readable(tensor: Tensor) -> bool:
     """Say whether values may be read back: not while a graph is traced or captured."""
@@ -99,3 +101,37 @@ def check_terms(
         check_shape("group_scale", group_scale, "O G", (out_features, groups))
         if groups < 1 or in_features % groups:
             raise ValueError(f"group_scale has {groups} groups, which must divide in_features = {in_features}.")
+
+
+def check_distillation(
+    hidden_s: Tensor, head_s: Tensor, labels: Tensor | None, mask: Tensor | None, divergence: str, temperature: float,
+    hard_share: float, chunk_tokens: int,
+) -> tuple[tuple[int, ...], int]:  # fmt: skip
+    """Return the shape of the tokens and V; refuse what no distillation loss takes, whatever its teacher is."""
+    tokens = tuple(hidden_s.shape[:-1])
+    if divergence not in DIVERGENCES:
+        raise ValueError(f"divergence is {divergence!r}, but must be one of {', '.join(DIVERGENCES)}.")
+    if not 0.0 < temperature < math.inf:
+        raise ValueError(f"temperature is {temperature}, but must be positive and finite.")
+    if not 0.0 <= hard_share <= 1.0:
+        raise ValueError(f"hard_share is {hard_share}, but must be between 0 and 1.")
+    if chunk_tokens < 1:
+        raise ValueError(f"chunk_tokens is {chunk_tokens}, but must be at least 1.")
+    if hidden_s.ndim < 2:
+        raise ValueError(f"hidden_s has shape {tuple(hidden_s.shape)}, but must be (..., D).")
+    check_dimensions("head_s", head_s, "V D")
+    vocabulary = head_s.shape[0]
+    check_shape("head_s", head_s, "V D", (vocabulary, hidden_s.shape[-1]))
+    if hard_share > 0.0 and labels is None:
+        raise ValueError(f"labels are needed at hard_share = {hard_share}, or set hard_share = 0.0.")
+    check_shape("labels", labels, "...", tokens)
+    check_shape("mask", mask, "...", tokens)
+    if mask is not None and mask.dtype != torch.bool:
+        raise TypeError(f"mask has dtype {mask.dtype}, but must be torch.bool.")
+    if (
+        labels is not None
+        and readable(labels)
+        and bool(((labels != -100) & ((labels < 0) | (labels >= vocabulary))).any())
+    ):
+        raise ValueError(f"labels hold a value outside 0 to {vocabulary - 1} that is not -100.")
+    return tokens, vocabulary

@@ -41,8 +41,12 @@ from bimamba_lit.kernels.ssd import chunked as chunked_ssd
 from bimamba_lit.kernels.ssd import naive as naive_ssd
 from bimamba_lit.kernels.ssd import parallel as parallel_ssd
 from bimamba_lit.op_arguments import (
+    DIVERGENCES as DIVERGENCES,
+)
+from bimamba_lit.op_arguments import (
     check_activation,
     check_dimensions,
+    check_distillation,
     check_maps,
     check_scan,
     check_selective,
@@ -56,7 +60,6 @@ Op = TypeVar("Op", bound=Callable[..., Any])
 
 BACKENDS = ("auto", "naive", "chunked", "triton")
 STRAIGHT_THROUGH = ("identity", "clipped", "tanh", "bireal")
-DIVERGENCES = ("soft_ce", "forward_kl", "reverse_kl")
 
 
 def ssd(
@@ -595,40 +598,75 @@ def distillation_loss(
 
     Source: arXiv 2411.11843, section 3 (soft_ce at temperature 1).
     """
-    tokens = tuple(hidden_s.shape[:-1])
-    if divergence not in DIVERGENCES:
-        raise ValueError(f"divergence is {divergence!r}, but must be one of {', '.join(DIVERGENCES)}.")
-    if not 0.0 < temperature < math.inf:
-        raise ValueError(f"temperature is {temperature}, but must be positive and finite.")
-    if not 0.0 <= hard_share <= 1.0:
-        raise ValueError(f"hard_share is {hard_share}, but must be between 0 and 1.")
-    if chunk_tokens < 1:
-        raise ValueError(f"chunk_tokens is {chunk_tokens}, but must be at least 1.")
-    if hidden_s.ndim < 2:
-        raise ValueError(f"hidden_s has shape {tuple(hidden_s.shape)}, but must be (..., D).")
-    check_dimensions("head_s", head_s, "V D")
-    vocabulary = head_s.shape[0]
-    check_shape("head_s", head_s, "V D", (vocabulary, hidden_s.shape[-1]))
+    tokens, vocabulary = check_distillation(
+        hidden_s, head_s, labels, mask, divergence, temperature, hard_share, chunk_tokens
+    )
     if hard_share < 1.0:
         if hidden_t is None or head_t is None:
             raise ValueError(f"hidden_t and head_t are needed at hard_share = {hard_share}, or set hard_share = 1.0.")
         check_shape("hidden_t", hidden_t, "... D", (*tokens, hidden_t.shape[-1]))
         check_shape("head_t", head_t, "V D", (vocabulary, hidden_t.shape[-1]))
-    if hard_share > 0.0 and labels is None:
-        raise ValueError(f"labels are needed at hard_share = {hard_share}, or set hard_share = 0.0.")
-    check_shape("labels", labels, "...", tokens)
-    check_shape("mask", mask, "...", tokens)
-    if mask is not None and mask.dtype != torch.bool:
-        raise TypeError(f"mask has dtype {mask.dtype}, but must be torch.bool.")
-    if (
-        labels is not None
-        and readable(labels)
-        and bool(((labels != -100) & ((labels < 0) | (labels >= vocabulary))).any())
-    ):
-        raise ValueError(f"labels hold a value outside 0 to {vocabulary - 1} that is not -100.")
     run = _pick(backend, hidden_s, naive_distillation.distillation_loss, chunked_distillation.distillation_loss)
     return run(
         hidden_s, head_s, hidden_t, head_t, labels, divergence=divergence, temperature=temperature,
+        hard_share=hard_share, mask=mask, chunk_tokens=chunk_tokens,
+    )  # fmt: skip
+
+
+def topk_distillation_loss(
+    hidden_s: Tensor,
+    head_s: Tensor,
+    top_ids: Tensor,
+    top_log_probs: Tensor,
+    labels: Tensor | None = None,
+    *,
+    divergence: str = "soft_ce",
+    temperature: float = 1.0,
+    hard_share: float = 0.0,
+    mask: Tensor | None = None,
+    chunk_tokens: int = 1024,
+    backend: str = "auto",
+) -> Tensor:
+    """Compute `distillation_loss` from a teacher's k likeliest tokens, all others together being one more outcome.
+
+    With t the teacher's k + 1 probabilities, S its k tokens and s the student's softmax of logits / temperature,
+    soft_ce is ``-sum_{i in S} t_i log s_i - t_rest log s_rest``, s_rest being what the student gives to all tokens
+    outside of S; forward_kl and reverse_kl likewise. The gradient of the first two is that of a teacher whose rest is
+    spread as the student's own. Merging outcomes never raises a divergence: the KLs are at most those over all tokens,
+    and equal them at k = V. Mean, products and sums as in `distillation_loss`.
+
+    Args:
+        hidden_s: The student's final hidden states (..., D_s).
+        head_s: The student's output embedding (V, D_s).
+        top_ids: The teacher's likeliest tokens (..., k), integers, each once at a position.
+        top_log_probs: Logarithms of their probabilities at this temperature, then that of the rest (..., k + 1); scaled
+            to probabilities that sum to 1. The rest is -inf only at k = V.
+        labels: As in `distillation_loss`.
+        divergence: As in `distillation_loss`.
+        temperature: As in `distillation_loss`; the one that `top_log_probs` were computed at.
+        hard_share: As in `distillation_loss`.
+        mask: As in `distillation_loss`.
+        chunk_tokens: As in `distillation_loss`.
+        backend: ``"auto"``, ``"naive"`` or ``"chunked"``.
+
+    Returns:
+        A scalar, float32 (float64 for float64 inputs). Gradients flow to `hidden_s` and `head_s` only.
+
+    Raises:
+        ValueError: If a shape, an option, a label, a token or the backend is wrong.
+        TypeError: If `mask` is not bool.
+    """
+    tokens, vocabulary = check_distillation(
+        hidden_s, head_s, labels, mask, divergence, temperature, hard_share, chunk_tokens
+    )
+    check_shape("top_ids", top_ids, "... k", (*tokens, top_ids.shape[-1]))
+    check_shape("top_log_probs", top_log_probs, "... k+1", (*tokens, top_ids.shape[-1] + 1))
+    if readable(top_ids) and top_ids.numel() and not 0 <= int(top_ids.min()) <= int(top_ids.max()) < vocabulary:
+        raise ValueError(f"top_ids hold a value outside 0 to {vocabulary - 1}.")
+    naive, chunked = naive_distillation.topk_distillation_loss, chunked_distillation.topk_distillation_loss
+    run = _pick(backend, hidden_s, naive, chunked)
+    return run(
+        hidden_s, head_s, top_ids, top_log_probs, labels, divergence=divergence, temperature=temperature,
         hard_share=hard_share, mask=mask, chunk_tokens=chunk_tokens,
     )  # fmt: skip
 

@@ -21,9 +21,10 @@ IGNORED = -100
 class TrainBlocks(Dataset[dict[str, Tensor]]):
     """Blocks of L+1 ids of several streams, overlapping by one, so that every id but a stream's first is predicted.
 
-    A last partial block of a stream is dropped. An item holds ``input_ids`` (L,) and ``labels`` (L,), both int64, and
-    where documents are kept apart ``seq_idx`` (L,) int32, the number of each token's document; then no token is
-    predicted from another document, unless it is the separator that ends one.
+    A last partial block of a stream is dropped. An item holds ``input_ids`` (L,) and ``labels`` (L,), both int64,
+    ``sequence``, the block's number, an int64 scalar, and where documents are kept apart ``seq_idx`` (L,) int32, the
+    number of each token's document; then no token is predicted from another document, unless it is the separator that
+    ends one.
 
     Args:
         streams: Token streams.
@@ -63,10 +64,11 @@ class TrainBlocks(Dataset[dict[str, Tensor]]):
         raise IndexError("a visit beyond the end of an epoch")
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
+        rest = index
         for stream, count in zip(self.streams, self.counts, strict=True):
-            if index < count:
-                return self._block(stream, index * self.context)
-            index -= count
+            if rest < count:
+                return {"sequence": torch.tensor(index), **self._block(stream, rest * self.context)}
+            rest -= count
         raise IndexError("a block beyond the end of the streams")
 
     def _block(self, stream: TokenStream, start: int) -> dict[str, Tensor]:

@@ -1,6 +1,8 @@
 """The Lightning data module: text in, batches of packed sequences out."""
 
 import copy
+import hashlib
+import json
 import warnings
 from pathlib import Path
 from typing import Any
@@ -34,11 +36,12 @@ class TextDataModule(LightningDataModule):
     weight, column, subset and split, as `Source` has them. Nothing is fetched from a network unless a setting names
     the hub.
 
-    Training batches hold ``input_ids`` (B, L) and ``labels`` (B, L), the next token of each position, int64. All
-    documents are joined by the tokenizer's separator and cut in blocks, every token being predicted once an epoch; a
-    last partial block is dropped. The order depends on seed and epoch alone, not on the number of workers. With
-    ``separate_documents`` batches also hold ``seq_idx`` (B, L) int32, the number of the document that a token is of (a
-    separator is the first token of the document after it), and models start afresh at each.
+    Training batches hold ``input_ids`` (B, L) and ``labels`` (B, L), the next token of each position, int64, and unless
+    streamed ``sequence`` (B,), the numbers of the sequences in the text, int64. All documents are joined by the
+    tokenizer's separator and cut in blocks, every token being predicted once an epoch; a last partial block is dropped.
+    The order depends on seed and epoch alone, not on the number of workers. With ``separate_documents`` batches also
+    hold ``seq_idx`` (B, L) int32, the number of the document that a token is of (a separator is the first token of the
+    document after it), and models start afresh at each.
 
     Evaluation batches also hold ``label_bytes`` (B, L) int64, the UTF-8 bytes of each counted label. Every text token
     except a document's first is counted exactly once; separators are not; labels that are not counted are -100.
@@ -150,9 +153,34 @@ class TextDataModule(LightningDataModule):
         other.eval_data, other._streams = {}, {}
         return other
 
+    def train_blocks(self) -> TrainBlocks:
+        """Return the training sequences by number, as they were cut after ``setup("fit")``.
+
+        Raises:
+            UserError: If the text is streamed, where sequences have no numbers.
+        """
+        if self.streaming:
+            raise UserError("data.streaming: a streamed text has no numbered sequences: set it to false")
+        return TrainBlocks(
+            self._streams["train"], self.context, self._weights, self.separate_documents, self.tokenizer.separator
+        )
+
+    def training_data(self) -> dict[str, Any]:
+        """Return what decides every numbered training sequence, as plain values.
+
+        Raises:
+            UserError: If the text is streamed.
+        """
+        texts = [[stream.sha256, stream.documents, stream.length] for stream in self.train_blocks().streams]
+        told = [texts, self.document_end, self.tokenizer.to_json()]
+        return {
+            "context": self.context,
+            "separate_documents": self.separate_documents,
+            "text and tokenizer (SHA-256)": hashlib.sha256(json.dumps(told).encode()).hexdigest(),
+        }
+
     def train_dataloader(self) -> StatefulDataLoader:
         """Return the training batches; the loader's state is its position, and resumes exactly."""
-        separator = self.tokenizer.separator
         blocks: Any
         if self.streaming:
             blocks = StreamBlocks(
@@ -166,9 +194,7 @@ class TextDataModule(LightningDataModule):
             )
             order = None
         else:
-            blocks = TrainBlocks(
-                self._streams["train"], self.context, self._weights, self.separate_documents, separator
-            )
+            blocks = self.train_blocks()
             order = EpochOrder(blocks, self.seed, *self._ranks())
         with warnings.catch_warnings():
             # torchdata 0.11 calls a function that torch 2.13 deprecates.

@@ -1,7 +1,7 @@
 """Autoregressive distillation: a 1-bit student learns the next-token distributions of a frozen teacher."""
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from bimamba_lit import ops
 from bimamba_lit.binarize import TARGETS, LatentLinear, retrain_
 from bimamba_lit.data.blocks import IGNORED
-from bimamba_lit.distill import find_checkpoint, hidden_state_loss, load_teacher
+from bimamba_lit.distill import StoredTeacher, find_checkpoint, hidden_state_loss, is_stored_teacher, load_teacher
 from bimamba_lit.distill.causal_teacher import CausalTeacher
 from bimamba_lit.errors import UserError
 from bimamba_lit.export.deploy import check_deploy
@@ -25,7 +25,8 @@ class Distill(LanguageModule):
 
     Args:
         teacher: A run folder, a checkpoint, a folder that ``MambaLM.from_pretrained`` takes, any local causal language
-            model in transformers' format, or ``hub:OWNER/NAME``. It stays frozen.
+            model in transformers' format, or ``hub:OWNER/NAME``. It stays frozen. Or a folder that ``bimamba
+            teacher-logits`` wrote: then there is no teacher in memory, and no agreement with it in validation.
         binarizer: The scheme: a class of ``bimamba_lit.binarize`` or of your own, with its options.
             ``null`` trains a full-precision student: the same run without the binarization.
         student: What the student starts from: an architecture, at random; ``teacher``, the weights of a teacher that is
@@ -63,7 +64,9 @@ class Distill(LanguageModule):
         activation_checkpointing: bool = False,
         deploy: list[str] = [],  # noqa: B006  (likewise)
     ) -> None:
-        super().__init__(optimizer, teacher, activation_checkpointing)
+        stored = is_stored_teacher(teacher)
+        super().__init__(optimizer, None if stored else teacher, activation_checkpointing)
+        self.stored = StoredTeacher(teacher) if stored else None
         if hidden_weight < 0:
             raise UserError(f"model.hidden_weight: {hidden_weight} is out of range, it must be 0 or more")
         self.binarizer = binarizer
@@ -82,13 +85,18 @@ class Distill(LanguageModule):
         Raises:
             UserError: If the student cannot start from what it is to start from, or does not fit where it is to go.
         """
-        if self._teacher:
+        if hasattr(self, "lm"):
             return
-        assert self.teacher_path is not None
-        teacher = load_teacher(self.teacher_path, *self.data_vocabulary())
-        student = self._start(teacher)
-        if self.hidden_weight:
-            _check_hidden_states(student, teacher)
+        if self.stored is not None:
+            self._check_stored(self.stored)
+            student = self._start(self.stored)
+        else:
+            assert self.teacher_path is not None
+            teacher = load_teacher(self.teacher_path, *self.data_vocabulary())
+            student = self._start(teacher)
+            if self.hidden_weight:
+                _check_hidden_states(student, teacher)
+            self._teacher.append(teacher)
         start = retrain_(student, self.binarizer, self.targets, self.keep_rows)
         check_deploy(student, self.deploy)
         if any(start):
@@ -96,16 +104,35 @@ class Distill(LanguageModule):
                 f"Of {self.student}, {start.exact} layers keep their signs and scales; of {start.near} the latent "
                 "weights start at the quantized weight"
             )
-        self._teacher.append(teacher)
         self.take(student)
 
-    def _start(self, teacher: MambaLM | CausalTeacher) -> MambaLM:
+    @property
+    def taught_by(self) -> str | None:
+        """The path of the teacher, also of one whose distributions are read from disk."""
+        return self.teacher_path if self.stored is None else self.stored.manifest.teacher
+
+    def _check_stored(self, stored: StoredTeacher) -> None:
+        """Raise unless what is stored is enough, and of the sequences that training will see."""
+        if self.hidden_weight:
+            raise UserError(
+                f"model.hidden_weight: {stored.folder} holds the teacher's logits and not its hidden states: set it to 0"
+            )
+        data = getattr(self._trainer, "datamodule", None)
+        if data is not None and self.trainer.training:
+            stored.check(data.training_data(), self.temperature)
+
+    def _start(self, teacher: MambaLM | CausalTeacher | StoredTeacher) -> MambaLM:
         """Return the student before it is binarized."""
         if isinstance(self.student, MambaConfig):
             return MambaLM(with_vocabulary(self.student, teacher.config.vocab_size))
         if self.student == "teacher":
             if isinstance(teacher, MambaLM):
                 return copy_in_fp32(teacher)
+            if isinstance(teacher, StoredTeacher):
+                raise UserError(
+                    f"model.student: {teacher.folder} holds the teacher's logits and not its weights: give the weights "
+                    f"to start from, such as --model.student={teacher.manifest.teacher}"
+                )
             raise UserError(
                 f"model.student: the teacher {self.teacher_path} is no Mamba model, so no student can start from its "
                 "weights: give the student's d_model and n_layer instead of 'teacher'"
@@ -120,18 +147,21 @@ class Distill(LanguageModule):
 
     def training_step(self, batch: Batch) -> Tensor:
         """Return the loss of a batch: the distillation loss, in nats a token, and that of the hidden states."""
+        options: dict[str, Any] = {
+            "labels": batch["labels"],
+            "divergence": self.divergence,
+            "temperature": self.temperature,
+            "hard_share": self.hard_share,
+        }
+        if self.stored is not None:
+            stored = self.stored.distributions(batch["sequence"].tolist())
+            ids, log_probs = (tensor.to(self.device, non_blocking=True) for tensor in stored)
+            return self.log_loss(ops.topk_distillation_loss(*self.student_output(batch), ids, log_probs, **options))
         ours: list[Tensor] | None = [] if self.hidden_weight else None
         theirs: list[Tensor] | None = [] if self.hidden_weight else None
         teacher = self.teacher_output(batch, theirs)
         assert teacher is not None
-        loss = ops.distillation_loss(
-            *self.student_output(batch, ours),
-            *teacher,
-            labels=batch["labels"],
-            divergence=self.divergence,
-            temperature=self.temperature,
-            hard_share=self.hard_share,
-        )
+        loss = ops.distillation_loss(*self.student_output(batch, ours), *teacher, **options)
         if ours is None or theirs is None:
             return self.log_loss(loss)
         hidden = hidden_state_loss(ours, theirs, batch["labels"] != IGNORED)

@@ -57,6 +57,11 @@ class LanguageModule(pl.LightningModule):
             teacher.to(self.device)
         return teacher
 
+    @property
+    def taught_by(self) -> str | None:
+        """The path of the teacher; None without one."""
+        return self.teacher_path
+
     def data_vocabulary(self) -> tuple[int | None, str | None]:
         """Return the vocabulary size and the tokenizer (as JSON) of the data module; ``None`` where there is none."""
         data = getattr(self._trainer, "datamodule", None)

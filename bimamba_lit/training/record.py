@@ -127,7 +127,7 @@ def write_run_summary(
         tokens_seen=progress.tokens_seen,
         seconds=progress.seconds,
         seed=recipe.get("seed_everything"),
-        teacher=None if module.teacher_path is None else os.path.relpath(module.teacher_path),
+        teacher=None if module.taught_by is None else os.path.relpath(module.taught_by),
         version=bimamba_lit.__version__,
         tests=tests,
     )

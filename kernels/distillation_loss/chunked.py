@@ -41,10 +41,43 @@ def distillation_loss(
     student = hidden_s.flatten(0, -2)
     teacher = None if hidden_t is None or hard_share == 1.0 else hidden_t.detach().flatten(0, -2)
     flat_labels = None if labels is None else labels.flatten()
-    arguments = (student, head_s, teacher, head_t, flat_labels, positions, divergence, temperature, hard_share)
-    if torch.is_grad_enabled() and (student.requires_grad or head_s.requires_grad):
-        return _Loss.apply(*arguments, chunk_tokens)
-    return _walk(*arguments, chunk_tokens, False, False)[0]
+    return _loss(
+        student, head_s, teacher, head_t, None, None, flat_labels, positions, divergence, temperature, hard_share,
+        chunk_tokens,
+    )  # fmt: skip
+
+
+def topk_distillation_loss(
+    hidden_s: Tensor,
+    head_s: Tensor,
+    top_ids: Tensor,
+    top_log_probs: Tensor,
+    labels: Tensor | None = None,
+    *,
+    divergence: str = "soft_ce",
+    temperature: float = 1.0,
+    hard_share: float = 0.0,
+    mask: Tensor | None = None,
+    chunk_tokens: int = 1024,
+) -> Tensor:
+    """Compute what `naive.topk_distillation_loss` computes, holding logits of `chunk_tokens` tokens at most.
+
+    Memory is that of `distillation_loss` without a teacher's logits and head: ``8 * n * V`` bytes a chunk instead of
+    ``16 * n * V``.
+    """
+    positions = counted_positions(hidden_s, labels, mask).nonzero().squeeze(1)
+    ids, log_probs = (None, None) if hard_share == 1.0 else (top_ids.flatten(0, -2), top_log_probs.flatten(0, -2))
+    flat_labels = None if labels is None else labels.flatten()
+    return _loss(
+        hidden_s.flatten(0, -2), head_s, None, None, ids, log_probs, flat_labels, positions, divergence, temperature,
+        hard_share, chunk_tokens,
+    )  # fmt: skip
+
+
+def _loss(hidden_s: Tensor, head_s: Tensor, *options: Any) -> Tensor:
+    if torch.is_grad_enabled() and (hidden_s.requires_grad or head_s.requires_grad):
+        return _Loss.apply(hidden_s, head_s, *options)
+    return _walk(hidden_s, head_s, *(*options, False, False))[0]
 
 
 class _Loss(torch.autograd.Function):
@@ -60,13 +93,13 @@ class _Loss(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         pairs = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         found = [None if g is None else (g * grad).to(dtype) for g, dtype in pairs]
-        return *found, *(None,) * 8
+        return *found, *(None,) * 10
 
 
 def _walk(
-    hidden_s: Tensor, head_s: Tensor, hidden_t: Tensor | None, head_t: Tensor | None, labels: Tensor | None,
-    positions: Tensor, divergence: str, temperature: float, hard_share: float, chunk_tokens: int, want_hidden: bool,
-    want_head: bool,
+    hidden_s: Tensor, head_s: Tensor, hidden_t: Tensor | None, head_t: Tensor | None, top_ids: Tensor | None,
+    top_log_probs: Tensor | None, labels: Tensor | None, positions: Tensor, divergence: str, temperature: float,
+    hard_share: float, chunk_tokens: int, want_hidden: bool, want_head: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     """Return the loss and, where wanted, its gradients with respect to hidden_s and head_s."""
     narrow = product_dtype(hidden_s, head_s)
@@ -80,11 +113,13 @@ def _walk(
         for chosen in positions.split(chunk_tokens):
             h = hidden_s[chosen].to(narrow)
             z = (h @ weight_s.t()).to(wide)
-            z_t = None
+            z_t = top = None
             if hidden_t is not None and weight_t is not None:
                 z_t = (hidden_t[chosen].to(weight_t.dtype) @ weight_t.t()).to(wide)
+            elif top_ids is not None and top_log_probs is not None:
+                top = top_ids[chosen].long(), top_log_probs[chosen].to(wide)
             chosen_labels = None if labels is None else labels[chosen]
-            part, g = _chunk(z, z_t, chosen_labels, divergence, temperature, hard_share, want_hidden or want_head)
+            part, g = _chunk(z, z_t, top, chosen_labels, divergence, temperature, hard_share, want_hidden or want_head)
             del z, z_t
             loss += part
             if g is None:
@@ -103,8 +138,8 @@ def _walk(
 
 
 def _chunk(
-    z: Tensor, z_t: Tensor | None, labels: Tensor | None, divergence: str, temperature: float, hard_share: float,
-    grads: bool,
+    z: Tensor, z_t: Tensor | None, top: tuple[Tensor, Tensor] | None, labels: Tensor | None, divergence: str,
+    temperature: float, hard_share: float, grads: bool,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """Return the summed loss of logits (n, V) and, if wanted, its gradient to z; overwrites both logits."""
     loss, g = z.new_zeros(()), None
@@ -112,12 +147,15 @@ def _chunk(
         part, g = _hard(z, labels, grads)
         loss += hard_share * part
         g = None if g is None else g.mul_(hard_share)
-    if z_t is None:
+    if z_t is None and top is None:
         return loss, g
     if temperature != 1.0:
         z.div_(temperature)
-        z_t.div_(temperature)
-    part, g_soft = _soft(z, z_t, divergence, grads)
+    if top is not None:
+        part, g_soft = _soft_top(z, *top, divergence, grads)
+    else:
+        assert z_t is not None
+        part, g_soft = _soft(z, z_t.div_(temperature) if temperature != 1.0 else z_t, divergence, grads)
     loss += (1.0 - hard_share) * temperature**2 * part
     if g_soft is None:
         return loss, None
@@ -148,6 +186,38 @@ def _soft(z: Tensor, z_t: Tensor, divergence: str, grads: bool) -> tuple[Tensor,
     else:
         loss = log_sum.sum() - z.mul_(p_t).sum()
     return loss, p.sub_(p_t) if grads else None
+
+
+def _soft_top(z: Tensor, ids: Tensor, log_p_t: Tensor, divergence: str, grads: bool) -> tuple[Tensor, Tensor | None]:
+    """Return the summed divergence over k + 1 outcomes and, if wanted, its gradient to the logits z (n, V).
+
+    Args:
+        z: The student's logits (n, V).
+        ids: The teacher's likeliest tokens (n, k).
+        log_p_t: The logarithms of their probabilities and of the rest's (n, k + 1), as `naive` takes them.
+        divergence: Which.
+        grads: Whether the gradient is wanted.
+    """
+    p, log_sum = _softmax(z)
+    log_p_t = log_p_t.log_softmax(-1)
+    p_t, p_top = log_p_t.exp(), p.gather(1, ids)
+    p.scatter_(1, ids, 0.0)
+    rest = p.sum(-1, keepdim=True)  # summed, since 1 less the others would be nothing but rounding
+    log_p = torch.cat([z.gather(1, ids) - log_sum[:, None], rest.clamp_min(torch.finfo(z.dtype).tiny).log()], 1)
+    if divergence == "reverse_kl":
+        difference = log_p - log_p_t.clamp_min(torch.finfo(z.dtype).min)
+        # Without a rest, where k = V, its term is nothing times infinity.
+        difference[:, -1].masked_fill_(rest[:, 0] == 0.0, 0.0)
+        loss = (torch.cat([p_top, rest], 1) * difference).sum(-1, keepdim=True)
+        g = p.mul_(difference[:, -1:] - loss).scatter_(1, ids, p_top * (difference[:, :-1] - loss)) if grads else None
+        return loss.sum(), g
+    loss = -(p_t * log_p).sum()
+    if divergence == "forward_kl":
+        loss = loss + torch.special.xlogy(p_t, p_t).sum()
+    if not grads:
+        return loss, None
+    share = p_t[:, -1:] / rest.clamp_min(torch.finfo(z.dtype).tiny)
+    return loss, p.mul_(1.0 - share).scatter_(1, ids, p_top - p_t[:, :-1])
 
 
 def _softmax(z: Tensor) -> tuple[Tensor, Tensor]:

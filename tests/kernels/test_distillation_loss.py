@@ -163,3 +163,98 @@ def test_logits_exist_a_chunk_at_a_time(hard_share, backend, chunks_only):
         loss = ops.distillation_loss(*tensors, labels, hard_share=hard_share, chunk_tokens=8, backend=backend)
         loss.backward()
     assert (largest.numel <= 8 * 300) == chunks_only
+
+
+def likeliest(hidden_t, head_t, k, temperature):
+    log_t = ((hidden_t @ head_t.t()).detach() / temperature).log_softmax(-1)
+    top, ids = log_t.topk(k)
+    return ids, torch.cat([top, log_t.scatter(-1, ids, -math.inf).logsumexp(-1, keepdim=True)], -1)
+
+
+@pytest.mark.parametrize("backend", ["naive", "chunked"])
+@pytest.mark.parametrize(("temperature", "hard_share"), [(1.0, 0.0), (2.5, 0.3), (1.0, 1.0)])
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_the_likeliest_tokens_and_the_rest_as_one(divergence, temperature, hard_share, backend):
+    """Against torch's losses over k + 1 outcomes, written as logits that are merged by a sum."""
+    *tensors, labels, mask = make()
+    hidden_s, head_s, hidden_t, head_t = tensors
+    ids, log_probs = likeliest(hidden_t, head_t, 4, temperature)
+    options = {"divergence": divergence, "temperature": temperature, "hard_share": hard_share}
+    # Rounded probabilities are scaled to sum to 1.
+    found = ops.topk_distillation_loss(
+        hidden_s, head_s, ids, log_probs + 0.01, labels, mask=mask, chunk_tokens=3, backend=backend, **options
+    )
+    logits = hidden_s @ head_s.t()
+    scaled = logits / temperature
+    outside = torch.ones_like(scaled).scatter(-1, ids, 0.0).bool()
+    rest = scaled.masked_fill(~outside, -math.inf).logsumexp(-1, keepdim=True)
+    counted = mask & (labels != -100)
+    log_s = torch.cat([scaled.gather(-1, ids), rest], -1).log_softmax(-1)[counted]
+    log_t = log_probs[counted]
+    soft = {
+        "soft_ce": -(log_t.exp() * log_s).sum(-1).mean(),
+        "forward_kl": F.kl_div(log_s, log_t, log_target=True, reduction="batchmean"),
+        "reverse_kl": F.kl_div(log_t, log_s, log_target=True, reduction="batchmean"),
+    }[divergence]
+    hard = F.cross_entropy(logits[counted], labels[counted])
+    right = (1 - hard_share) * temperature**2 * soft + hard_share * hard
+    torch.testing.assert_close(found, right)
+    student = hidden_s, head_s
+    for a, b in zip(torch.autograd.grad(found * 3, student), torch.autograd.grad(right * 3, student), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("backend", ["naive", "chunked"])
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_all_tokens_are_the_whole_teacher(divergence, backend):
+    *tensors, labels, _ = make(dtype=torch.float32)
+    hidden_s, head_s, hidden_t, head_t = tensors
+    whole = ops.distillation_loss(*tensors, labels, divergence=divergence, temperature=1.5)
+    top = likeliest(hidden_t, head_t, VOCABULARY, 1.5)
+    found = ops.topk_distillation_loss(
+        hidden_s, head_s, *top, labels, divergence=divergence, temperature=1.5, backend=backend
+    )
+    torch.testing.assert_close(found, whole)
+    student = hidden_s, head_s
+    for a, b in zip(torch.autograd.grad(found, student), torch.autograd.grad(whole, student), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_merging_outcomes_never_raises_a_divergence():
+    *tensors, labels, _ = make()
+    hidden_s, head_s, hidden_t, head_t = tensors
+    for divergence in DIVERGENCES:
+        losses = [
+            ops.topk_distillation_loss(hidden_s, head_s, *likeliest(hidden_t, head_t, k, 1.0), divergence=divergence)
+            for k in range(1, VOCABULARY + 1)
+        ]
+        assert all(a <= b + 1e-12 for a, b in zip(losses, losses[1:], strict=False))
+
+
+def test_a_certain_student_and_a_certain_teacher_are_finite():
+    hidden = torch.eye(3)[None, :1] * 400
+    head = torch.eye(3).requires_grad_()
+    for divergence in DIVERGENCES:
+        ids, log_probs = torch.tensor([[[0]]]), torch.tensor([[[0.0, -300.0]]])
+        loss = ops.topk_distillation_loss(hidden, head, ids, log_probs, divergence=divergence)
+        (grad,) = torch.autograd.grad(loss, head)
+        assert loss.isfinite() and grad.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"top_ids": torch.full((2, 7, 3), 11)}, "outside 0 to 10"),
+        ({"top_ids": torch.zeros(2, 6, 3, dtype=torch.int64)}, "top_ids has shape"),
+        ({"top_log_probs": torch.zeros(2, 7, 3)}, "top_log_probs has shape"),
+        ({"backend": "triton"}, "has no Triton form"),
+        ({"divergence": "kl"}, "must be one of"),
+    ],
+)
+def test_what_is_wrong_with_likeliest_tokens_is_named(change, message):
+    hidden_s, head_s, hidden_t, head_t, *_ = make(dtype=torch.float32)
+    ids, log_probs = likeliest(hidden_t, head_t, 3, 1.0)
+    inputs = {"hidden_s": hidden_s, "head_s": head_s, "top_ids": ids, "top_log_probs": log_probs}
+    assert ops.topk_distillation_loss(**inputs).shape == ()
+    with pytest.raises(ValueError, match=message):
+        ops.topk_distillation_loss(**{**inputs, **change})
