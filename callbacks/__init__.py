@@ -2,6 +2,7 @@
 
 from bimamba_lit.callbacks.annealed_gradient import AnnealedGradient
 from bimamba_lit.callbacks.bit_flips import BitFlips
+from bimamba_lit.callbacks.loss_spikes import LossSpikeGuard
 from bimamba_lit.callbacks.nonfinite import NonFiniteGuard
 from bimamba_lit.callbacks.progress_lines import ProgressLines
 from bimamba_lit.callbacks.progressive import Progressive
@@ -14,6 +15,7 @@ from bimamba_lit.callbacks.weight_scales import WeightScales
 __all__ = [
     "AnnealedGradient",
     "BitFlips",
+    "LossSpikeGuard",
     "NonFiniteGuard",
     "ProgressLines",
     "Progressive",

@@ -11,6 +11,7 @@ from torch import Tensor
 from bimamba_lit.binarize import BinaryLinear
 from bimamba_lit.callbacks.sharded import whole
 from bimamba_lit.callbacks.steps import EverySteps, report
+from bimamba_lit.errors import UserError
 from bimamba_lit.ops import pack_signs
 
 
@@ -28,15 +29,23 @@ class BitFlips(pl.Callback):
     are gathered one layer at a time, and every rank keeps all signs. A model without binary layers, such as a teacher,
     logs nothing.
 
+    A layer whose signs have frozen is told once by name: from one log to the next none of them changed, for
+    ``frozen_after`` steps on end. (A sign that flips and flips back between two logs is not seen.)
+
     Args:
         every_n_steps: Optimizer steps between two logs.
+        frozen_after: Steps without a flip after which a layer is told of; 0 for never.
 
     Raises:
-        UserError: If ``every_n_steps`` is less than 1.
+        UserError: If ``every_n_steps`` is less than 1 or ``frozen_after`` less than 0.
     """
 
-    def __init__(self, every_n_steps: int = 50) -> None:
+    def __init__(self, every_n_steps: int = 50, frozen_after: int = 1000) -> None:
+        if frozen_after < 0:
+            raise UserError(f"BitFlips: frozen_after is {frozen_after}, where 0 or more is needed")
         self.every_n_steps = every_n_steps
+        self.frozen_after = frozen_after
+        self._still: dict[str, int] = {}
         self._steps = EverySteps(self, every_n_steps)
         self._start: dict[str, Tensor] = {}
         self._last: dict[str, Tensor] = {}
@@ -59,8 +68,9 @@ class BitFlips(pl.Callback):
         layers = _latent_layers(pl_module)
         now = {name: _packed_signs(layer) for name, layer in layers.items()}
         flips = {
-            "flips/rate": [count_flips(now[name], self._last[name]) for name in layers],
-            "flips/since_start": [count_flips(now[name], self._start[name]) for name in layers],
+            # After a rewind the snapshots come from a checkpoint, on the CPU.
+            "flips/rate": [count_flips(now[name], self._last[name].to(now[name].device)) for name in layers],
+            "flips/since_start": [count_flips(now[name], self._start[name].to(now[name].device)) for name in layers],
         }
         counts = torch.stack([torch.stack(column) for column in flips.values()]).tolist()
         signs = [layer.in_features * layer.out_features for layer in layers.values()]
@@ -70,14 +80,28 @@ class BitFlips(pl.Callback):
             metrics |= {f"{metric}/{name}": n / of for name, n, of in zip(layers, column, signs, strict=True)}
         self._last = now
         report(trainer, pl_module, metrics, prog_bar="flips/rate")
+        self._tell_frozen(trainer, dict(zip(layers, counts[0], strict=True)))
+
+    def _tell_frozen(self, trainer: pl.Trainer, flips: dict[str, int]) -> None:
+        for name, count in flips.items():
+            before = self._still.get(name, 0)
+            if before < 0 or not self.frozen_after:  # told already
+                continue
+            self._still[name] = before + self.every_n_steps if count == 0 else 0
+            if self._still[name] >= self.frozen_after:
+                rank_zero_info(
+                    f"BitFlips: step {trainer.global_step}: no sign of {name} has changed for {self._still[name]} steps"
+                )
+                self._still[name] = -1
 
     def state_dict(self) -> dict[str, Any]:
-        """Return both snapshots, by layer, uint8 ``(O, ceil(I / 8))``."""
-        return {"start": dict(self._start), "last": dict(self._last)}
+        """Return both snapshots, by layer, uint8 ``(O, ceil(I / 8))``, and the steps without a flip (-1: told of)."""
+        return {"start": dict(self._start), "last": dict(self._last), "still": dict(self._still)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over the snapshots of a checkpoint."""
         self._start, self._last = dict(state_dict["start"]), dict(state_dict["last"])
+        self._still = dict(state_dict["still"])
 
 
 def count_flips(before: Tensor, after: Tensor) -> Tensor:

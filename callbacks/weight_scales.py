@@ -4,11 +4,13 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from bimamba_lit.binarize import BinaryLinear
 from bimamba_lit.callbacks.sharded import whole
 from bimamba_lit.callbacks.steps import EverySteps, report
+from bimamba_lit.errors import UserError
 
 MULTIPLIERS = ("in_scale", "out_scale", "group_scale")
 NEAR_ZERO = 0.01
@@ -21,17 +23,22 @@ class WeightScales(pl.Callback):
     The figures are over all multiplicative scales of a binary layer together (``in_scale``, ``out_scale`` and
     ``group_scale`` of its terms); ``std`` is the population's. ``near_zero`` is the share of scales whose magnitude is
     under 1% of the layer's mean abs(latent). Collapse is what Ternary Mamba (arXiv 2606.18114) warns of. A scheme
-    without scales logs nothing.
+    without scales logs nothing. A layer is told of once by name when ``dead_share`` of its scales are near zero.
 
     Args:
         every_n_steps: Optimizer steps between two logs.
+        dead_share: The share near zero, above 0 to 1, from which a layer is told of.
 
     Raises:
-        UserError: If ``every_n_steps`` is less than 1.
+        UserError: If a setting is out of range.
     """
 
-    def __init__(self, every_n_steps: int = 50) -> None:
+    def __init__(self, every_n_steps: int = 50, dead_share: float = 0.1) -> None:
+        if not 0 < dead_share <= 1:
+            raise UserError(f"WeightScales: dead_share is {dead_share}, where a share above 0 and at most 1 is needed")
         self.every_n_steps = every_n_steps
+        self.dead_share = dead_share
+        self._told: list[str] = []
         self._steps = EverySteps(self, every_n_steps)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -50,10 +57,21 @@ class WeightScales(pl.Callback):
         if not found:
             return
         keys = ("mean", "std", "min", "max", "near_zero")
-        rows = torch.stack(list(found.values())).tolist()
-        pairs = zip(found, rows, strict=True)
-        metrics = {f"scales/{name}/{key}": row[i] for name, row in pairs for i, key in enumerate(keys)}
+        rows = dict(zip(found, torch.stack(list(found.values())).tolist(), strict=True))
+        metrics = {f"scales/{name}/{key}": row[i] for name, row in rows.items() for i, key in enumerate(keys)}
         report(trainer, pl_module, metrics)
+        for name, row in rows.items():
+            if row[-1] >= self.dead_share and name not in self._told:
+                self._told.append(name)
+                rank_zero_info(f"WeightScales: step {trainer.global_step}: {row[-1]:.0%} of {name}'s scales are dead")
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return which layers were told of."""
+        return {"told": list(self._told)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Tell of no layer twice after a resume."""
+        self._told = list(state_dict["told"])
 
 
 @torch.no_grad()

@@ -181,3 +181,6 @@ class _Begin(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.file.begin(trainer.global_step)
+
+    def on_rewind(self, trainer: pl.Trainer) -> None:
+        self.file.begin(trainer.global_step)

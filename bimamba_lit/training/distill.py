@@ -115,7 +115,7 @@ class Distill(LanguageModule):
         """Raise unless what is stored is enough, and of the sequences that training will see."""
         if self.hidden_weight:
             raise UserError(
-                f"model.hidden_weight: {stored.folder} holds the teacher's logits and not its hidden states: set it to 0"
+                f"model.hidden_weight: {stored.folder} holds the teacher's logits, not its hidden states: set it to 0"
             )
         data = getattr(self._trainer, "datamodule", None)
         if data is not None and self.trainer.training:

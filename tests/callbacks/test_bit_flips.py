@@ -156,3 +156,33 @@ def test_a_model_without_binary_layers_is_told_once_and_left_alone(
 def test_a_step_count_under_one_is_refused() -> None:
     with pytest.raises(UserError, match="BitFlips: every_n_steps is 0"):
         BitFlips(0)
+
+
+class Thaw(pl.Callback):
+    """Freezes the signs of out_proj for a while, by taking its gradients away."""
+
+    def __init__(self, until: int) -> None:
+        self.until = until
+
+    def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: Any, optimizer: Any) -> None:
+        if trainer.global_step < self.until:
+            pl_module.lm.get_parameter(f"{OUT}.latent").grad = None
+
+
+def test_a_layer_whose_signs_froze_is_told_of_once(
+    tiny: SimpleNamespace, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    flips = BitFlips(2, frozen_after=6)
+    with caplog.at_level("INFO"):
+        tiny.trainer(tmp_path, [Thaw(until=99), flips], max_steps=9).fit(tiny.module(lr=0.2), tiny.data())
+        told = [record.getMessage() for record in caplog.records if "has changed" in record.getMessage()]
+        assert told == [f"BitFlips: step 6: no sign of {OUT} has changed for 6 steps"]
+        caplog.clear()
+        resumed = BitFlips(2, frozen_after=6)
+        resumed.load_state_dict(flips.state_dict())
+        tiny.trainer(tmp_path, [Thaw(until=99), resumed], max_steps=9).fit(tiny.module(lr=0.2), tiny.data())
+        tiny.trainer(tmp_path, [Thaw(until=4), BitFlips(2, 6)], max_steps=9).fit(tiny.module(lr=0.2), tiny.data())
+        tiny.trainer(tmp_path, [Thaw(until=99), BitFlips(2, 0)], max_steps=9).fit(tiny.module(lr=0.2), tiny.data())
+        assert "has changed" not in caplog.text
+    with pytest.raises(UserError, match="frozen_after is -1"):
+        BitFlips(frozen_after=-1)

@@ -134,7 +134,7 @@ def test_a_gradient(tiny: SimpleNamespace, tmp_path: Path, options: dict[str, An
             module.lm.get_parameter(name).register_hook(lambda g: torch.full_like(g, float("inf")))
 
     told = stop(tiny, tmp_path, tiny.module(), At(3, spoil), **options)
-    assert "before optimizer step 4, the weights unchanged: the norm of the gradients is inf" in told
+    assert "before optimizer step 4, the weights unchanged: the norm of the gradients is inf after batch 3 of" in told
     listed = told.split(" in ")[-1].split(", ")
     assert set(listed) == {f"lm.{name}" for name in names}
     assert listed[-1] == "lm.backbone.embedding.weight"
@@ -196,3 +196,80 @@ def test_a_sound_run_is_left_alone(tiny: SimpleNamespace, tmp_path: Path) -> Non
         tiny.trainer(tmp_path, callbacks, max_steps=5, gradient_clip_val=1.0).fit(module, tiny.data())
         finals.append(weights(module))
     torch.testing.assert_close(finals[0], finals[1], rtol=0, atol=0)
+
+
+class BadBatches(pl.Callback):
+    """Makes the loss of some batches, or the gradients after them, not finite."""
+
+    def __init__(self, losses: tuple[int, ...] = (), gradients: tuple[int, ...] = ()) -> None:
+        self.losses, self.gradients, self.batch_idx = losses, gradients, -1
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        norm = pl_module.lm.backbone.norm_f
+        norm.register_forward_hook(lambda m, x, y: y * float("nan") if self.batch_idx in self.losses else y)
+        norm.weight.register_hook(lambda g: g * float("inf") if self.batch_idx in self.gradients else g)
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        self.batch_idx = batch_idx
+
+
+class Without(pl.Callback):
+    """Ends the backward pass of some batches without gradients: the definition of a step left out."""
+
+    def __init__(self, *batches: int) -> None:
+        self.batches, self.batch_idx = batches, -1
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        self.batch_idx = batch_idx
+
+    def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: Any, optimizer: Any) -> None:
+        if self.batch_idx in self.batches:
+            optimizer.zero_grad(set_to_none=True)
+
+
+@pytest.mark.parametrize("options", [{}, {"gradient_clip_val": 1.0}])
+def test_steps_left_out_change_nothing_and_are_counted(
+    tiny: SimpleNamespace, tmp_path: Path, options: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    finals = []
+    guard = NonFiniteGuard(skip=2)
+    for callbacks in ([BadBatches((2, 3), (6,)), guard], [Without(2, 3, 6)]):
+        module = tiny.module()
+        trainer = tiny.trainer(tmp_path, callbacks, max_steps=8, **options)
+        with caplog.at_level("INFO"):
+            trainer.fit(module, tiny.data())
+        assert trainer.global_step == 8
+        finals.append((weights(module), trainer.optimizers[0].state_dict()))
+        if callbacks[-1] is guard:
+            assert float(trainer.callback_metrics["guard/skipped_steps"]) == 3
+    torch.testing.assert_close(finals[0], finals[1], rtol=0, atol=0)
+    assert guard.skipped == 3 and guard.state_dict() == {"skipped": 3, "in_a_row": 0}
+    told = [record.getMessage() for record in caplog.records if "left out" in record.getMessage()]
+    assert "step 3 is left out, 1 so far: the loss of batch 2 of epoch 0 is nan; run again, the first module" in told[0]
+    assert "step 7 is left out, 3 so far: the norm of the gradients is inf after batch 6 of epoch 0; the" in told[2]
+
+
+def test_one_more_in_a_row_stops(tiny: SimpleNamespace, tmp_path: Path) -> None:
+    trainer = tiny.trainer(tmp_path, [BadBatches((3, 4, 5)), NonFiniteGuard(skip=2)], max_steps=8)
+    with pytest.raises(UserError, match=r"before optimizer step 6 after 2 were left out in a row, .* batch 5 of epoch"):
+        trainer.fit(tiny.module(), tiny.data())
+    with pytest.raises(UserError, match="skip is -1"):
+        NonFiniteGuard(skip=-1)
+
+
+def test_the_sequences_are_named(tiny: SimpleNamespace, tmp_path: Path) -> None:
+    class Numbered(tiny.data):  # type: ignore[misc]
+        def train_dataloader(self) -> Any:
+            loader = super().train_dataloader()
+            rows = [{**row, "sequence": torch.tensor(100 + i)} for i, row in enumerate(loader.dataset)]
+            return type(loader)(rows, batch_size=2)
+
+    options: dict[str, Any] = {"max_steps": 8, "accumulate_grad_batches": 4}
+    trainer = tiny.trainer(tmp_path, [BadBatches(losses=(5,)), NonFiniteGuard()], **options)
+    with pytest.raises(UserError, match=r"batch 5 of epoch 0 \(sequences 110, 111 of the training text\) is nan"):
+        trainer.fit(tiny.module(), Numbered())
+    trainer = tiny.trainer(tmp_path, [BadBatches(gradients=(7,)), NonFiniteGuard()], **options)
+    with pytest.raises(
+        UserError, match=r"after batches 4 to 7 of epoch 0 \(sequences 108, 109, 110 and 5 more of the training text\)"
+    ):
+        trainer.fit(tiny.module(), Numbered())

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from bimamba_lit.binarize import FBI, BinaryLinear, ScaledSign, Sign
 from bimamba_lit.callbacks import WeightScales
 from bimamba_lit.callbacks.weight_scales import scale_figures
+from bimamba_lit.errors import UserError
 from bimamba_lit.training.csv_logger import CSVLogger
 
 # torchdata's loader calls torch.set_vital; Lightning's pytree helpers check LeafSpec and the loader's workers.
@@ -84,3 +85,24 @@ def test_without_scales_nothing_is_logged(tiny: SimpleNamespace, tmp_path: Path,
     trainer = tiny.trainer(tmp_path, [WeightScales(1)], max_steps=2)
     trainer.fit(tiny.module(scheme=scheme), tiny.data())
     assert not any(name.startswith("scales/") for name in trainer.callback_metrics)
+
+
+def test_a_layer_with_dead_scales_is_told_of_once(
+    tiny: SimpleNamespace, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    module = tiny.module(lr=0.0)
+    with torch.no_grad():
+        module.lm.get_parameter(f"{LAYERS[1]}.in_scale")[:6] = 0.0  # of 24
+    watch = WeightScales(1, dead_share=0.25)
+    with caplog.at_level("INFO"):
+        tiny.trainer(tmp_path, [watch], max_steps=3).fit(module, tiny.data())
+        told = [record.getMessage() for record in caplog.records if "WeightScales" in record.getMessage()]
+        assert told == [f"WeightScales: step 1: 25% of {LAYERS[1]}'s scales are dead"]
+        caplog.clear()
+        resumed = WeightScales(1, dead_share=0.25)
+        resumed.load_state_dict(watch.state_dict())
+        for other in (resumed, WeightScales(1, dead_share=0.26)):
+            tiny.trainer(tmp_path, [other], max_steps=1).fit(module, tiny.data())
+        assert "WeightScales" not in caplog.text
+    with pytest.raises(UserError, match="dead_share is 0"):
+        WeightScales(dead_share=0)
