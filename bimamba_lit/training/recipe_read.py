@@ -75,6 +75,10 @@ def read_recipe(path: Path) -> Settings:
         raise UserError(f"{path} is not a YAML text file: {' '.join(str(error).split())}") from error
     except OmegaConfBaseException as error:
         raise UserError(f"{path}: {str(error).splitlines()[0]}") from error
+    except RecursionError as error:
+        raise UserError(f"{path} is nested too deeply to be a recipe") from error
+    except OSError as error:  # also what omegaconf says of a number or a date where a mapping should be
+        raise UserError(f"{path} cannot be read as a recipe: {error.strerror or error}") from error
     if not isinstance(recipe, dict):
         raise UserError(f"{path} is not a recipe: it must map keys such as trainer, model and data to their settings")
     return typing.cast(Settings, recipe)
