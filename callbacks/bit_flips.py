@@ -59,6 +59,9 @@ class BitFlips(pl.Callback):
         for snapshots in (self._start, self._last):
             for name, layer in layers.items():
                 kept = snapshots.get(name)
+                rows, inputs = layer.latent.shape
+                if kept is not None and kept.shape != (rows, -(-inputs // 8)):
+                    raise UserError(f"BitFlips: the checkpoint's signs of {name} are of another layer or damaged")
                 snapshots[name] = _packed_signs(layer) if kept is None else kept.to(layer.latent.device)
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
@@ -101,7 +104,7 @@ class BitFlips(pl.Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over the snapshots of a checkpoint."""
         self._start, self._last = dict(state_dict["start"]), dict(state_dict["last"])
-        self._still = dict(state_dict["still"])
+        self._still = {name: int(steps) for name, steps in state_dict["still"].items()}
 
 
 def count_flips(before: Tensor, after: Tensor) -> Tensor:

@@ -102,8 +102,8 @@ class LossSpikeGuard(pl.Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from a checkpoint."""
-        self._losses = deque(state_dict["losses"], self.window)
-        self.rewinds = state_dict["rewinds"]
+        self._losses = deque(map(float, state_dict["losses"]), self.window)
+        self.rewinds = int(state_dict["rewinds"])
 
     def _limit(self) -> float:
         """Return the loss above which a step is a spike."""

@@ -112,7 +112,7 @@ class NonFiniteGuard(pl.Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on counting from a checkpoint."""
-        self.skipped, self._in_a_row = state_dict["skipped"], state_dict["in_a_row"]
+        self.skipped, self._in_a_row = int(state_dict["skipped"]), int(state_dict["in_a_row"])
 
 
 def _what_is_wrong(

@@ -79,7 +79,7 @@ class Throughput(pl.Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from the totals of a checkpoint."""
-        self.tokens_seen, self.seconds = state_dict["tokens_seen"], state_dict["seconds"]
+        self.tokens_seen, self.seconds = int(state_dict["tokens_seen"]), float(state_dict["seconds"])
 
     def _read_clock(self) -> None:
         now = perf_counter()

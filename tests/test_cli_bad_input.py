@@ -209,3 +209,29 @@ def test_commands_themselves(bimamba):
 def test_debug_shows_where_an_error_arose(bimamba, tiny):
     answer = bimamba("--debug", "fit", "-c", tiny.folder / "nowhere.yaml")
     assert answer.code == 1 and "Traceback" in answer.err
+
+
+def test_settings_of_the_trainer_that_do_not_fit_the_machine_or_each_other(refused):
+    assert refused("--trainer.devices=0").startswith("trainer: ")
+    assert refused("--trainer.accelerator=tpu").startswith("trainer: ")
+
+
+def test_a_checkpoint_that_training_cannot_go_on_from(refused, tiny, tmp_path):
+    progress = "epoch_loop.automatic_optimization.optim_progress"
+    changes = {
+        "its loops.fit_loop lacks epoch_progress": lambda c: c["loops"]["fit_loop"].pop("epoch_progress"),
+        f"its loops.fit_loop.{progress} is no mapping but 3": lambda c: c["loops"]["fit_loop"].update({progress: 3}),
+        "its optimizer_states.state.exp_avg is a tensor of shape (2,)": lambda c: c["optimizer_states"][0]["state"][
+            0
+        ].update(exp_avg=torch.zeros(2)),
+        "its optimizer_states.param_groups[0].lr is a str where a value such as": lambda c: c["optimizer_states"][0][
+            "param_groups"
+        ][0].update(lr="much"),
+        "its lr_schedulers has the unknown step": lambda c: c["lr_schedulers"][0].update(step=1),
+        "cannot be taken up by this run": lambda c: c["state_dict"].popitem(),
+    }
+    for told, change in changes.items():
+        checkpoint = torch.load(tiny.teacher / "checkpoints" / "last.ckpt", weights_only=True)
+        change(checkpoint)
+        torch.save(checkpoint, tmp_path / "changed.ckpt")
+        assert told in refused("--ckpt_path", tmp_path / "changed.ckpt", "--trainer.max_steps=12")

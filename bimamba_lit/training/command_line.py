@@ -23,6 +23,7 @@ from typing import Any
 import lightning.pytorch as pl
 import yaml
 from jsonargparse import get_loader, set_loader
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
@@ -56,6 +57,8 @@ GROUPS: dict[str, Any] = {
     "seed_everything": bool | int,
     "ckpt_path": str | None,
 }
+# What taking up a checkpoint fails with; being out of memory, which is a RuntimeError too, has a class of its own.
+_DAMAGED = (RuntimeError, TypeError, ValueError, KeyError, IndexError, AttributeError, OverflowError)
 _load_yaml = get_loader("yaml")
 
 
@@ -113,6 +116,12 @@ def build(command: str, method: str, args: Sequence[str], kind: type["CommandLin
     warnings.filterwarnings("ignore", "The dirpath has changed from.*")  # one run's checkpoint, another run's folder
     warnings.filterwarnings("ignore", ".*exists and is not empty.*")  # the run folder is ours: see run_folder
     return _one_command(method, kind)([method, *with_resolved_recipes(args)])
+
+
+def _first_line(error: BaseException) -> str:
+    """Return the first line of another library's error, with its kind if it is none that speaks to users."""
+    line = (str(error).strip().splitlines() or [""])[0]
+    return line if isinstance(error, MisconfigurationException) else f"{type(error).__name__}: {line}"
 
 
 def _wanted_line(record: logging.LogRecord) -> bool:
@@ -203,7 +212,21 @@ class CommandLine(LightningCLI):
             kwargs["enable_progress_bar"] = terminal
             standing.append(StepsBar() if terminal else ProgressLines(every))
         standing = [one for one in standing if not any(isinstance(callback, type(one)) for callback in own)]
-        return super().instantiate_trainer(callbacks=[*own, *standing], **kwargs)
+        return self.make_trainer(callbacks=[*own, *standing], **kwargs)
+
+    def make_trainer(self, **settings: Any) -> pl.Trainer:
+        """Build a trainer.
+
+        Args:
+            settings: What takes the place of the recipe's.
+
+        Raises:
+            UserError: If its settings do not fit each other or the machine.
+        """
+        try:
+            return super().instantiate_trainer(**settings)
+        except (MisconfigurationException, ImportError, TypeError, ValueError) as error:
+            raise UserError(f"trainer: {_first_line(error)}") from error
 
     def _loggers(self, configured: Any) -> list[Logger] | bool:
         """Return the loggers: ``metrics.csv`` always, beside it those of the recipe or else TensorBoard."""
@@ -223,11 +246,25 @@ class CommandLine(LightningCLI):
         try:
             super()._run_subcommand(subcommand)
         except BaseException as error:
-            if not was_there and not (folder / CONFIG).exists() and self.trainer.is_global_zero:
+            never_began = self._not_taken_up() or not (folder / CONFIG).exists()
+            if not was_there and never_began and self.trainer.is_global_zero:
                 shutil.rmtree(folder, ignore_errors=True)
             if isinstance(error, SIGTERMException):  # whose exit code would be 0
                 sys.exit(f"bimamba: stopped by SIGTERM: add --ckpt_path last to resume {folder}")
+            self._refuse_not_taken_up(error)
             raise
+
+    def _not_taken_up(self) -> bool:
+        """Say whether the run was to go on from a checkpoint and has not trained on a batch since."""
+        return self.run_folder.checkpoint is not None and not getattr(self.model, "has_begun", True)
+
+    def _refuse_not_taken_up(self, error: BaseException) -> None:
+        """Raise a sentence on the checkpoint if the error arose before the first batch after it."""
+        if isinstance(error, _DAMAGED) and not isinstance(error, UserError) and self._not_taken_up():
+            raise UserError(
+                f"{self.run_folder.checkpoint} cannot be taken up by this run: it is damaged, or of another recipe or "
+                f"version ({_first_line(error)})"
+            ) from error
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         """Have checkpoints read as data only, and no table printed: the closing line has the figures."""

@@ -13,6 +13,7 @@ from bimamba_lit.eval import LanguageMetrics
 from bimamba_lit.models import MambaLM
 from bimamba_lit.models.checkpoint import describe
 from bimamba_lit.training.activations import checkpoint_blocks_
+from bimamba_lit.training.checkpoint_check import check_loops, check_optimizers
 from bimamba_lit.training.optimizer import AdamW
 from bimamba_lit.training.sharding import shard_
 
@@ -30,6 +31,7 @@ class LanguageModule(pl.LightningModule):
     Attributes:
         lm: The model being trained, there once ``configure_model`` has run.
         evaluated: The figures of the newest evaluation by name, and under ``step`` when it was.
+        has_begun: Whether a batch has been trained on.
     """
 
     lm: MambaLM
@@ -48,6 +50,7 @@ class LanguageModule(pl.LightningModule):
         self._teacher: list[Any] = []
         self.metrics = LanguageMetrics(with_teacher=teacher is not None)
         self.evaluated: dict[str, float] = {}
+        self.has_begun = False
 
     @property
     def teacher(self) -> Any:
@@ -152,7 +155,7 @@ class LanguageModule(pl.LightningModule):
         Raises:
             UserError: If the checkpoint holds another architecture or scheme than the recipe builds.
         """
-        if "lm" not in checkpoint:
+        if not isinstance(checkpoint.get("lm"), dict):
             raise UserError("the checkpoint is not one of this project: it does not describe its model (key 'lm')")
         saved = checkpoint["lm"]
         take_unfinished_(self.lm, saved.get("binarization", []))
@@ -163,16 +166,32 @@ class LanguageModule(pl.LightningModule):
                 "the checkpoint holds another model than the recipe builds: use the recipe it was trained with "
                 f"(they differ in {_differences(saved, built)})"
             )
+        if self.trainer.training:
+            check_loops(self.trainer, checkpoint)
+
+    def on_train_start(self) -> None:
+        """Look at what a checkpoint left of the optimizer.
+
+        Raises:
+            UserError: If it is not of the kind that this run's is.
+        """
+        if self.trainer.ckpt_path is not None and (fresh := self.configure_optimizers()) is not None:
+            check_optimizers(self.trainer, fresh)
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        """Note that a checkpoint, if any, has been taken up."""
+        self.has_begun = True
 
 
 def _differences(saved: Any, built: Any, path: str = "") -> str:
     if isinstance(saved, dict) and isinstance(built, dict):
         keys = [key for key in saved.keys() | built.keys() if saved.get(key) != built.get(key)]
-        pairs = [(f"{path}.{key}".lstrip("."), saved.get(key), built.get(key)) for key in sorted(keys)]
+        pairs = [(f"{path}.{key}".lstrip("."), saved.get(key), built.get(key)) for key in sorted(keys, key=str)]
         return ", ".join(_differences(there, here, name) for name, there, here in pairs)
     if isinstance(saved, list):
         return path
-    return f"{path}: {saved!r} there, {built!r} here"
+    there, here = (text if len(text := repr(value)) <= 80 else f"{text[:77]}..." for value in (saved, built))
+    return f"{path}: {there} there, {here} here"
 
 
 def scheme_name(lm: MambaLM, trained: bool) -> str:

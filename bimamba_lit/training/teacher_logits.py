@@ -57,7 +57,7 @@ class _Built(CommandLine):
 
     def instantiate_trainer(self, **_: Any) -> Any:
         """Build the trainer, for its device and precision."""
-        return super(CommandLine, self).instantiate_trainer(logger=False, callbacks=[])
+        return self.make_trainer(logger=False, callbacks=[])
 
     def _run_subcommand(self, subcommand: str) -> None:
         """Run nothing."""
