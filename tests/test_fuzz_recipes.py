@@ -159,6 +159,15 @@ def build(path: Path, command: str) -> None:
             told(error)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def no_network():
+    from huggingface_hub import constants
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(constants, "HF_HUB_OFFLINE", True)
+        yield
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("recipes")
@@ -177,13 +186,13 @@ def a_recipe(data: st.DataObject, folder: Path) -> Path:
     return path
 
 
-@settings(**QUIET, max_examples=300, derandomize=True)
+@settings(**QUIET, max_examples=200, derandomize=True)
 @given(data=st.data())
 def test_a_recipe_or_one_sentence(folder, data):
     read(a_recipe(data, folder))
 
 
-@settings(**QUIET, max_examples=12, derandomize=True)
+@settings(**QUIET, max_examples=15, derandomize=True)
 @given(data=st.data())
 def test_a_run_or_one_sentence(folder, data):
     path = a_recipe(data, folder)

@@ -31,7 +31,7 @@ class LanguageModule(pl.LightningModule):
     Attributes:
         lm: The model being trained, there once ``configure_model`` has run.
         evaluated: The figures of the newest evaluation by name, and under ``step`` when it was.
-        has_begun: Whether a batch has been trained on.
+        has_begun: Whether a batch has been trained or measured on.
     """
 
     lm: MambaLM
@@ -180,6 +180,14 @@ class LanguageModule(pl.LightningModule):
 
     def on_train_batch_start(self, *_: Any) -> None:
         """Note that a checkpoint, if any, has been taken up."""
+        self.has_begun = True
+
+    def on_validation_batch_start(self, *_: Any) -> None:
+        """Likewise, where the run is a validation by itself."""
+        self.has_begun |= not self.trainer.sanity_checking
+
+    def on_test_batch_start(self, *_: Any) -> None:
+        """Likewise."""
         self.has_begun = True
 
 

@@ -67,14 +67,14 @@ def read_recipe(path: Path) -> Settings:
         raise UserError(f"there is no recipe {path}{hint}")
     try:
         recipe = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
+    except OmegaConfBaseException as error:
+        raise UserError(f"{path}: {str(error).splitlines()[0]}") from error
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         where = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
         raise UserError(f"{path} is broken YAML{where}: {error.problem}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError) as error:  # a date of month 13, a number of 5000 digits, no UTF-8
         raise UserError(f"{path} is not a YAML text file: {' '.join(str(error).split())}") from error
-    except OmegaConfBaseException as error:
-        raise UserError(f"{path}: {str(error).splitlines()[0]}") from error
     except RecursionError as error:
         raise UserError(f"{path} is nested too deeply to be a recipe") from error
     except OSError as error:  # also what omegaconf says of a number or a date where a mapping should be

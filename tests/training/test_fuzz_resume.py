@@ -81,7 +81,7 @@ def goes_on_or_tells(checkpoint, bimamba, data, times):
         assert "Traceback" not in answer.err
 
 
-@settings(**QUIET, max_examples=15, derandomize=True)
+@settings(**QUIET, max_examples=8, derandomize=True)
 @given(data=st.data())
 def test_training_goes_on_or_one_sentence(checkpoint, bimamba, data):
     goes_on_or_tells(checkpoint, bimamba, data, 1)
