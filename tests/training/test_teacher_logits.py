@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from filelock import FileLock
 
 from bimamba_lit import ops
 from bimamba_lit.distill import store_teacher
@@ -136,6 +137,23 @@ def test_killed_and_started_again_it_ends_the_same(tiny, written, bimamba, tmp_p
     assert answer.code == 0 and f"has {len(shards[::2])} of {len(shards)} shards: going on" in answer.out
     for shard in shards:
         assert shard.read_bytes() == (out / shard.name).read_bytes()
+
+
+def test_processes_share_the_shards(tiny, written, bimamba, tmp_path, monkeypatch):
+    """Another process holds a shard: this one writes all others, and a later one that."""
+    monkeypatch.setattr(store_teacher, "SHARD_BYTES", 7 * 32 * store_teacher.bytes_a_token(VOCABULARY, VOCABULARY))
+    command = ["teacher-logits", "-c", tiny.distill_recipe, "--out", tmp_path / "shared", f"--top_k={VOCABULARY}"]
+    (tmp_path / "shared").mkdir()
+    shutil.copy(written[0] / MANIFEST, tmp_path / "shared")
+    with FileLock(tmp_path / "shared" / ".shard-000002.arrow.lock"):
+        answer = bimamba(*command)
+    assert answer.code == 0 and "shard-000002.arrow is being written by another process" in answer.out
+    assert "train from it" not in answer.out
+    with pytest.raises(UserError, match="lacks 1 of its"):
+        StoredTeacher(tmp_path / "shared")
+    assert "train from it" in bimamba(*command).out
+    names = sorted(path.name for path in written[0].iterdir())
+    assert sorted(path.name for path in (tmp_path / "shared").iterdir()) == names
 
 
 @pytest.mark.slow
