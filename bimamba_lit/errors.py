@@ -3,16 +3,19 @@
 from collections.abc import Iterable
 from difflib import get_close_matches
 
+_LONGEST = 2000  # characters
+
 
 class UserError(ValueError):
     """Bad input, told in one sentence that names what was wrong and what would be right.
 
-    The commands print it without a traceback and exit with a non-zero code. It is one line, whatever stands in the
-    names that it quotes.
+    The commands print it without a traceback and exit with a non-zero code. It is one line of readable length, whatever
+    stands in the names that it quotes.
     """
 
     def __init__(self, sentence: str) -> None:
-        super().__init__(" ".join(sentence.split()))
+        line = " ".join(sentence.split())
+        super().__init__(line if len(line) <= _LONGEST else f"{line[: _LONGEST - 500]} … {line[-400:]}")
 
 
 def nearest(word: str, choices: Iterable[str]) -> str:

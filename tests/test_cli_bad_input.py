@@ -96,6 +96,7 @@ def test_a_misspelt_option_is_answered_by_the_nearest(refused, arg, nearest):
         ("--trainer.max_steps=-1", "the schedule has no length"),
         ("--model.config.vocab_size=99", "vocab_size 99"),
         ("--data.train=nowhere.txt", "nowhere.txt"),
+        ("--seed_everything=4294967296", "seed_everything: 4294967296 is out of range, it must be 0 to 4294967295"),
     ],
 )
 def test_a_wrong_value_is_told(refused, arg, told):

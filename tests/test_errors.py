@@ -10,3 +10,9 @@ def test_a_sentence_is_one_line_whatever_it_quotes():
 def test_it_goes_from_process_to_process():
     again = pickle.loads(pickle.dumps(UserError("one thing")))
     assert isinstance(again, UserError) and str(again) == "one thing"
+
+
+def test_a_sentence_stays_readable():
+    told = str(UserError(f"there is no class '{'a' * 9000}'; name another"))
+    assert len(told) < 2001 and told.startswith("there is no class 'aaa") and told.endswith("'; name another")
+    assert str(UserError("short \n as it is")) == "short as it is"

@@ -101,6 +101,9 @@ def build(command: str, method: str, args: Sequence[str], kind: type["CommandLin
         if "model" not in settings:
             raise UserError(f"{command} needs a recipe: bimamba {command} -c recipes/NAME.yaml")
         check_settings(settings, GROUPS)
+        seed = settings.get("seed_everything")
+        if isinstance(seed, int) and not 0 <= seed < 1 << 32:
+            raise UserError(f"seed_everything: {seed} is out of range, it must be 0 to {(1 << 32) - 1}")
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_wanted_line)
     # Lightning 2.6 calls what torch 2.13 and jsonargparse 4.53 deprecate: nothing that a user could mend.
     warnings.filterwarnings("ignore", ".*isinstance.treespec, LeafSpec.*", FutureWarning)

@@ -119,7 +119,7 @@ def _find_class(path: str, name: str, bases: tuple[type, ...]) -> type:
     module, _, attribute = name.rpartition(".")
     try:
         found = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
+    except (ImportError, AttributeError, TypeError, ValueError) as error:  # the last two of "." and ".name"
         places = [f"{module}.{key}" for key, cls in known.items() if cls.__module__.startswith(module.split(".")[0])]
         raise UserError(f"{path}: there is no class '{name}'{nearest(name, places)}") from error
     if not (inspect.isclass(found) and issubclass(found, bases)):
