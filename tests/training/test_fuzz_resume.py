@@ -3,55 +3,75 @@
 import copy
 import math
 import shutil
+from random import Random
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-QUIET = {"deadline": None, "database": None, "suppress_health_check": list(HealthCheck)}
+# A failure is told by its seed; a smaller seed would be no simpler.
+QUIET = {
+    "deadline": None,
+    "database": None,
+    "suppress_health_check": list(HealthCheck),
+    "phases": [Phase.explicit, Phase.generate],
+}
+SEEDS = st.integers(0, 2**32 - 1)
 
-values = st.sampled_from(
-    [None, True, 0, 1, -1, 3, 2**40, 2**70, 0.5, math.nan, math.inf, "", "a", "x" * 999, [], [1], {}, {"a": 1}, b"b"]
-) | st.sampled_from([(), (1,), (3, 5), (2, 2, 2), (0,)]).map(torch.zeros)
+VALUES = [
+    None,
+    True,
+    0,
+    1,
+    -1,
+    3,
+    2**40,
+    2**70,
+    0.5,
+    math.nan,
+    math.inf,
+    "",
+    "a",
+    "x" * 999,
+    [],
+    [1],
+    {},
+    {"a": 1},
+    b"b",
+]
+SHAPES = [(), (1,), (3, 5), (2, 2, 2), (0,)]
 
 
-def changed(data: st.DataObject, value: Any) -> Any:
+def other(draw: Random) -> Any:
+    return copy.copy(draw.choice(VALUES)) if draw.random() < 0.8 else torch.zeros(draw.choice(SHAPES))
+
+
+def changed(draw: Random, value: Any) -> Any:
     """Change something somewhere inside of a checkpoint."""
-    if isinstance(value, dict) and value and data.draw(st.integers(0, 11)):
-        key = data.draw(st.sampled_from(list(value)))
-        rest = {name: item for name, item in value.items() if name != key}
-        match data.draw(st.sampled_from(["inside"] * 6 + ["drop", "add", "replace", "swap"])):
+    if isinstance(value, dict) and value and draw.random() < 0.92:
+        key = draw.choice(list(value))
+        match draw.choice(["inside"] * 6 + ["drop", "add", "replace", "swap"]):
             case "drop":
-                return rest
+                return {name: item for name, item in value.items() if name != key}
             case "add":
-                return value | {data.draw(st.sampled_from(["a", "", 0, "step", "lr"])): data.draw(values)}
+                return value | {draw.choice(["a", "", 0, "step", "lr"]): other(draw)}
             case "replace":
-                return value | {key: data.draw(values)}
+                return value | {key: other(draw)}
             case "swap":
-                other = data.draw(st.sampled_from(list(value)))
-                return value | {key: value[other], other: value[key]}
+                second = draw.choice(list(value))
+                return value | {key: value[second], second: value[key]}
             case _:
-                return value | {key: changed(data, value[key])}
-    if isinstance(value, list | tuple) and value and data.draw(st.integers(0, 9)):
-        place = data.draw(st.integers(0, len(value) - 1))
-        kept = value[place + data.draw(st.sampled_from([1, 1, 0])) :]
-        return type(value)([*value[:place], changed(data, value[place]), *kept])
-    if isinstance(value, torch.Tensor) and value.numel():
-        kinds = ["reshape", "half", "integers", "longer", "nothing", "value"]
-        match data.draw(st.sampled_from(kinds)):
-            case "reshape":
-                return value.reshape(-1)
-            case "half":
-                return value.half()
-            case "integers":
-                return value.to(torch.int8)
-            case "longer":
-                return torch.cat([value.reshape(-1), value.reshape(-1)])
-            case "nothing":
-                return value.new_zeros(0)
-    return data.draw(values)
+                return value | {key: changed(draw, value[key])}
+    if isinstance(value, list | tuple) and value and draw.random() < 0.9:
+        place = draw.randrange(len(value))
+        kept = value[place + draw.choice([1, 1, 0]) :]
+        return type(value)([*value[:place], changed(draw, value[place]), *kept])
+    if isinstance(value, torch.Tensor) and value.numel() and draw.random() < 0.8:
+        forms = [value.reshape(-1), value.half(), value.to(torch.int8), value.reshape(-1).repeat(2), value.new_zeros(0)]
+        return draw.choice(forms)
+    return other(draw)
 
 
 @pytest.fixture(scope="module")
@@ -65,11 +85,12 @@ def checkpoint(tiny, bimamba, tmp_path_factory):
     return folder, torch.load(folder / "first" / "checkpoints" / "last.ckpt", weights_only=True), [*args[:-1]]
 
 
-def goes_on_or_tells(checkpoint, bimamba, data, times):
+def goes_on_or_tells(checkpoint, bimamba, seed):
     folder, whole, args = checkpoint
+    draw = Random(seed)
     mutated = copy.deepcopy(whole)
-    for _ in range(times):
-        mutated = changed(data, mutated)
+    for _ in range(draw.choice([1, 1, 2])):
+        mutated = changed(draw, mutated)
     run, file = folder / "run", folder / "changed.ckpt"
     shutil.rmtree(run, ignore_errors=True)
     torch.save(mutated, file)
@@ -77,18 +98,18 @@ def goes_on_or_tells(checkpoint, bimamba, data, times):
     assert answer.code in (0, 1)
     if answer.code:
         said = [line for line in answer.err.splitlines() if line.startswith("bimamba: ")]
-        assert len(said) == 1 and "run again with --debug" not in said[0] and len(said[0]) < 2000, said
+        assert len(said) == 1 and "run again with --debug" not in said[0] and len(said[0]) < 2100, said
         assert "Traceback" not in answer.err
 
 
 @settings(**QUIET, max_examples=8, derandomize=True)
-@given(data=st.data())
-def test_training_goes_on_or_one_sentence(checkpoint, bimamba, data):
-    goes_on_or_tells(checkpoint, bimamba, data, 1)
+@given(seed=SEEDS)
+def test_training_goes_on_or_one_sentence(checkpoint, bimamba, seed):
+    goes_on_or_tells(checkpoint, bimamba, seed)
 
 
 @pytest.mark.slow
 @settings(**QUIET, max_examples=500)
-@given(data=st.data())
-def test_training_goes_on_or_one_sentence_at_length(checkpoint, bimamba, data):
-    goes_on_or_tells(checkpoint, bimamba, data, data.draw(st.integers(1, 2)))
+@given(seed=SEEDS)
+def test_training_goes_on_or_one_sentence_at_length(checkpoint, bimamba, seed):
+    goes_on_or_tells(checkpoint, bimamba, seed)
