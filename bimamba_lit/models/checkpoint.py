@@ -24,6 +24,7 @@ from bimamba_lit.models.config import MambaConfig
 from bimamba_lit.models.lm import MambaLM
 from bimamba_lit.models.plain_pickle import load_plain
 from bimamba_lit.models.quantized_table import describe_tables, quantize_tables_
+from bimamba_lit.models.sharded_folder import is_sharded, load_meta, load_state
 from bimamba_lit.models.state_spaces_folder import is_state_spaces, state_spaces_config
 from bimamba_lit.models.transformers_folder import is_transformers_mamba, our_name, transformers_config
 from bimamba_lit.models.weight_files import WEIGHTS_FILE, Reader, is_plain_float, stored_tensors, write_safetensors
@@ -35,7 +36,7 @@ _FORMAT = "bimamba-lit"
 _VERSION = 1
 _READABLE = (
     "a folder of this project, of transformers' Mamba or Mamba2, of state-spaces (mamba_ssm) or of the released "
-    "Bi-Mamba, or a Lightning checkpoint of this project"
+    "Bi-Mamba, or a Lightning checkpoint of this project, in one file or sharded"
 )
 _NAMES_SHOWN = 8
 _LARGEST_CONFIG = 1 << 24  # bytes
@@ -120,12 +121,13 @@ def rounded(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
 def load_lm(path: str | Path) -> MambaLM:
     """Load a model from a folder or a Lightning checkpoint; see :meth:`MambaLM.from_pretrained`."""
     source = _existing(path)
-    if source.is_dir():
+    if source.is_dir() and not is_sharded(source):
         return _load_folder(source)
-    checkpoint = _read_lightning(source)
+    checkpoint = read_lightning(source)
+    state = load_state(source) if source.is_dir() else checkpoint["state_dict"]
     readers: dict[str, Reader] = {
         name.removeprefix(_IN_MODULE): partial(_itself, tensor)
-        for name, tensor in checkpoint["state_dict"].items()
+        for name, tensor in state.items()
         if isinstance(name, str) and name.startswith(_IN_MODULE) and isinstance(tensor, Tensor)
     }
     return _assemble(checkpoint["lm"], readers, source)
@@ -141,13 +143,13 @@ def load_tokenizer_json(path: str | Path) -> str | None:
         UserError: If nothing is there or it cannot be read.
     """
     source = _existing(path)
-    if source.is_dir():
+    if source.is_dir() and not is_sharded(source):
         file = source / TOKENIZER_FILE
         try:
             return file.read_text(encoding="utf-8") if file.is_file() else None
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"cannot read {file}: {error}") from error
-    tokenizer = _read_lightning(source).get("tokenizer")
+    tokenizer = read_lightning(source).get("tokenizer")
     return tokenizer if isinstance(tokenizer, str) else None
 
 
@@ -160,7 +162,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     file = folder / CONFIG_FILE
     if not file.is_file():
         run = folder / "checkpoints" / "last.ckpt"
-        hint = f"; it is a run folder, so give {run}" if run.is_file() else ""
+        hint = f"; it is a run folder, so give {run}" if run.exists() else ""
         raise UserError(f"{folder} holds no model: there is no {CONFIG_FILE} in it{hint}")
     try:
         if file.stat().st_size > _LARGEST_CONFIG:
@@ -230,11 +232,18 @@ def _parts(description: Mapping[str, Any]) -> tuple[MambaConfig, list[dict[str, 
     return MambaConfig.from_dict(config), binarization, tables
 
 
-def _read_lightning(file: Path) -> dict[str, Any]:
+def read_lightning(file: Path) -> dict[str, Any]:
+    """Return the content of a Lightning checkpoint of this project; of a sharded one, all but ``state_dict``.
+
+    Raises:
+        UserError: If it is none, or is damaged.
+    """
     if file.suffix == ".safetensors":
         raise UserError(f"{file} holds tensors without a configuration; give the folder it is in")
-    checkpoint = load_plain(file, _READABLE)
-    if not (isinstance(checkpoint, dict) and "lm" in checkpoint and isinstance(checkpoint.get("state_dict"), dict)):
+    sharded = is_sharded(file)
+    checkpoint = load_meta(file) if sharded else load_plain(file, _READABLE)
+    plain = isinstance(checkpoint, dict) and (sharded or isinstance(checkpoint.get("state_dict"), dict))
+    if not plain or "lm" not in checkpoint:
         raise UserError(f"{file} is a PyTorch file of another program, not of this project; give {_READABLE}")
     return checkpoint
 

@@ -18,6 +18,7 @@ from bimamba_lit.models.checkpoint import copy_in_fp32, load_lm
 from bimamba_lit.training.language import Batch, LanguageModule
 from bimamba_lit.training.optimizer import AdamW
 from bimamba_lit.training.pretrain import with_vocabulary
+from bimamba_lit.training.sharding import ShardedTeacher
 
 
 class Distill(LanguageModule):
@@ -44,6 +45,9 @@ class Distill(LanguageModule):
             ``train/hidden``. Not 0 only with a Mamba teacher of the student's ``d_model`` and ``n_layer``.
         optimizer: AdamW and its schedule.
         activation_checkpointing: Compute activations inside blocks again in the backward pass, to save memory.
+        compile: Compile the student's blocks with ``torch.compile``.
+        shard_teacher: Spread the teacher over the devices too, under ``ModelParallelStrategy``; else each device holds
+            it whole. On one device it changes nothing.
         deploy: Formats of ``bimamba export`` that the result must fit, such as ``[torchscript, gguf]``; checked before
             the first step.
     """
@@ -61,11 +65,14 @@ class Distill(LanguageModule):
         hidden_weight: float = 0.0,
         optimizer: AdamW | None = None,
         activation_checkpointing: bool = False,
+        compile: bool = False,
+        shard_teacher: bool = False,
         deploy: list[str] = [],  # noqa: B006  (likewise)
     ) -> None:
-        super().__init__(optimizer, teacher, activation_checkpointing)
+        super().__init__(optimizer, teacher, activation_checkpointing, compile)
         if hidden_weight < 0:
             raise UserError(f"model.hidden_weight: {hidden_weight} is out of range, it must be 0 or more")
+        self.shard_teacher = shard_teacher
         self.binarizer = binarizer
         self.student = student
         self.targets = targets
@@ -80,7 +87,8 @@ class Distill(LanguageModule):
         """Load the teacher, build the student and binarize it.
 
         Raises:
-            UserError: If the student cannot start from what it is to start from, or does not fit where it is to go.
+            UserError: If the student cannot start from what it is to start from, or does not fit where it is to go; or
+                the teacher is to be spread over devices by a strategy that spreads nothing.
         """
         if self._teacher:
             return
@@ -96,8 +104,19 @@ class Distill(LanguageModule):
                 f"Of {self.student}, {start.exact} layers keep their signs and scales; of {start.near} the latent "
                 "weights start at the quantized weight"
             )
-        self._teacher.append(teacher)
         self.take(student)
+        self._teacher.append(self._spread(teacher))
+
+    def _spread(self, teacher: MambaLM | CausalTeacher) -> MambaLM | CausalTeacher | ShardedTeacher:
+        """Return the teacher as it is to be held: spread over the devices or whole."""
+        if not self.shard_teacher or self.trainer.world_size == 1:
+            return teacher
+        if self.device_mesh is None:
+            raise UserError(
+                "model.shard_teacher: weights are spread under trainer.strategy ModelParallelStrategy only: set that, "
+                "or leave the teacher whole"
+            )
+        return ShardedTeacher(teacher, self.device_mesh)
 
     def _start(self, teacher: MambaLM | CausalTeacher) -> MambaLM:
         """Return the student before it is binarized."""
