@@ -6,6 +6,7 @@ and filled with other rows than before. What resumes exactly is the position: th
 read, and the ids read but not yet given out.
 """
 
+import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -27,6 +28,14 @@ class StreamLoader(StatefulDataLoader):
 
     Every process of the run has to take the state at the same point.
     """
+
+    def __len__(self) -> int:
+        """Return a number that is never reached.
+
+        Of a loader without one Lightning reads a batch ahead, to know which is the last,
+        and that batch would be missing from a resumed run.
+        """
+        return sys.maxsize
 
     def state_dict(self) -> dict[str, Any]:
         """Return the states of all processes."""

@@ -91,6 +91,7 @@ def run(command: str, args: Sequence[str]) -> None:
         "ignore", r"\s*(By default only one Jsonargparse|``instantiate_classes``)", DeprecationWarning
     )
     warnings.filterwarnings("ignore", ".*does not have many workers.*")
+    warnings.filterwarnings("ignore", ".*IterableDataset. has .__len__. defined.*")  # whose workers share its shards
     warnings.filterwarnings(
         "ignore", ".*It is recommended to use `self.log.*sync_dist=True.*"
     )  # summed by torchmetrics

@@ -97,10 +97,19 @@ class LanguageModule(pl.LightningModule):
         return self.optimizer_settings.build(self.lm, self.trainer.max_steps)
 
     def log_loss(self, loss: Tensor, **parts: Tensor) -> Tensor:
-        """Log the training loss, in nats a token, what it is made of by name, and the learning rates; return it."""
+        """Log the training loss, in nats a token, what it is made of by name, and the learning rates; return it.
+
+        The losses that are logged are the means over all devices.
+        """
         rates = self.optimizer_settings.rates(self.trainer.optimizers[0])
-        self.log("train/loss", loss, prog_bar=True)
-        self.log_dict({f"train/{name}": value for name, value in (parts | rates).items()})
+        shown = {name: value.detach().clone() for name, value in ({"loss": loss} | parts).items()}
+        if (world := self.trainer.world_size) > 1:
+            # Lightning's sync_dist would have every process wait for its device, at every step.
+            together = torch.stack(list(shown.values())) / world
+            torch.distributed.all_reduce(together)
+            shown = dict(zip(shown, together, strict=True))
+        self.log("train/loss", shown.pop("loss"), prog_bar=True)
+        self.log_dict({f"train/{name}": value for name, value in (shown | rates).items()})
         return loss
 
     @torch.no_grad()

@@ -91,7 +91,7 @@ def test_two_processes_that_share_everything_train_as_one(one, two):
         assert torch.allclose(ours[name], theirs[name], atol=1e-6), name
     keys = ["train/loss", "val/loss", "val/agreement", "flips/rate", "flips/since_start"]
     for key in [*keys, "scales/backbone.layers.0.mixer.in_proj/std"]:
-        assert rows(one, key) and rows(one, key) == pytest.approx(rows(two, key), rel=1e-4), key
+        assert rows(one, key) and rows(one, key) == pytest.approx(rows(two, key), rel=1e-5), key
 
 
 def test_a_sharded_checkpoint_is_a_link_to_the_one_folder_there_is(two):
@@ -228,10 +228,9 @@ def test_latent_weights_stay_in_fp32_where_it_is_computed_in_half_precision(tiny
 
 
 @pytest.mark.slow
-def test_compiled_blocks_train_as_they_do_uncompiled(tiny, one, bimamba, tmp_path):
+def test_compiled_blocks_train_as_they_do_uncompiled(tiny, one, tmp_path):
     file = write(tiny, tmp_path / "run", 1, model={"compile": True, "activation_checkpointing": True})
-    answer = bimamba("fit", "-c", file)
-    assert answer.code == 0, answer.err
+    fitted(file)
     ours, theirs = weights(tmp_path / "run"), weights(one)
     assert ours.keys() == theirs.keys()
     assert all(torch.allclose(tensor, theirs[name], atol=1e-4) for name, tensor in ours.items())
