@@ -18,6 +18,9 @@ TRAINING = {
 }
 
 
+ESTIMATE = "estimate"
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Run one command and exit: 0, or 1 after one sentence on what went wrong, 2 for a wrong command line.
 
@@ -61,7 +64,12 @@ def _dispatch(args: list[str]) -> None:
 
         run(args[0], args[1:])
         return
-    known = [*TRAINING, *_COMMANDS]
+    if args and args[0] == ESTIMATE and not {"-h", "--help"} & set(args):
+        from bimamba_lit.training.estimate import estimate, print_estimate
+
+        print_estimate(estimate(args[1:]))
+        return
+    known = [*TRAINING, ESTIMATE, *_COMMANDS]
     if args and not args[0].startswith("-") and args[0] not in known:
         raise UserError(f"there is no command '{args[0]}'{nearest(args[0], known) or '; see bimamba --help'}")
     chosen = parser.parse_args(args)
@@ -82,6 +90,9 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     for name, text in TRAINING.items():
         commands.add_parser(name, help=text)
+    text = "tell the memory that training a recipe takes on each of its devices"
+    usage = "bimamba estimate -c RECIPE.yaml [--key value ...]"
+    commands.add_parser(ESTIMATE, help=text, description=text[0].upper() + text[1:] + ".", usage=usage)
     for name, (text, add_arguments, run) in _COMMANDS.items():
         command = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".", allow_abbrev=False)
         add_arguments(command)

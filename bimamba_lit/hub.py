@@ -6,6 +6,7 @@ nothing else, only where a model has no others.
 """
 
 import re
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -52,6 +53,8 @@ def hub_file(name: str, filename: str) -> Path:
 def hub_folder(name: str) -> Path:
     """Return a local folder with the configuration, tokenizer and weights of a model repository.
 
+    Under torch's ``FakeTensorMode``, where tensors have no values, the weights are left out.
+
     Args:
         name: ``OWNER/NAME``.
 
@@ -59,6 +62,8 @@ def hub_folder(name: str) -> Path:
         UserError: If the hub cannot be reached and the cache lacks the model, or the repository does not exist or
             needs a permission.
     """
+    if "torch" in sys.modules and sys.modules["torch"]._guards.active_fake_mode() is not None:
+        return _fetched(name, "configuration", ["*.json"], ignore=["*/*", "*.index.json"])
     # A pattern's * matches a slash too: without the second list, copies in subfolders would be fetched as well.
     folder = _fetched(name, "model", list(_MODEL_FILES), ignore=["*/*"])
     if any(folder.glob("*.safetensors")):

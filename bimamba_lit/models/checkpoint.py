@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._guards import active_fake_mode
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from bimamba_lit.binarize import PTBLinear, apply_binarization_, describe_binarization
 from bimamba_lit.errors import UserError, nearest
@@ -68,9 +70,16 @@ def build(description: Mapping[str, Any]) -> MambaLM:
 
 def copy_in_fp32(lm: MambaLM) -> MambaLM:
     """Return a model of the same weights in fp32 that shares none of them."""
-    copy = build(describe(lm)).float()
+    copy = in_fp32(build(describe(lm)))
     copy.load_state_dict(lm.state_dict())
     return copy
+
+
+def in_fp32(lm: MambaLM) -> MambaLM:
+    """Return a model whose every float is in fp32: the one given, changed where it has others."""
+    # What is wide already is left alone: tensors without values cannot be converted in place.
+    floats = [tensor for tensor in lm.state_dict().values() if tensor.is_floating_point()]
+    return lm if all(tensor.dtype == torch.float32 for tensor in floats) else lm.float()
 
 
 def save_lm(
@@ -119,8 +128,13 @@ def rounded(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
 
 
 def load_lm(path: str | Path) -> MambaLM:
-    """Load a model from a folder or a Lightning checkpoint; see :meth:`MambaLM.from_pretrained`."""
+    """Load a model from a folder or a Lightning checkpoint; see :meth:`MambaLM.from_pretrained`.
+
+    Under torch's ``FakeTensorMode`` tensors have no values, and none are read.
+    """
     source = _existing(path)
+    if active_fake_mode() is not None:
+        return _outlined(source)
     if source.is_dir() and not is_sharded(source):
         return _load_folder(source)
     checkpoint = read_lightning(source)
@@ -190,6 +204,22 @@ def _load_folder(folder: Path) -> MambaLM:
         except UserError as error:
             raise UserError(f"{folder}: {error}") from error
         return _assemble(description, ours, folder)
+
+
+def _outlined(source: Path) -> MambaLM:
+    """Build the model that a path describes, in the type that it is stored in."""
+    with unset_fake_temporarily():
+        if source.is_file() or is_sharded(source):
+            description, stored = read_lightning(source)["lm"], None
+        else:
+            values = read_config(source)
+            description, stored = _in_our_terms(values, {})[0], values.get("dtype", values.get("torch_dtype"))
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(getattr(torch, stored) if stored in ("float16", "bfloat16") else before)
+    try:
+        return build(description)
+    finally:
+        torch.set_default_dtype(before)
 
 
 def _in_our_terms(values: dict[str, Any], readers: dict[str, Reader]) -> tuple[dict[str, Any], dict[str, Reader]]:

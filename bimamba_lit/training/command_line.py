@@ -79,6 +79,21 @@ def run(command: str, args: Sequence[str]) -> None:
     Raises:
         UserError: If a setting, a file or the run folder is not right.
     """
+    build(command, command, args, CommandLine)
+
+
+def build(command: str, method: str, args: Sequence[str], kind: type["CommandLine"]) -> "CommandLine":
+    """Return a command line that has built what a recipe says, and run it if it runs something.
+
+    Args:
+        command: What it is called.
+        method: The method of ``Trainer`` whose arguments it takes.
+        args: The arguments after the command.
+        kind: What it does with them.
+
+    Raises:
+        UserError: If a setting, a file or the run folder is not right.
+    """
     if not any(arg.split("=")[0] in _HELP or arg.split("=")[0].endswith(".help") for arg in args):
         settings = read_settings(args)
         if "model" not in settings:
@@ -99,7 +114,7 @@ def run(command: str, args: Sequence[str]) -> None:
     warnings.filterwarnings("ignore", ".*this fit will run with no optimizer.*")  # PTB
     warnings.filterwarnings("ignore", "The dirpath has changed from.*")  # one run's checkpoint, another run's folder
     warnings.filterwarnings("ignore", ".*exists and is not empty.*")  # the run folder is ours: see run_folder
-    _one_command(command)([command, *with_resolved_recipes(args)])
+    return _one_command(method, kind)([method, *with_resolved_recipes(args)])
 
 
 def _wanted_line(record: logging.LogRecord) -> bool:
@@ -107,12 +122,10 @@ def _wanted_line(record: logging.LogRecord) -> bool:
     return "litlogger" not in record.getMessage() and "litmodels" not in record.getMessage()
 
 
-def _one_command(command: str) -> type["CommandLine"]:
+def _one_command(command: str, kind: type["CommandLine"]) -> type["CommandLine"]:
     """Return a command line that builds the parser of one command only: each takes part of a second."""
     skipped = {"model", "train_dataloaders", "val_dataloaders", "dataloaders", "datamodule", "weights_only", "verbose"}
-    return type(
-        "CommandLine", (CommandLine,), {"command": command, "subcommands": staticmethod(lambda: {command: skipped})}
-    )
+    return type("CommandLine", (kind,), {"command": command, "subcommands": staticmethod(lambda: {command: skipped})})
 
 
 class CommandLine(LightningCLI):

@@ -14,7 +14,7 @@ from bimamba_lit.distill.causal_teacher import CausalTeacher
 from bimamba_lit.errors import UserError
 from bimamba_lit.export.deploy import check_deploy
 from bimamba_lit.models import MambaConfig, MambaLM
-from bimamba_lit.models.checkpoint import copy_in_fp32, load_lm
+from bimamba_lit.models.checkpoint import copy_in_fp32, in_fp32, load_lm
 from bimamba_lit.training.language import Batch, LanguageModule
 from bimamba_lit.training.optimizer import AdamW
 from bimamba_lit.training.pretrain import with_vocabulary
@@ -129,7 +129,7 @@ class Distill(LanguageModule):
                 f"model.student: the teacher {self.teacher_path} is no Mamba model, so no student can start from its "
                 "weights: give the student's d_model and n_layer instead of 'teacher'"
             )
-        student = load_lm(find_checkpoint(self.student)).float()
+        student = in_fp32(load_lm(find_checkpoint(self.student)))
         if student.config.vocab_size != teacher.config.vocab_size:
             raise UserError(
                 f"model.student: {self.student} has a vocabulary of {student.config.vocab_size} tokens and the teacher "
