@@ -6,7 +6,6 @@ nothing else, only where a model has no others.
 """
 
 import re
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -62,7 +61,9 @@ def hub_folder(name: str) -> Path:
         UserError: If the hub cannot be reached and the cache lacks the model, or the repository does not exist or
             needs a permission.
     """
-    if "torch" in sys.modules and sys.modules["torch"]._guards.active_fake_mode() is not None:
+    from torch._guards import active_fake_mode
+
+    if active_fake_mode() is not None:
         return _fetched(name, "configuration", ["*.json"], ignore=["*/*", "*.index.json"])
     # A pattern's * matches a slash too: without the second list, copies in subfolders would be fetched as well.
     folder = _fetched(name, "model", list(_MODEL_FILES), ignore=["*/*"])

@@ -25,7 +25,9 @@ from bimamba_lit import ops
 from bimamba_lit.errors import UserError
 from bimamba_lit.training.byte_count import ByteCount
 from bimamba_lit.training.command_line import CommandLine, build
+from bimamba_lit.training.distill import Distill
 from bimamba_lit.training.language import LanguageModule
+from bimamba_lit.training.pretrain import Pretrain
 
 _LATENT, _WEIGHTS, _TEACHER = "latent weights", "other weights", "teacher"
 _GRADIENTS, _STATES, _BATCH = "gradients", "optimizer states", "batch"
@@ -91,8 +93,10 @@ def estimate(args: Sequence[str]) -> Estimate:
     """
     recipe = cast(_Recipe, build("estimate", "fit", args, _Recipe))
     module, data, trainer = recipe.model, recipe.datamodule, recipe.settings
-    if not isinstance(module, LanguageModule):
-        raise UserError("estimate is for recipes whose model is bimamba_lit.training.Pretrain or Distill")
+    if not isinstance(module, Pretrain | Distill):
+        raise UserError(
+            f"model: estimate is for recipes that train a Pretrain or a Distill, not a {type(module).__name__}"
+        )
     return estimate_step(module, data, _devices(trainer), trainer)
 
 

@@ -1,5 +1,6 @@
 """The estimate of memory beside what a step is measured to take."""
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import lightning.pytorch as pl
@@ -159,6 +160,8 @@ def test_the_command_tells_the_parts_and_reads_no_weights(tiny, bimamba, teacher
     assert not list(tmp_path.glob("runs*"))
     answer = bimamba("estimate", "-c", path, "--model.tempreature=2")
     assert answer.code == 1 and "temperature" in answer.err
+    answer = bimamba("estimate", "-c", Path(__file__).parents[2] / "recipes" / "ptb_sign.yaml")
+    assert answer.code == 1 and "not PTB" in answer.err
 
 
 SHARDED = {
