@@ -24,29 +24,11 @@ SHARDED = {
     "class_path": "lightning.pytorch.strategies.ModelParallelStrategy",
     "init_args": {"data_parallel_size": 2, "tensor_parallel_size": 1},
 }
-MODULE = '''
-import lightning.pytorch as pl
-import torch
-
-
-class Peak(pl.Callback):
-    """Prints the most memory that the fourth step takes."""
-
-    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
-        if batch_idx == 3:
-            torch.cuda.synchronize()
-            torch.cuda.reset_peak_memory_stats()
-
-    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
-        if batch_idx == 3 and trainer.is_global_zero:
-            print(f"PEAK {torch.cuda.max_memory_allocated()}", flush=True)
-'''
 
 
 def write(folder: Path, name: str, devices: int, model: dict | None = None, size: int = 64, **trainer) -> Path:
     """Write the recipe of a run ``name``, with a batch of eight over all devices, and its teacher; return its file."""
     (folder / "text.txt").write_text(TEXT)
-    (folder / "peak.py").write_text(MODULE)
     config = MambaConfig(vocab_size=257, d_model=size, n_layer=4, headdim=32, d_state=32)
     torch.manual_seed(0)
     if not (folder / "teacher").exists():
@@ -93,7 +75,9 @@ def write(folder: Path, name: str, devices: int, model: dict | None = None, size
 
 
 def bimamba(command: str, file: Path, *args: str) -> str:
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(file.parent), os.environ.get("PYTHONPATH", "")])}
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    }
     line = [sys.executable, "-m", "bimamba_lit", command, "-c", str(file), *args]
     done = subprocess.run(line, capture_output=True, text=True, timeout=110, check=False, env=environment)
     assert done.returncode == 0, f"{done.stdout[-1500:]}\n{done.stderr[-4000:]}"
@@ -138,6 +122,6 @@ def test_each_of_two_gpus_takes_what_is_estimated(tmp_path, strategy):
     file = write(tmp_path, "two", 2, model=model, size=1024, strategy=strategy, precision="bf16-mixed")
     found = bimamba("estimate", file)
     total = float(re.search(r"in all\D+([\d,.]+)", found)[1].replace(",", "")) * 1024**2
-    most = int(re.search(r"PEAK (\d+)", bimamba("fit", file, "--trainer.callbacks+=peak.Peak"))[1])
+    most = int(re.search(r"PEAK (\d+)", bimamba("fit", file, "--trainer.callbacks+=test_estimate.Watch"))[1])
     print(found, total, most, total / most)
     assert abs(total - most) <= 0.10 * most, found

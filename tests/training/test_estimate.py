@@ -1,5 +1,10 @@
 """The estimate of memory beside what a step is measured to take."""
 
+import os
+import re
+import subprocess
+import sys
+from itertools import accumulate
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,6 +17,7 @@ from torch.utils.data import DataLoader
 
 from bimamba_lit import MambaConfig
 from bimamba_lit.binarize import FBI
+from bimamba_lit.callbacks.sharded import is_sharded
 from bimamba_lit.training import AdamW, Distill, Pretrain
 from bimamba_lit.training.estimate import Devices, Estimate, estimate_step
 
@@ -50,49 +56,43 @@ def estimated(
 
 
 class Watch(pl.Callback):
-    """Measures the third step: what is there before it, and what comes and goes in it."""
+    """Measures the third step and prints its peak: what is there before it, and what comes and goes in it."""
 
-    def __init__(self, gpu: bool = False) -> None:
-        self.gpu = gpu
-        self.most = 0
+    most = 0
 
     def on_train_batch_start(self, trainer, module, batch, batch_idx) -> None:
         if batch_idx != 2:
             return
-        if self.gpu:
+        if module.device.type == "cuda":
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
             return
         states = [value for state in trainer.optimizers[0].state.values() for value in state.values()]
         tensors: list[Tensor] = [*module.parameters(), *(p.grad for p in module.parameters() if p.grad is not None)]
-        tensors += [
-            *states,
-            *batch.values(),
-            *(t for teacher in module._teacher for t in teacher.state_dict().values()),
-        ]
-        there = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
-        self.there = sum(there.values())
+        tensors += [*states, *batch.values()]
+        tensors += [tensor for teacher in module._teacher for tensor in teacher.state_dict().values()]
+        storages = [(tensor.to_local() if is_sharded(tensor) else tensor).untyped_storage() for tensor in tensors]
+        self.there = sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
         self.profile = torch.profiler.profile(profile_memory=True)
         self.profile.start()
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:
         if batch_idx != 2:
             return
-        if self.gpu:
+        if module.device.type == "cuda":
             self.most = torch.cuda.max_memory_allocated()
-            return
-        self.profile.stop()
-        now = most = 0
-        events = [e for e in self.profile.profiler.kineto_results.events() if e.name() == "[memory]"]
-        for event in sorted(events, key=lambda event: event.start_ns()):
-            now += event.nbytes()
-            most = max(most, now)
-        self.most = self.there + most
+        else:
+            self.profile.stop()
+            events = [e for e in self.profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+            ordered = sorted(events, key=lambda event: event.start_ns())
+            self.most = self.there + max(accumulate(event.nbytes() for event in ordered))
+        if trainer.is_global_zero:
+            print(f"PEAK {self.most}", flush=True)
 
 
 def measured(module, folder, gpu: bool = False, context: int = 256, **options) -> int:
     ids = torch.randint(VOCABULARY, (4, context + 1))
-    watch = Watch(gpu)
+    watch = Watch()
     trainer = pl.Trainer(
         accelerator="gpu" if gpu else "cpu",
         devices=1,
@@ -161,13 +161,38 @@ def test_the_command_tells_the_parts_and_reads_no_weights(tiny, bimamba, teacher
     answer = bimamba("estimate", "-c", path, "--model.tempreature=2")
     assert answer.code == 1 and "temperature" in answer.err
     answer = bimamba("estimate", "-c", Path(__file__).parents[2] / "recipes" / "ptb_sign.yaml")
-    assert answer.code == 1 and "not PTB" in answer.err
+    assert answer.code == 1 and "not a PTB" in answer.err
 
 
 SHARDED = {
     "class_path": "lightning.pytorch.strategies.ModelParallelStrategy",
     "init_args": {"data_parallel_size": 16, "tensor_parallel_size": 1},
 }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shards", [False, True])
+def test_each_of_two_processes_takes_what_is_estimated(tiny, bimamba, tmp_path, shards):
+    from bimamba_lit import MambaLM
+
+    MambaLM(config(d_model=512, n_layer=4, vocab_size=257)).save_pretrained(tmp_path / "teacher")
+    recipe = yaml.safe_load(tiny.distill_recipe.read_text())
+    strategy = SHARDED | {"init_args": SHARDED["init_args"] | {"data_parallel_size": 2}}
+    recipe["trainer"] |= {"devices": 2, "strategy": strategy if shards else "ddp", "gradient_clip_val": 1.0}
+    recipe["trainer"] |= {"max_steps": 3, "default_root_dir": str(tmp_path / "run")}
+    recipe["model"]["init_args"] |= {"teacher": str(tmp_path / "teacher"), "shard_teacher": shards}
+    recipe["data"]["init_args"] |= {"context": 128, "batch_size": 2}
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe))
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    }
+    line = [sys.executable, "-m", "bimamba_lit", "fit", "-c", str(path), "--trainer.callbacks+=test_estimate.Watch"]
+    done = subprocess.run(line, capture_output=True, text=True, timeout=120, check=False, env=environment)
+    assert done.returncode == 0, done.stderr[-2000:]
+    most = int(re.search(r"PEAK (\d+)", done.stdout)[1])
+    total = float(re.search(r"in all\D+([\d,.]+)", bimamba("estimate", "-c", path).out)[1].replace(",", "")) * 2**20
+    assert abs(total - most) <= 0.05 * most, (total, most)
 
 
 @pytest.mark.gpu
