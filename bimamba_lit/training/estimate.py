@@ -4,13 +4,13 @@ One optimizer step runs as Lightning runs it, on tensors without values (:mod:`b
 optimizer, with the gradients of the step before still there in the forward pass. The forms of the ops are those of the
 recipe's devices, be there such devices here or not. Where weights are sharded, each part is divided as FSDP2 divides
 it, and what a device holds gathered at a time is added: the root's weights, and three blocks, one in use, one on its
-way, one let go of.
+way, one let go of; in the backward pass the root's gradients and those of one block too.
 """
 
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any, cast
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from bimamba_lit import ops
 from bimamba_lit.errors import UserError
-from bimamba_lit.training.byte_count import ByteCount
+from bimamba_lit.training.byte_count import ByteCount, no_kernels
 from bimamba_lit.training.command_line import CommandLine, build
 from bimamba_lit.training.distill import Distill
 from bimamba_lit.training.language import LanguageModule
@@ -36,8 +36,10 @@ _TAUGHT = "teacher's activations"
 _GATHERED, _BUCKETS = "gathered weights and gradients", "DDP's buckets of gradients"
 _ORDER = [
     _LATENT, _WEIGHTS, _GRADIENTS, _STATES, _TEACHER, _BATCH, _FORWARD, _TAUGHT, _LOSS, _BACKWARD, _STEP, _GATHERED,
-    _BUCKETS,
+    _BUCKETS, _WORKSPACES,
 ]  # fmt: skip
+_WORKSPACES = "cuBLAS's workspaces"
+_WORKSPACE_BYTES = 64 << 20  # 32 MiB, Hopper's, for each of the threads of the forward and the backward pass
 _LOSSES = ("distillation_loss", "topk_distillation_loss")
 _BLOCKS_GATHERED = 3
 _HALF = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16, "bf16": torch.bfloat16, "16": torch.float16}
@@ -118,7 +120,9 @@ def estimate_step(module: LanguageModule, data: Any, devices: Devices, trainer: 
     module.log = lambda *_, **__: None  # type: ignore[method-assign]
     with ExitStack() as stack:
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
-        stack.enter_context(ops.as_on_gpu() if devices.gpu else nullcontext())
+        if devices.gpu:
+            stack.enter_context(ops.as_on_gpu())
+            stack.enter_context(no_kernels())
         module.configure_model()
         count = ByteCount(_weights_of(module, devices))
         stack.enter_context(count)
@@ -133,7 +137,7 @@ def estimate_step(module: LanguageModule, data: Any, devices: Devices, trainer: 
         count.most = {}
         _step(module, batch, optimizer, count, trainer, _HALF.get(precision))
     shown = {name: count.most[name] for name in _ORDER if count.most.get(name)}
-    return Estimate(shown | {k: v for k, v in count.most.items() if k not in shown and v}, devices)
+    return Estimate(shown | {name: size for name, size in count.most.items() if size and name not in shown}, devices)
 
 
 def _step(
@@ -187,17 +191,18 @@ def _label_calls(module: LanguageModule, count: ByteCount, stack: ExitStack) -> 
 
 def _weights_of(module: LanguageModule, devices: Devices) -> Callable[[Counter[str], str], dict[str, int]]:
     """Return what makes the bytes of one device of the bytes of a model in one piece."""
+    fixed = {_WORKSPACES: _WORKSPACE_BYTES} if devices.gpu else {}
     if devices.count == 1:
-        return lambda now, label: dict(now)
+        return lambda now, label: dict(now) | fixed
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
     if not devices.sharded:
-        buckets = {_BUCKETS: _bytes(trained)}
-        return lambda now, label: dict(now) | buckets
+        fixed |= {_BUCKETS: _bytes(trained)}
+        return lambda now, label: dict(now) | fixed
     shards_teacher = bool(getattr(module, "shard_teacher", False))
     divided = {_LATENT, _WEIGHTS, _GRADIENTS, _STATES} | ({_TEACHER} if shards_teacher else set())
     root, block = _units(module.lm)
-    gathered = dict.fromkeys((_FORWARD, _TAUGHT, _LOSS), root + _BLOCKS_GATHERED * block)
-    gathered[_BACKWARD] = 2 * root + (_BLOCKS_GATHERED + 2) * block
+    gathered = {_FORWARD: root + _BLOCKS_GATHERED * block, _TAUGHT: root, _LOSS: root + block}
+    gathered[_BACKWARD] = 2 * root + (_BLOCKS_GATHERED + 1) * block
     if shards_teacher:
         (teacher,) = module._teacher
         teacher_root, teacher_block = _units(teacher)
@@ -206,7 +211,7 @@ def _weights_of(module: LanguageModule, devices: Devices) -> Callable[[Counter[s
 
     def weigh(now: Counter[str], label: str) -> dict[str, int]:
         parts = {name: -(-size // devices.count) if name in divided else size for name, size in now.items()}
-        return parts | {_GATHERED: gathered.get(label, 0)}
+        return parts | fixed | {_GATHERED: gathered.get(label, 0)}
 
     return weigh
 
@@ -270,8 +275,7 @@ def print_estimate(found: Estimate) -> None:
     console = Console()
     console.print(table)
     console.print(
-        "Not counted: the CUDA context and the libraries' workspaces (about a gigabyte), what the allocator leaves "
-        "unused between tensors, and the processes that load data."
+        "Not counted: the CUDA context and NCCL (about a gigabyte) and what the allocator leaves unused between tensors."
         if found.devices.gpu
         else "Not counted: Python and its libraries (about half a gigabyte a process)."
     )

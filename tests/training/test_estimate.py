@@ -12,12 +12,10 @@ import lightning.pytorch as pl
 import pytest
 import torch
 import yaml
-from torch import Tensor
 from torch.utils.data import DataLoader
 
 from bimamba_lit import MambaConfig
 from bimamba_lit.binarize import FBI
-from bimamba_lit.callbacks.sharded import is_sharded
 from bimamba_lit.training import AdamW, Distill, Pretrain
 from bimamba_lit.training.estimate import Devices, Estimate, estimate_step
 
@@ -56,36 +54,30 @@ def estimated(
 
 
 class Watch(pl.Callback):
-    """Measures the third step and prints its peak: what is there before it, and what comes and goes in it."""
+    """Measures and prints the most memory that a run takes: on a GPU in its third step, on a CPU from the beginning."""
 
-    most = 0
+    def __init__(self) -> None:
+        self.most = 0
+        self.profile = None
+        if not torch.cuda.is_available():
+            self.profile = torch.profiler.profile(profile_memory=True)
+            self.profile.start()
 
     def on_train_batch_start(self, trainer, module, batch, batch_idx) -> None:
-        if batch_idx != 2:
-            return
-        if module.device.type == "cuda":
+        if batch_idx == 2 and self.profile is None:
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
-            return
-        states = [value for state in trainer.optimizers[0].state.values() for value in state.values()]
-        tensors: list[Tensor] = [*module.parameters(), *(p.grad for p in module.parameters() if p.grad is not None)]
-        tensors += [*states, *batch.values()]
-        tensors += [tensor for teacher in module._teacher for tensor in teacher.state_dict().values()]
-        storages = [(tensor.to_local() if is_sharded(tensor) else tensor).untyped_storage() for tensor in tensors]
-        self.there = sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
-        self.profile = torch.profiler.profile(profile_memory=True)
-        self.profile.start()
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:
         if batch_idx != 2:
             return
-        if module.device.type == "cuda":
+        if self.profile is None:
             self.most = torch.cuda.max_memory_allocated()
         else:
             self.profile.stop()
             events = [e for e in self.profile.profiler.kineto_results.events() if e.name() == "[memory]"]
             ordered = sorted(events, key=lambda event: event.start_ns())
-            self.most = self.there + max(accumulate(event.nbytes() for event in ordered))
+            self.most = max(accumulate(event.nbytes() for event in ordered))
         if trainer.is_global_zero:
             print(f"PEAK {self.most}", flush=True)
 
@@ -108,6 +100,7 @@ def measured(module, folder, gpu: bool = False, context: int = 256, **options) -
     )
     batches = DataLoader([{"input_ids": ids[:, :-1], "labels": ids[:, 1:]}] * 3, batch_size=None)
     trainer.fit(module, batches, batches)
+    module._teacher.clear()  # which Lightning does not know, and so leaves on its device
     return watch.most
 
 
@@ -192,7 +185,7 @@ def test_each_of_two_processes_takes_what_is_estimated(tiny, bimamba, tmp_path, 
     assert done.returncode == 0, done.stderr[-2000:]
     most = int(re.search(r"PEAK (\d+)", done.stdout)[1])
     total = float(re.search(r"in all\D+([\d,.]+)", bimamba("estimate", "-c", path).out)[1].replace(",", "")) * 2**20
-    assert abs(total - most) <= 0.05 * most, (total, most)
+    assert abs(total - most) <= 0.05 * most, (total / most, total, most)
 
 
 @pytest.mark.gpu
