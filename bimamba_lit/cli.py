@@ -16,9 +16,8 @@ TRAINING = {
     "validate": "measure a model on a recipe's validation text; write its summary",
     "test": "measure a model on a recipe's test text",
 }
-
-
 TEACHER_LOGITS = "teacher-logits"
+ESTIMATE = "estimate"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -69,7 +68,12 @@ def _dispatch(args: list[str]) -> None:
 
         store(args[1:])
         return
-    known = [*TRAINING, TEACHER_LOGITS, *_COMMANDS]
+    if args and args[0] == ESTIMATE and not {"-h", "--help"} & set(args):
+        from bimamba_lit.training.estimate import estimate, print_estimate
+
+        print_estimate(estimate(args[1:]))
+        return
+    known = [*TRAINING, TEACHER_LOGITS, ESTIMATE, *_COMMANDS]
     if args and not args[0].startswith("-") and args[0] not in known:
         raise UserError(f"there is no command '{args[0]}'{nearest(args[0], known) or '; see bimamba --help'}")
     chosen = parser.parse_args(args)
@@ -91,6 +95,9 @@ def _parser() -> argparse.ArgumentParser:
     for name, text in TRAINING.items():
         commands.add_parser(name, help=text)
     commands.add_parser(TEACHER_LOGITS, help="run a recipe's teacher over its text once, for students to train from")
+    text = "tell the memory that training a recipe takes on each of its devices"
+    usage = "bimamba estimate -c RECIPE.yaml [--key value ...]"
+    commands.add_parser(ESTIMATE, help=text, description=text[0].upper() + text[1:] + ".", usage=usage)
     for name, (text, add_arguments, run) in _COMMANDS.items():
         command = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".", allow_abbrev=False)
         add_arguments(command)

@@ -52,6 +52,8 @@ def hub_file(name: str, filename: str) -> Path:
 def hub_folder(name: str) -> Path:
     """Return a local folder with the configuration, tokenizer and weights of a model repository.
 
+    Under torch's ``FakeTensorMode``, where tensors have no values, the weights are left out.
+
     Args:
         name: ``OWNER/NAME``.
 
@@ -59,6 +61,10 @@ def hub_folder(name: str) -> Path:
         UserError: If the hub cannot be reached and the cache lacks the model, or the repository does not exist or
             needs a permission.
     """
+    from torch._guards import active_fake_mode
+
+    if active_fake_mode() is not None:
+        return _fetched(name, "configuration", ["*.json"], ignore=["*/*", "*.index.json"])
     # A pattern's * matches a slash too: without the second list, copies in subfolders would be fetched as well.
     folder = _fetched(name, "model", list(_MODEL_FILES), ignore=["*/*"])
     if any(folder.glob("*.safetensors")):

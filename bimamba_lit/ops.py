@@ -13,8 +13,8 @@ V vocabulary.
 import math
 import os
 import sys
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
@@ -671,16 +671,31 @@ def topk_distillation_loss(
     )  # fmt: skip
 
 
+_as_on_gpu = False
+
+
+@contextmanager
+def as_on_gpu() -> Iterator[None]:
+    """Choose the forms that tensors on a GPU take, for tensors without values whose memory is to be counted."""
+    global _as_on_gpu
+    before, _as_on_gpu = _as_on_gpu, True
+    try:
+        yield
+    finally:
+        _as_on_gpu = before
+
+
 def _pick(backend: str, tensor: Tensor, naive: Op, chunked: Op | None = None, parallel: Op | None = None) -> Op:
     if backend not in BACKENDS:
         raise ValueError(f"backend is {backend!r}, but must be one of {', '.join(BACKENDS)}.")
     if backend == "naive":
         return naive
     # In float64 the Triton forms hold sums in float32, or are another form.
-    if backend == "triton" or (backend == "auto" and tensor.is_cuda and tensor.dtype != torch.float64):
+    on_gpu = tensor.is_cuda or _as_on_gpu
+    if backend == "triton" or (backend == "auto" and on_gpu and tensor.dtype != torch.float64):
         module = naive.__module__.removesuffix("naive") + "triton"
         if _has_triton_form(module, naive.__name__):
-            if tensor.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+            if tensor.device.type == "cpu" and not _as_on_gpu and os.environ.get("TRITON_INTERPRET") != "1":
                 raise ValueError(
                     "backend='triton' needs tensors on a GPU (or TRITON_INTERPRET=1 set before the start)."
                 )
@@ -688,7 +703,7 @@ def _pick(backend: str, tensor: Tensor, naive: Op, chunked: Op | None = None, pa
             return kernel
         if backend == "triton":
             raise ValueError(f"{naive.__name__} has no Triton form here; take backend='auto'.")
-    if parallel is not None and tensor.device.type != "cpu":
+    if parallel is not None and (tensor.device.type != "cpu" or _as_on_gpu):
         return parallel
     return naive if chunked is None else chunked
 

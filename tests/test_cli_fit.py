@@ -158,6 +158,31 @@ def test_last_with_nothing_to_resume_starts_from_the_beginning(tiny, bimamba, tm
     assert checkpoint(tmp_path / "run")["global_step"] == 1
 
 
+def test_the_share_of_a_batch_that_a_device_gets_makes_no_other_run():
+    def config(devices, batch_size, **more):
+        data = {"class_path": "TextDataModule", "init_args": {"batch_size": batch_size} | more}
+        return {"trainer": {"devices": devices}, "data": data, "model": {}}
+
+    same = run_folder._is_same_run
+    assert same(config(8, 4), config(4, 8)) and same(config(2, 2, eval_batch_size=4), config(1, 4))
+    assert same(config(8, 4), config(1, 4)) and same(config("auto", 4), config(1, 4))
+    assert not same(config(8, 4), config(4, 4, context=9)) and not same(config(8, 4), config(4, 6))
+
+
+def test_a_stream_is_resumed_with_the_batch_it_stopped_at(tiny, bimamba, tmp_path, module):
+    text = tmp_path / "text"
+    text.mkdir()
+    for number in range(3):
+        (text / f"{number}.txt").write_text(tiny.text.read_text()[number:])
+    args = ["fit", "-c", tiny.teacher_recipe, "--data.streaming=true", f"--data.train={text}/*.txt"]
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert bimamba(*args, f"--trainer.default_root_dir={whole}").code == 0
+    args += [f"--trainer.default_root_dir={killed}", "--checkpoint.every_n_train_steps=3"]
+    assert bimamba(*args, f"--trainer.callbacks+={module}.Stop", "--trainer.callbacks.at=5").code == 1
+    assert bimamba(*args, "--ckpt_path=last").code == 0
+    assert_same_run(killed, whole)
+
+
 def test_a_file_where_the_run_folder_should_be(tiny, bimamba):
     answer = bimamba("fit", "-c", tiny.teacher_recipe, f"--trainer.default_root_dir={tiny.text}")
     assert answer.code == 1 and f"{tiny.text} is a file, not a folder" in answer.err

@@ -1,6 +1,7 @@
 """The README shows the quickstart's own commands, and its code runs as it stands."""
 
 import re
+import shlex
 from pathlib import Path
 
 import torch
@@ -28,6 +29,25 @@ def test_every_recipe_that_is_named_exists():
     named = set(re.findall(r"recipes/([a-z_]+\.yaml)", README))
     assert len(named) >= 3
     assert all((Path(__file__).parents[1] / "recipes" / name).is_file() for name in named)
+
+
+def test_commands_for_several_devices_are_of_right_recipes_and_settings():
+    from bimamba_lit.training.command_line import GROUPS
+    from bimamba_lit.training.recipe_check import check_settings
+    from bimamba_lit.training.recipe_read import read_settings
+
+    section = README.split("## Several devices")[1].split("\n## ")[0]
+    lines = [line for block in re.findall(r"```bash\n(.*?)```", section, flags=re.DOTALL) for line in block.split("\n")]
+    commands = [shlex.split(line, comments=True) for line in lines if " -c recipes/" in line]
+    assert {words[0] for words in commands} == {"bimamba", "torchrun", "srun"}
+    for words in commands:
+        settings = read_settings(words[words.index("-c") :])
+        check_settings(settings, GROUPS)
+        if words[0] == "torchrun":
+            numbers = dict(zip(words, words[1:], strict=False))
+            trainer = settings["trainer"]
+            assert trainer["devices"] == int(numbers["--nproc_per_node"])
+            assert trainer["num_nodes"] == int(numbers.get("--nnodes", 1))
 
 
 def test_the_scheme_of_the_readme_trains_and_packs():

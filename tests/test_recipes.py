@@ -66,7 +66,8 @@ def test_the_papers_sizes_are_the_papers(size, vocabulary, share, full, binary, 
 def test_a_step_has_the_papers_tokens_and_settings(path):
     recipe = read(path.stem)
     trainer, data = recipe["trainer"], recipe["data"]["init_args"]
-    sequences = trainer["devices"] * trainer["accumulate_grad_batches"] * data["batch_size"]
+    devices = trainer["devices"] * trainer.get("num_nodes", 1)
+    sequences = devices * trainer["accumulate_grad_batches"] * data["batch_size"]
     assert (sequences, sequences * data["context"]) == (256, 524_288)
     assert recipe["seed_everything"] == 11111
     assert (trainer["gradient_clip_val"], trainer["precision"]) == (1.0, "bf16-mixed")
@@ -77,9 +78,9 @@ def test_a_step_has_the_papers_tokens_and_settings(path):
         "weight_decay": 0.1,
         "betas": [0.9, 0.95],
     }
-    if trainer["devices"] > 1:
+    if devices > 1:
         strategy = trainer["strategy"]["init_args"]
-        assert (strategy["data_parallel_size"], strategy["tensor_parallel_size"]) == (trainer["devices"], 1)
+        assert (strategy["data_parallel_size"], strategy["tensor_parallel_size"]) == (devices, 1)
 
 
 def read(stem):

@@ -14,6 +14,7 @@ from torch.utils.data import Dataset
 from torchdata.stateful_dataloader.sampler import StatefulDistributedSampler
 
 from bimamba_lit.data.tokens import NOT_A_TARGET, TokenStream
+from bimamba_lit.errors import UserError
 
 IGNORED = -100
 
@@ -196,10 +197,21 @@ class EpochOrder(StatefulDistributedSampler):
             yield self.blocks.block_of(visit, epoch)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the epoch and how many indices it has given."""
-        return {**super().state_dict(), "epoch": self.epoch}
+        """Return the epoch, how many indices each rank was given, and how many ranks there are."""
+        return {**super().state_dict(), "epoch": self.epoch, "ranks": self.num_replicas}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue where the state was taken."""
-        super().load_state_dict(state_dict)
+        """Continue where the state was taken, be it by another number of ranks.
+
+        Raises:
+            UserError: If the ranks cannot share what was given, so that some would be given twice or never.
+        """
+        ranks = state_dict.get("ranks", self.num_replicas)
+        given = state_dict[self._YIELDED] * ranks
+        if given % self.num_replicas:
+            raise UserError(
+                f"the checkpoint is from {ranks} processes that had read {given} sequences, which {self.num_replicas} "
+                "cannot share evenly: keep trainer.devices times data.batch_size as it was"
+            )
+        super().load_state_dict({self._YIELDED: given // self.num_replicas})
         self.set_epoch(state_dict["epoch"])

@@ -20,7 +20,7 @@ from bimamba_lit.data.bpe import bpe_size, trained_bpe
 from bimamba_lit.data.offline import offline_files
 from bimamba_lit.data.source import Setting, as_sources, without_held_out
 from bimamba_lit.data.sources import HELD_OUT, Part, Span
-from bimamba_lit.data.stream import StreamBlocks
+from bimamba_lit.data.stream import StreamBlocks, StreamLoader
 from bimamba_lit.data.tokenizer import ByteTokenizer, SubwordTokenizer, load_tokenizer
 from bimamba_lit.data.tokens import TokenStream, default_cache, token_stream
 from bimamba_lit.errors import UserError
@@ -199,7 +199,8 @@ class TextDataModule(LightningDataModule):
         with warnings.catch_warnings():
             # torchdata 0.11 calls a function that torch 2.13 deprecates.
             warnings.filterwarnings("ignore", "'set_vital' is deprecated", UserWarning)
-            return StatefulDataLoader(blocks, batch_size=self.batch_size, sampler=order, **self._loading())
+            loader = StreamLoader if self.streaming else StatefulDataLoader
+            return loader(blocks, batch_size=self.batch_size, sampler=order, **self._loading())
 
     def val_dataloader(self) -> DataLoader[dict[str, Tensor]]:
         """Return the windows of the validation text, in order."""

@@ -6,6 +6,7 @@ and filled with other rows than before. What resumes exactly is the position: th
 read, and the ids read but not yet given out.
 """
 
+import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -14,11 +15,50 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
+from torchdata.stateful_dataloader import StatefulDataLoader
 
 from bimamba_lit.data.blocks import IGNORED
 from bimamba_lit.data.sources import Part, pieces
 from bimamba_lit.data.tokenizer import TextTokenizer
 from bimamba_lit.errors import UserError
+
+
+class StreamLoader(StatefulDataLoader):
+    """A loader of `StreamBlocks` whose state is that of all processes, since each reads shards of its own.
+
+    Every process of the run has to take the state at the same point.
+    """
+
+    def __len__(self) -> int:
+        """Return a number that is never reached.
+
+        Of a loader without one Lightning reads a batch ahead, to know which is the last,
+        and that batch would be missing from a resumed run.
+        """
+        return sys.maxsize
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the states of all processes."""
+        states: list[Any] = [super().state_dict()]
+        if self.dataset.ranks > 1:
+            own, states = states[0], [None] * self.dataset.ranks
+            torch.distributed.all_gather_object(states, own)
+        return {"processes": states}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue where the state was taken.
+
+        Raises:
+            UserError: If it is that of another number of processes.
+        """
+        states = state_dict.get("processes", [state_dict])
+        if len(states) != self.dataset.ranks:
+            raise UserError(
+                f"the checkpoint is from {len(states)} processes, each at a place of its own in the streamed text, "
+                f"and here are {self.dataset.ranks}: set trainer.devices to {len(states)}"
+            )
+        super().load_state_dict(states[self.dataset.rank])
+
 
 _NOTHING: NDArray[np.int64] = np.zeros(0, np.int64)
 

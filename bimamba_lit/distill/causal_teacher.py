@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._guards import active_fake_mode
 
 from bimamba_lit.errors import UserError
 
@@ -20,7 +21,8 @@ class CausalTeacher(nn.Module):
 
     Args:
         path: A folder that ``AutoModelForCausalLM.from_pretrained`` takes. Only safetensors are read and no code of the
-            folder's is run. Weights keep the dtype that they are stored in.
+            folder's is run. Weights keep the dtype that they are stored in. Under torch's ``FakeTensorMode``, where
+            tensors have no values, only the configuration is read.
 
     Raises:
         UserError: If transformers is not installed, the folder is not one of a causal language model or lacks a file,
@@ -29,7 +31,8 @@ class CausalTeacher(nn.Module):
 
     def __init__(self, path: str | Path) -> None:
         super().__init__()
-        self._model = _load(Path(path))
+        values = active_fake_mode() is None
+        self._model = (_load if values else _outline)(Path(path))
         head = self._model.get_output_embeddings()
         if head is None or getattr(head, "bias", None) is not None:
             raise UserError(
@@ -39,7 +42,8 @@ class CausalTeacher(nn.Module):
         self._head = head.weight
         self._takes_positions = "position_ids" in inspect.signature(self._body.forward).parameters
         self.config = SimpleNamespace(vocab_size=self._head.shape[0])
-        self._check_head(path)
+        if values:
+            self._check_head(path)
 
     @property
     def head_weight(self) -> Tensor:
@@ -118,6 +122,15 @@ def _load(path: Path) -> Any:
         raise UserError(
             f"the teacher {path} lacks {len(missing)} tensors of a {type(model).__name__}: {missing[0]} ..."
         )
+    return model.eval().requires_grad_(False)
+
+
+def _outline(path: Path) -> Any:
+    """Return a model of the folder's configuration, in the type that it is stored in."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
+    model = AutoModelForCausalLM.from_config(config, dtype=config.dtype or torch.float32)
     return model.eval().requires_grad_(False)
 
 

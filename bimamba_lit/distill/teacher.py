@@ -61,7 +61,7 @@ def find_checkpoint(path: str | Path) -> Path:
     if not (folder / "config.yaml").is_file():
         return folder
     last = folder / "checkpoints" / "last.ckpt"
-    if not last.is_file():
+    if not last.exists():
         raise UserError(f"the run {folder} has no checkpoint yet: {last} is missing")
     return last
 

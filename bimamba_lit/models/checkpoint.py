@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._guards import active_fake_mode
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from bimamba_lit.binarize import PTBLinear, apply_binarization_, describe_binarization
 from bimamba_lit.errors import UserError, nearest
@@ -24,6 +26,7 @@ from bimamba_lit.models.config import MambaConfig
 from bimamba_lit.models.lm import MambaLM
 from bimamba_lit.models.plain_pickle import load_plain
 from bimamba_lit.models.quantized_table import describe_tables, quantize_tables_
+from bimamba_lit.models.sharded_folder import is_sharded, load_meta, load_state
 from bimamba_lit.models.state_spaces_folder import is_state_spaces, state_spaces_config
 from bimamba_lit.models.transformers_folder import is_transformers_mamba, our_name, transformers_config
 from bimamba_lit.models.weight_files import WEIGHTS_FILE, Reader, is_plain_float, stored_tensors, write_safetensors
@@ -35,7 +38,7 @@ _FORMAT = "bimamba-lit"
 _VERSION = 1
 _READABLE = (
     "a folder of this project, of transformers' Mamba or Mamba2, of state-spaces (mamba_ssm) or of the released "
-    "Bi-Mamba, or a Lightning checkpoint of this project"
+    "Bi-Mamba, or a Lightning checkpoint of this project, in one file or sharded"
 )
 _NAMES_SHOWN = 8
 _LARGEST_CONFIG = 1 << 24  # bytes
@@ -67,9 +70,16 @@ def build(description: Mapping[str, Any]) -> MambaLM:
 
 def copy_in_fp32(lm: MambaLM) -> MambaLM:
     """Return a model of the same weights in fp32 that shares none of them."""
-    copy = build(describe(lm)).float()
+    copy = in_fp32(build(describe(lm)))
     copy.load_state_dict(lm.state_dict())
     return copy
+
+
+def in_fp32(lm: MambaLM) -> MambaLM:
+    """Return a model whose every float is in fp32: the one given, changed where it has others."""
+    # What is wide already is left alone: tensors without values cannot be converted in place.
+    floats = [tensor for tensor in lm.state_dict().values() if tensor.is_floating_point()]
+    return lm if all(tensor.dtype == torch.float32 for tensor in floats) else lm.float()
 
 
 def save_lm(
@@ -118,14 +128,20 @@ def rounded(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
 
 
 def load_lm(path: str | Path) -> MambaLM:
-    """Load a model from a folder or a Lightning checkpoint; see :meth:`MambaLM.from_pretrained`."""
+    """Load a model from a folder or a Lightning checkpoint; see :meth:`MambaLM.from_pretrained`.
+
+    Under torch's ``FakeTensorMode`` tensors have no values, and none are read.
+    """
     source = _existing(path)
-    if source.is_dir():
+    if active_fake_mode() is not None:
+        return _outlined(source)
+    if source.is_dir() and not is_sharded(source):
         return _load_folder(source)
-    checkpoint = _read_lightning(source)
+    checkpoint = read_lightning(source)
+    state = load_state(source) if source.is_dir() else checkpoint["state_dict"]
     readers: dict[str, Reader] = {
         name.removeprefix(_IN_MODULE): partial(_itself, tensor)
-        for name, tensor in checkpoint["state_dict"].items()
+        for name, tensor in state.items()
         if isinstance(name, str) and name.startswith(_IN_MODULE) and isinstance(tensor, Tensor)
     }
     return _assemble(checkpoint["lm"], readers, source)
@@ -141,13 +157,13 @@ def load_tokenizer_json(path: str | Path) -> str | None:
         UserError: If nothing is there or it cannot be read.
     """
     source = _existing(path)
-    if source.is_dir():
+    if source.is_dir() and not is_sharded(source):
         file = source / TOKENIZER_FILE
         try:
             return file.read_text(encoding="utf-8") if file.is_file() else None
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"cannot read {file}: {error}") from error
-    tokenizer = _read_lightning(source).get("tokenizer")
+    tokenizer = read_lightning(source).get("tokenizer")
     return tokenizer if isinstance(tokenizer, str) else None
 
 
@@ -160,7 +176,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     file = folder / CONFIG_FILE
     if not file.is_file():
         run = folder / "checkpoints" / "last.ckpt"
-        hint = f"; it is a run folder, so give {run}" if run.is_file() else ""
+        hint = f"; it is a run folder, so give {run}" if run.exists() else ""
         raise UserError(f"{folder} holds no model: there is no {CONFIG_FILE} in it{hint}")
     try:
         if file.stat().st_size > _LARGEST_CONFIG:
@@ -188,6 +204,22 @@ def _load_folder(folder: Path) -> MambaLM:
         except UserError as error:
             raise UserError(f"{folder}: {error}") from error
         return _assemble(description, ours, folder)
+
+
+def _outlined(source: Path) -> MambaLM:
+    """Build the model that a path describes, in the type that it is stored in."""
+    with unset_fake_temporarily():
+        if source.is_file() or is_sharded(source):
+            description, stored = read_lightning(source)["lm"], None
+        else:
+            values = read_config(source)
+            description, stored = _in_our_terms(values, {})[0], values.get("dtype", values.get("torch_dtype"))
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(getattr(torch, stored) if stored in ("float16", "bfloat16") else before)
+    try:
+        return build(description)
+    finally:
+        torch.set_default_dtype(before)
 
 
 def _in_our_terms(values: dict[str, Any], readers: dict[str, Reader]) -> tuple[dict[str, Any], dict[str, Reader]]:
@@ -230,11 +262,18 @@ def _parts(description: Mapping[str, Any]) -> tuple[MambaConfig, list[dict[str, 
     return MambaConfig.from_dict(config), binarization, tables
 
 
-def _read_lightning(file: Path) -> dict[str, Any]:
+def read_lightning(file: Path) -> dict[str, Any]:
+    """Return the content of a Lightning checkpoint of this project; of a sharded one, all but ``state_dict``.
+
+    Raises:
+        UserError: If it is none, or is damaged.
+    """
     if file.suffix == ".safetensors":
         raise UserError(f"{file} holds tensors without a configuration; give the folder it is in")
-    checkpoint = load_plain(file, _READABLE)
-    if not (isinstance(checkpoint, dict) and "lm" in checkpoint and isinstance(checkpoint.get("state_dict"), dict)):
+    sharded = is_sharded(file)
+    checkpoint = load_meta(file) if sharded else load_plain(file, _READABLE)
+    plain = isinstance(checkpoint, dict) and (sharded or isinstance(checkpoint.get("state_dict"), dict))
+    if not plain or "lm" not in checkpoint:
         raise UserError(f"{file} is a PyTorch file of another program, not of this project; give {_READABLE}")
     return checkpoint
 

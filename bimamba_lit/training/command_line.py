@@ -32,7 +32,8 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 import bimamba_lit.data  # noqa: F401  (so that its classes can be named in short: --data=TextDataModule)
 from bimamba_lit.callbacks import NonFiniteGuard, ProgressLines, RandomState, StepsBar, Throughput
 from bimamba_lit.errors import UserError
-from bimamba_lit.models.checkpoint import load_tokenizer_json
+from bimamba_lit.models.checkpoint import read_lightning
+from bimamba_lit.models.sharded_folder import check_sharded, is_sharded
 from bimamba_lit.report.summary import FILE_NAME as SUMMARY
 from bimamba_lit.training.csv_logger import CSVLogger
 from bimamba_lit.training.language import LanguageModule
@@ -111,6 +112,7 @@ def build(command: str, method: str, args: Sequence[str], kind: type["CommandLin
         "ignore", r"\s*(By default only one Jsonargparse|``instantiate_classes``)", DeprecationWarning
     )
     warnings.filterwarnings("ignore", ".*does not have many workers.*")
+    warnings.filterwarnings("ignore", ".*IterableDataset. has .__len__. defined.*")  # whose workers share its shards
     warnings.filterwarnings(
         "ignore", ".*It is recommended to use `self.log.*sync_dist=True.*"
     )  # summed by torchmetrics
@@ -186,8 +188,7 @@ class CommandLine(LightningCLI):
         self.recipe = yaml.safe_load(parser.dump(config, skip_unset=False))
         self.run_folder = choose_run_folder(base, self.recipe, self.command, config.ckpt_path)
         if self.run_folder.checkpoint is not None:
-            # Refuses what is damaged or foreign before anything is built.
-            load_tokenizer_json(self.run_folder.checkpoint)
+            _refuse_unreadable(self.run_folder.checkpoint, config.trainer.strategy)
         config.trainer.default_root_dir = str(self.run_folder.path)
         config.ckpt_path = None if self.run_folder.checkpoint is None else str(self.run_folder.checkpoint)
         if config.checkpoint.dirpath is None:
@@ -293,7 +294,7 @@ class CommandLine(LightningCLI):
             return
         folder, used = self.run_folder.path, self.run_folder.checkpoint
         last = folder / LAST_CHECKPOINT
-        if used is None or not last.is_file() or last.samefile(used):
+        if used is None or not last.exists() or last.samefile(used):
             self._close("")
         elif self.trainer.is_global_zero:
             figure = self.model.evaluated["bits_per_byte"]
@@ -311,3 +312,16 @@ class CommandLine(LightningCLI):
         write_run_summary(self.trainer, self.model, self.datamodule, folder, self.recipe, tests)
         if self.trainer.is_global_zero:
             print(f"{folder}: {self.model.evaluated['bits_per_byte']:.3f} bits per byte{when}; see {folder / SUMMARY}")
+
+
+def _refuse_unreadable(checkpoint: Path, strategy: Any) -> None:
+    """Raise before anything is built where a checkpoint is damaged, foreign, or not for this strategy."""
+    read_lightning(checkpoint)
+    if not is_sharded(checkpoint):
+        return
+    check_sharded(checkpoint)
+    if not str(getattr(strategy, "class_path", strategy)).endswith("ModelParallelStrategy"):
+        raise UserError(
+            f"{checkpoint} is sharded, and trainer.strategy must be ModelParallelStrategy to load it, on any number of "
+            f"devices; or make a model's folder of it: bimamba convert --from {checkpoint} --to FOLDER"
+        )

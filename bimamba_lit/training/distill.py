@@ -14,10 +14,11 @@ from bimamba_lit.distill.causal_teacher import CausalTeacher
 from bimamba_lit.errors import UserError
 from bimamba_lit.export.deploy import check_deploy
 from bimamba_lit.models import MambaConfig, MambaLM
-from bimamba_lit.models.checkpoint import copy_in_fp32, load_lm
+from bimamba_lit.models.checkpoint import copy_in_fp32, in_fp32, load_lm
 from bimamba_lit.training.language import Batch, LanguageModule
 from bimamba_lit.training.optimizer import AdamW
 from bimamba_lit.training.pretrain import with_vocabulary
+from bimamba_lit.training.sharding import ShardedTeacher
 
 
 class Distill(LanguageModule):
@@ -45,6 +46,9 @@ class Distill(LanguageModule):
             ``train/hidden``. Not 0 only with a Mamba teacher of the student's ``d_model`` and ``n_layer``.
         optimizer: AdamW and its schedule.
         activation_checkpointing: Compute activations inside blocks again in the backward pass, to save memory.
+        compile: Compile the student's blocks with ``torch.compile``.
+        shard_teacher: Spread the teacher over the devices too, under ``ModelParallelStrategy``; else each device holds
+            it whole. On one device it changes nothing.
         deploy: Formats of ``bimamba export`` that the result must fit, such as ``[torchscript, gguf]``; checked before
             the first step.
     """
@@ -62,13 +66,16 @@ class Distill(LanguageModule):
         hidden_weight: float = 0.0,
         optimizer: AdamW | None = None,
         activation_checkpointing: bool = False,
+        compile: bool = False,
+        shard_teacher: bool = False,
         deploy: list[str] = [],  # noqa: B006  (likewise)
     ) -> None:
         stored = is_stored_teacher(teacher)
-        super().__init__(optimizer, None if stored else teacher, activation_checkpointing)
+        super().__init__(optimizer, None if stored else teacher, activation_checkpointing, compile)
         self.stored = StoredTeacher(teacher) if stored else None
         if hidden_weight < 0:
             raise UserError(f"model.hidden_weight: {hidden_weight} is out of range, it must be 0 or more")
+        self.shard_teacher = shard_teacher
         self.binarizer = binarizer
         self.student = student
         self.targets = targets
@@ -83,7 +90,8 @@ class Distill(LanguageModule):
         """Load the teacher, build the student and binarize it.
 
         Raises:
-            UserError: If the student cannot start from what it is to start from, or does not fit where it is to go.
+            UserError: If the student cannot start from what it is to start from, or does not fit where it is to go; or
+                the teacher is to be spread over devices by a strategy that spreads nothing.
         """
         if hasattr(self, "lm"):
             return
@@ -96,7 +104,7 @@ class Distill(LanguageModule):
             student = self._start(teacher)
             if self.hidden_weight:
                 _check_hidden_states(student, teacher)
-            self._teacher.append(teacher)
+            self._teacher.append(self._spread(teacher))
         start = retrain_(student, self.binarizer, self.targets, self.keep_rows)
         check_deploy(student, self.deploy)
         if any(start):
@@ -105,6 +113,17 @@ class Distill(LanguageModule):
                 "weights start at the quantized weight"
             )
         self.take(student)
+
+    def _spread(self, teacher: MambaLM | CausalTeacher) -> MambaLM | CausalTeacher | ShardedTeacher:
+        """Return the teacher as it is to be held: spread over the devices or whole."""
+        if not self.shard_teacher or self.trainer.world_size == 1:
+            return teacher
+        if self.device_mesh is None:
+            raise UserError(
+                "model.shard_teacher: weights are spread under trainer.strategy ModelParallelStrategy only: set that, "
+                "or leave the teacher whole"
+            )
+        return ShardedTeacher(teacher, self.device_mesh)
 
     @property
     def taught_by(self) -> str | None:
@@ -137,7 +156,7 @@ class Distill(LanguageModule):
                 f"model.student: the teacher {self.teacher_path} is no Mamba model, so no student can start from its "
                 "weights: give the student's d_model and n_layer instead of 'teacher'"
             )
-        student = load_lm(find_checkpoint(self.student)).float()
+        student = in_fp32(load_lm(find_checkpoint(self.student)))
         if student.config.vocab_size != teacher.config.vocab_size:
             raise UserError(
                 f"model.student: {self.student} has a vocabulary of {student.config.vocab_size} tokens and the teacher "

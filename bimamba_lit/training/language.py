@@ -6,16 +6,16 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
-from bimamba_lit.binarize import quantized_layers, take_unfinished_
+from bimamba_lit.binarize import binary_layers, quantized_layers, take_unfinished_
 from bimamba_lit.binarize.ptb.layer import PREFIX
 from bimamba_lit.errors import UserError
 from bimamba_lit.eval import LanguageMetrics
 from bimamba_lit.models import MambaLM
 from bimamba_lit.models.checkpoint import describe
-from bimamba_lit.training.activations import checkpoint_blocks_
+from bimamba_lit.training.activations import checkpoint_blocks_, compile_blocks_
 from bimamba_lit.training.checkpoint_check import check_loops, check_optimizers
 from bimamba_lit.training.optimizer import AdamW
-from bimamba_lit.training.sharding import shard_
+from bimamba_lit.training.sharding import ShardedTeacher, shard_
 
 Batch = dict[str, Tensor]
 
@@ -27,6 +27,7 @@ class LanguageModule(pl.LightningModule):
         optimizer: The optimizer and its schedule.
         teacher: The path of the frozen teacher that evaluation compares with; None without one.
         activation_checkpointing: Compute activations inside blocks again in the backward pass, to save memory.
+        compile: Compile the blocks with ``torch.compile``.
 
     Attributes:
         lm: The model being trained, there once ``configure_model`` has run.
@@ -41,9 +42,11 @@ class LanguageModule(pl.LightningModule):
         optimizer: AdamW | None = None,
         teacher: str | None = None,
         activation_checkpointing: bool = False,
+        compile: bool = False,
     ) -> None:
         super().__init__()
         self.activation_checkpointing = activation_checkpointing
+        self.compile_blocks = compile
         self.optimizer_settings = optimizer or AdamW()
         self.teacher_path = teacher
         # Not a submodule: neither the optimizer, nor checkpoints, nor a strategy that shards or syncs may see it.
@@ -73,12 +76,15 @@ class LanguageModule(pl.LightningModule):
         return data.vocab_size, data.tokenizer.to_json()
 
     def take(self, lm: MambaLM) -> None:
-        """Make ``lm`` the model in training: with activation checkpointing and sharded, where that is asked for.
+        """Make ``lm`` the model in training: compiled, with activation checkpointing and sharded, where asked for.
 
         Raises:
-            UserError: If the strategy asks for tensor parallelism.
+            UserError: If the strategy asks for tensor parallelism, or the precision would round latent weights.
         """
+        _refuse_rounded_latents(lm, getattr(self._trainer, "precision", None))
         self.lm = lm
+        if self.compile_blocks:
+            compile_blocks_(lm)
         if self.activation_checkpointing:
             checkpoint_blocks_(lm)
         if self.device_mesh is not None:
@@ -99,10 +105,19 @@ class LanguageModule(pl.LightningModule):
         return self.optimizer_settings.build(self.lm, self.trainer.max_steps)
 
     def log_loss(self, loss: Tensor, **parts: Tensor) -> Tensor:
-        """Log the training loss, in nats a token, what it is made of by name, and the learning rates; return it."""
+        """Log the training loss, in nats a token, what it is made of by name, and the learning rates; return it.
+
+        The losses that are logged are the means over all devices.
+        """
         rates = self.optimizer_settings.rates(self.trainer.optimizers[0])
-        self.log("train/loss", loss, prog_bar=True)
-        self.log_dict({f"train/{name}": value for name, value in (parts | rates).items()})
+        shown = {name: value.detach().clone() for name, value in ({"loss": loss} | parts).items()}
+        if (world := self.trainer.world_size) > 1:
+            # Lightning's sync_dist would have every process wait for its device, at every step.
+            together = torch.stack(list(shown.values())) / world
+            torch.distributed.all_reduce(together)
+            shown = dict(zip(shown, together, strict=True))
+        self.log("train/loss", shown.pop("loss"), prog_bar=True)
+        self.log_dict({f"train/{name}": value for name, value in (shown | rates).items()})
         return loss
 
     @torch.no_grad()
@@ -115,9 +130,14 @@ class LanguageModule(pl.LightningModule):
         """
         if self.teacher_path is None:
             return None
-        teacher = self.teacher
+        teacher, ids, documents = self.teacher, batch["input_ids"], batch.get("seq_idx")
+        if isinstance(teacher, ShardedTeacher):
+            hidden, head, found = teacher(ids, documents, residuals is not None)
+            if residuals is not None:
+                residuals += found
+            return hidden, head
         wanted = {} if residuals is None else {"residuals": residuals}
-        return teacher.backbone(batch["input_ids"], seq_idx=batch.get("seq_idx"), **wanted), teacher.head_weight
+        return teacher.backbone(ids, seq_idx=documents, **wanted), teacher.head_weight
 
     def validation_step(self, batch: Batch) -> None:
         """Add a batch of evaluation windows to the figures."""
@@ -189,6 +209,15 @@ class LanguageModule(pl.LightningModule):
     def on_test_batch_start(self, *_: Any) -> None:
         """Likewise."""
         self.has_begun = True
+
+
+def _refuse_rounded_latents(lm: MambaLM, precision: str | None) -> None:
+    """Raise where all weights would be held in half precision: there a latent weight loses its small steps."""
+    if precision in ("16-true", "bf16-true") and any(True for _ in binary_layers(lm)):
+        raise UserError(
+            f"trainer.precision: {precision} would hold the latent weights in half precision, where small steps are "
+            f"lost: set {precision.replace('true', 'mixed')}, which computes in half precision and keeps them in fp32"
+        )
 
 
 def _differences(saved: Any, built: Any, path: str = "") -> str:

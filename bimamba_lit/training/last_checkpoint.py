@@ -9,10 +9,11 @@ written after a batch only, and after the last of an epoch the progress in it is
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.callbacks import ModelCheckpoint
+
+from bimamba_lit.training.linked_checkpoint import LinkedCheckpoint
 
 
-class LastCheckpoint(ModelCheckpoint):
+class LastCheckpoint(LinkedCheckpoint):
     """Saves as often as ``ModelCheckpoint`` would, at the last step and on SIGTERM; it takes its arguments.
 
     With ``monitor`` it is ``ModelCheckpoint`` itself; better leave that to a second one among ``trainer.callbacks``.

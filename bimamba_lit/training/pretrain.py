@@ -18,12 +18,17 @@ class Pretrain(LanguageModule):
         config: The architecture. Its vocabulary follows the data's tokenizer and need not be given.
         optimizer: AdamW and its schedule.
         activation_checkpointing: Compute activations inside blocks again in the backward pass, to save memory.
+        compile: Compile the blocks with ``torch.compile``.
     """
 
     def __init__(
-        self, config: MambaConfig, optimizer: AdamW | None = None, activation_checkpointing: bool = False
+        self,
+        config: MambaConfig,
+        optimizer: AdamW | None = None,
+        activation_checkpointing: bool = False,
+        compile: bool = False,
     ) -> None:
-        super().__init__(optimizer, activation_checkpointing=activation_checkpointing)
+        super().__init__(optimizer, activation_checkpointing=activation_checkpointing, compile=compile)
         self.config = config
 
     def configure_model(self) -> None:

@@ -116,9 +116,14 @@ def _set(settings: Settings, path: list[str], value: Any, append: bool) -> None:
     if append:
         present = [] if present is None else present
         value = [*(present if isinstance(present, list) else [present]), value]
-    elif isinstance(value, str) and isinstance(present, dict) and "class_path" in present:
+    elif isinstance(value, str) and isinstance(present, dict) and "class_path" in present and _names_class(value):
         value = {"class_path": value}
     settings[key] = value
+
+
+def _names_class(value: str) -> bool:
+    """Tell a class's name from a word that stands for one, such as ddp for ``trainer.strategy``."""
+    return "." in value or not value.islower()
 
 
 def _opened(settings: Settings, key: str) -> Settings:

@@ -1,9 +1,11 @@
 """Choosing the folder a run lives in, so that no run overwrites another and none is resumed by accident.
 
 A folder belongs to the configuration in its ``config.yaml``. What does not change the result (how long to train, where
-and what to log, on which devices) does not make another configuration, so a run can go on longer than first planned.
+and what to log, on which devices) does not make another configuration, so a run can go on longer than first planned;
+nor does the share of a batch that each of more or fewer devices gets.
 """
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -13,6 +15,7 @@ import torch
 import yaml
 
 from bimamba_lit.errors import UserError, nearest
+from bimamba_lit.models.sharded_folder import is_sharded
 from bimamba_lit.report.summary import FILE_NAME as SUMMARY
 from bimamba_lit.report.summary import read_summary
 
@@ -65,20 +68,20 @@ def choose_run_folder(base: Path, config: dict[str, Any], command: str, ckpt_pat
     if command == "fit":
         _refuse_finished(folder, config)
     if ckpt_path == "last":
-        if last.is_file():
+        if last.exists():
             return RunFolder(folder, last, notice)
         start = f"{folder} has no whole checkpoint yet: starting from the beginning"
         return RunFolder(folder, None, f"{notice}; {start}" if notice else start)
     if ckpt_path is not None:
-        if not Path(ckpt_path).is_file():
+        if not Path(ckpt_path).exists():
             siblings = [entry.name for entry in Path(ckpt_path).parent.glob("*.ckpt")]
             raise UserError(
                 f"ckpt_path: there is no checkpoint {ckpt_path}"
                 + (nearest(Path(ckpt_path).name, siblings) or "; give a file, or last for the newest of this run")
             )
-        if command != "fit" or not last.is_file() or last.samefile(ckpt_path):
+        if command != "fit" or not last.exists() or last.samefile(ckpt_path):
             return RunFolder(folder, Path(ckpt_path), notice)
-    if last.is_file():
+    if last.exists():
         if command == "fit":
             raise UserError(
                 f"{folder} holds an unfinished run of this configuration: add --ckpt_path last to resume it, "
@@ -97,7 +100,7 @@ def _first_free_or_own(base: Path, config: dict[str, Any]) -> Path:
         folder = base if number == 1 else base.with_name(f"{base.name}-{number}")
         if folder.exists() and not folder.is_dir():
             raise UserError(f"trainer.default_root_dir: {folder} is a file, not a folder")
-        if not (folder / CONFIG).exists() or _identity(_read(folder / CONFIG)) == _identity(config):
+        if not (folder / CONFIG).exists() or _is_same_run(_read(folder / CONFIG), config):
             return folder
         number += 1
 
@@ -131,6 +134,25 @@ def _identity(config: dict[str, Any]) -> dict[str, Any]:
     return result | {f"trainer.{key}": trainer.get(key) for key in _TRAINER_RESULT_KEYS}
 
 
+def _is_same_run(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Say whether two configurations differ in nothing that decides the result."""
+    ours, theirs = _identity(one), _identity(other)
+    spread = ours | {"data": _of_all_devices(one)}, theirs | {"data": _of_all_devices(other)}
+    return ours == theirs or spread[0] == spread[1]
+
+
+def _of_all_devices(config: dict[str, Any]) -> Any:
+    """Return the data's settings with the sequences of a batch on all devices together."""
+    data, trainer = config.get("data"), config.get("trainer") or {}
+    settings: Any = data.get("init_args") if isinstance(data, dict) else None
+    numbers: list[Any] = [trainer.get("devices"), trainer.get("num_nodes") or 1]
+    numbers.append(settings.get("batch_size") if isinstance(settings, dict) else None)
+    if not all(isinstance(number, int) and number > 0 for number in numbers):
+        return data
+    kept = {key: value for key, value in settings.items() if key != "eval_batch_size"}  # which changes no figure
+    return {**config["data"], "init_args": kept | {"batch_size": math.prod(numbers)}}
+
+
 def _refuse_finished(folder: Path, config: dict[str, Any]) -> None:
     """Raise if the run in ``folder`` has come to its end and is not asked to go on longer."""
     if not (folder / SUMMARY).is_file() or not read_summary(folder).tokens_seen:
@@ -148,10 +170,11 @@ def _refuse_finished(folder: Path, config: dict[str, Any]) -> None:
 def _ended(checkpoint: Path, config: dict[str, Any]) -> bool:
     """Say whether a run with a summary is at its end: ``validate`` writes one for an unfinished run too."""
     length = _length(config, "max_steps")
-    if not checkpoint.is_file() or length == float("inf"):
+    if not checkpoint.exists() or length == float("inf"):
         return True
+    file = checkpoint / "meta.pt" if is_sharded(checkpoint) else checkpoint
     try:
-        return int(torch.load(checkpoint, map_location="cpu", mmap=True, weights_only=True)["global_step"]) >= length
+        return int(torch.load(file, map_location="cpu", mmap=True, weights_only=True)["global_step"]) >= length
     except Exception:  # noqa: BLE001  (a damaged file fails in many ways; reading it as a checkpoint will tell)
         return False
 

@@ -96,7 +96,7 @@ def _tiles(x: Tensor, past: Tensor | None, taps: int, reverse: bool = False) -> 
 
 def _join(first: Tensor, second: Tensor) -> Tensor:
     """Concatenate along time, keeping time innermost where the larger one has it innermost."""
-    larger = max(first, second, key=Tensor.numel)
+    larger = first if first.numel() >= second.numel() else second
     return torch.cat([first.t(), second.t()], dim=1).t() if larger.stride(0) == 1 else torch.cat([first, second])
 
 

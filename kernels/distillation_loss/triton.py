@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bimamba_lit.kernels.configurations import CompileCase, configuration
+from bimamba_lit.kernels.configurations import INTERPRETER, CompileCase, architecture, configuration
 from bimamba_lit.kernels.distillation_loss import chunked
 from bimamba_lit.kernels.distillation_loss.chunked import product_dtype
 
@@ -166,7 +166,7 @@ def _product(a: Tensor, b: Tensor, out: Tensor) -> None:
     """Write a @ b, summed in float32, into `out` of the same dtype or float32."""
     if a.dtype == out.dtype:
         torch.mm(a, b, out=out)
-    elif a.is_cuda and out.dtype == torch.float32:
+    elif architecture(a.device) != INTERPRETER and out.dtype == torch.float32:
         torch.mm(a, b, out_dtype=torch.float32, out=out)
     else:
         out.copy_(a.float() @ b.float())
@@ -176,7 +176,7 @@ def _add_product(a: Tensor, b: Tensor, out: Tensor) -> None:
     """Add a @ b, summed in float32, to `out` of float32."""
     if a.dtype == torch.float32:
         torch.addmm(out, a, b, out=out)
-    elif a.is_cuda:
+    elif architecture(a.device) != INTERPRETER:
         torch.addmm(out, a, b, out_dtype=torch.float32, out=out)
     else:
         out += a.float() @ b.float()

@@ -86,7 +86,7 @@ class Shape(NamedTuple):
     def split(self, most: int, device: torch.device) -> tuple[int, int]:
         """Return how many heads a program serves, `most` or fewer where chunks are few, and programs of a group."""
         per_group = self.heads // self.groups
-        enough = 4 * multiprocessors(device) if device.type != "cpu" else 1
+        enough = 1 if architecture(device) == INTERPRETER else 4 * multiprocessors(device)
         heads = max(1, min(most, per_group * self.programs(1) // enough))
         return heads, -(-per_group // heads)
 

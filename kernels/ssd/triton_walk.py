@@ -1,8 +1,8 @@
 """The SSD forward pass in one walk over the chunks of every head: what is fast where sequences and heads fill a GPU.
 
 The state never leaves the registers, so that beside the inputs and outputs, only decays and C B^T go through memory.
-`triton_forward` has both, and the way for fewer heads, where programs a chunk are what fills a GPU, and for a gate, with
-which registers do not suffice.
+`triton_forward` has both, and the way for fewer heads, where programs a chunk are what fills a GPU, and for a gate,
+with which registers do not suffice.
 
 Legend: B batch, L length, H heads, P head width, G groups, N state size, Q tokens of a chunk.
 """

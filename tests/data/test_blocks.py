@@ -7,6 +7,7 @@ from bimamba_lit.data.blocks import IGNORED, EpochOrder, EvalWindows, TrainBlock
 from bimamba_lit.data.sources import Span
 from bimamba_lit.data.tokenizer import ByteTokenizer
 from bimamba_lit.data.tokens import NOT_A_TARGET, TokenStream, token_stream
+from bimamba_lit.errors import UserError
 
 
 @pytest.fixture
@@ -82,3 +83,20 @@ def test_an_order_resumes_in_its_epoch(stream: TokenStream) -> None:
     resumed = EpochOrder(TrainBlocks([stream], 16), 1)
     resumed.load_state_dict(state)
     assert begun + list(resumed) == whole
+
+
+def test_an_order_goes_on_with_another_number_of_ranks(stream: TokenStream) -> None:
+    blocks = TrainBlocks([stream], 16)
+    whole = list(EpochOrder(blocks, 1))
+    half = EpochOrder(blocks, 1, ranks=2, rank=0)
+    iterator = iter(half)
+    for _ in range(6):
+        next(iterator)
+    for ranks in (1, 3, 4):
+        orders = [EpochOrder(blocks, 1, ranks, rank) for rank in range(ranks)]
+        for order in orders:
+            order.load_state_dict(half.state_dict())
+        shares = [index for step in zip(*orders, strict=True) for index in step]
+        assert shares == whole[12 : len(whole) // ranks * ranks]
+    with pytest.raises(UserError, match="2 processes that had read 12 sequences, which 5"):
+        EpochOrder(blocks, 1, 5).load_state_dict(half.state_dict())

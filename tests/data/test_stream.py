@@ -144,6 +144,26 @@ def test_ranks_read_different_files(tmp_path: Path) -> None:
     assert not letters[0] & letters[1]
 
 
+def test_every_process_of_a_stream_resumes_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def loader(rank: int) -> Any:
+        module = make(tmp_path, streaming=True, batch_size=1, shares={"num_replicas": 2, "rank": rank})
+        return module.train_dataloader()
+
+    loaders = [loader(rank) for rank in range(2)]
+    read = [iter(one) for one in loaders]
+    for iterator in read:
+        next(iterator)
+    own = [super(type(one), one).state_dict() for one in loaders]
+    monkeypatch.setattr(torch.distributed, "all_gather_object", lambda states, _: states.__setitem__(slice(None), own))
+    state = loaders[0].state_dict()
+    for rank, iterator in enumerate(read):
+        resumed = loader(rank)
+        resumed.load_state_dict(state)
+        assert torch.equal(next(iter(resumed))["input_ids"], next(iterator)["input_ids"])
+    with pytest.raises(UserError, match="from 2 processes, each at a place of its own in the streamed text"):
+        make(tmp_path, streaming=True).train_dataloader().load_state_dict(state)  # type: ignore[attr-defined]
+
+
 def test_what_cannot_be_streamed(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="streaming: the text never ends, so set trainer.max_steps"):
         make(tmp_path, trained=False, streaming=True)
