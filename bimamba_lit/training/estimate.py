@@ -34,11 +34,11 @@ _GRADIENTS, _STATES, _BATCH = "gradients", "optimizer states", "batch"
 _FORWARD, _LOSS, _BACKWARD, _STEP = "activations", "loss and its logits", "backward pass", "optimizer step"
 _TAUGHT = "teacher's activations"
 _GATHERED, _BUCKETS = "gathered weights and gradients", "DDP's buckets of gradients"
+_WORKSPACES = "cuBLAS's workspaces"
 _ORDER = [
     _LATENT, _WEIGHTS, _GRADIENTS, _STATES, _TEACHER, _BATCH, _FORWARD, _TAUGHT, _LOSS, _BACKWARD, _STEP, _GATHERED,
     _BUCKETS, _WORKSPACES,
 ]  # fmt: skip
-_WORKSPACES = "cuBLAS's workspaces"
 _WORKSPACE_BYTES = 64 << 20  # 32 MiB, Hopper's, for each of the threads of the forward and the backward pass
 _LOSSES = ("distillation_loss", "topk_distillation_loss")
 _BLOCKS_GATHERED = 3
@@ -275,7 +275,7 @@ def print_estimate(found: Estimate) -> None:
     console = Console()
     console.print(table)
     console.print(
-        "Not counted: the CUDA context and NCCL (about a gigabyte) and what the allocator leaves unused between tensors."
+        "Not counted: the CUDA context and NCCL (about a gigabyte), and what the allocator leaves unused."
         if found.devices.gpu
         else "Not counted: Python and its libraries (about half a gigabyte a process)."
     )

@@ -68,9 +68,9 @@ class ShardedTeacher(nn.Module):
     def forward(
         self, input_ids: Tensor, seq_idx: Tensor | None, with_residuals: bool
     ) -> tuple[Tensor, Tensor, list[Tensor]]:
-        """Return hidden states ``(B, L, D)``, a copy of the head ``(V, D)`` and, if wanted, the stream after blocks.
+        """Return hidden states ``(B, L, D)``, the head ``(V, D)`` and, if wanted, the residual stream after each block.
 
-        The copy outlives what is gathered.
+        The head is a copy, which outlives what is gathered.
         """
         residuals: list[Tensor] = []
         wanted = {"residuals": residuals} if with_residuals else {}
