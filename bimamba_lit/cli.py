@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import shlex
 import sys
 import traceback
 from collections.abc import Sequence
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import bimamba_lit
 from bimamba_lit.errors import UserError, nearest
+from bimamba_lit.interruption import RESUMABLE, interruption
 
 TRAINING = {
     "fit": "train a teacher or distill a student, as a recipe says",
@@ -23,6 +25,8 @@ ESTIMATE = "estimate"
 def main(argv: Sequence[str] | None = None) -> None:
     """Run one command and exit: 0, or 1 after one sentence on what went wrong, 2 for a wrong command line.
 
+    ``fit`` and ``ablate`` exit with 75 (EX_TEMPFAIL) where a signal stopped them and the same command goes on.
+
     Args:
         argv: The command line, without the program's name; ``sys.argv`` by default.
     """
@@ -30,7 +34,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     debug = "--debug" in args
     args = [arg for arg in args if arg != "--debug"]
     try:
-        _dispatch(args)
+        if args and args[0] in _RESUMABLE:
+            _run_resumable(args)
+        else:
+            _dispatch(args)
     except KeyboardInterrupt:
         sys.exit("bimamba: interrupted")
     except Exception as error:
@@ -39,13 +46,39 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.exit(f"bimamba: {_sentence(error)}")
 
 
+_RESUMABLE = ("fit", "ablate")
+
+
+def _run_resumable(args: list[str]) -> None:
+    with interruption.watched():
+        try:
+            _dispatch(args)
+        except BaseException as error:
+            if (stop := interruption.stopped(error)) is None:
+                raise
+            by = "a signal" if interruption.asked is None else interruption.asked.name
+            saved = "" if stop.step is None else f", step {stop.step} is saved"
+            print(f"bimamba: interrupted by {by}{saved}; go on with: {_again(args, stop.step)}", file=sys.stderr)
+            sys.exit(RESUMABLE)
+
+
+def _again(args: list[str], step: int | None) -> str:
+    """Return the command that goes on from a checkpoint of this run, or begins again where there is none."""
+    if step is not None:
+        at = [i for i, arg in enumerate(args) if arg == "--ckpt_path"]
+        dropped = {*at, *(i + 1 for i in at)}
+        args = [arg for i, arg in enumerate(args) if i not in dropped and not arg.startswith("--ckpt_path=")]
+        args = [*args, "--ckpt_path", "last"]
+    return shlex.join(["bimamba", *args])
+
+
 def _sentence(error: BaseException) -> str:
     inner = error.__cause__ or error.__context__
     if not isinstance(error, UserError) and inner is not None and _user_error(inner):
         return _sentence(inner)
     text = " ".join(str(error).split())
     if isinstance(error, UserError):
-        return text
+        return text.rpartition("bimamba_lit.errors.UserError: ")[2]  # from a data worker it comes with a traceback
     if isinstance(error, argparse.ArgumentError):
         return f"{text}; see --help"
     return f"{type(error).__name__}: {text} (run again with --debug for where it came from)"

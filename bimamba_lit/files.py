@@ -27,7 +27,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
     temporary = None
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
+        handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=_PARTIAL, dir=target.parent)
         os.close(handle)
         temporary = Path(name)
         yield temporary
@@ -35,6 +35,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
             os.fsync(file.fileno())
         temporary.chmod(0o666 & ~_umask())
         temporary.replace(target)
+        _sync_folder(target.parent)
     except OSError as error:
         raise UserError(f"cannot write {target}: {error.strerror or error}") from error
     finally:
@@ -62,6 +63,13 @@ def _without_nonfinite(value: Any) -> Any:
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def remove_partial(folder: Path) -> None:
+    """Remove what a process that was killed while it wrote has left in a folder."""
+    for path in folder.glob(f".*{_PARTIAL}"):
+        with suppress(OSError):
+            path.unlink()
+
+
 @contextmanager
 def replacing_all(folder: Path, names: Iterable[str]) -> Iterator[dict[str, Path]]:
     """Yield temporary paths to write a folder's files to, by name, and move all into place when the block ends well.
@@ -82,7 +90,18 @@ def replacing_all(folder: Path, names: Iterable[str]) -> Iterator[dict[str, Path
         yield {name: stack.enter_context(replacing(folder / name)) for name in names}
 
 
+_PARTIAL = ".partial"
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*")
+
+
+def _sync_folder(folder: Path) -> None:
+    """Have the new name outlast a power cut, where folders can be synced."""
+    with suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def _umask() -> int:

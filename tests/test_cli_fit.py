@@ -136,6 +136,35 @@ def test_a_killed_run_ends_as_if_it_had_not_been(tiny, bimamba, whole, tmp_path,
     assert_same_run(folder, whole)
 
 
+def test_the_same_recipe_twice_gives_the_same_weights(tiny, bimamba, whole, tmp_path):
+    answer = bimamba("fit", "-c", tiny.distill_recipe, *LONG, f"--trainer.default_root_dir={tmp_path / 'run'}")
+    assert answer.code == 0, answer.err
+    assert_same_run(tmp_path / "run", whole)
+
+
+def test_last_passes_over_a_broken_checkpoint_and_says_so(tiny, bimamba, whole, tmp_path):
+    folder = tmp_path / "run"
+    args = ["fit", "-c", tiny.distill_recipe, *LONG, f"--trainer.default_root_dir={folder}"]
+    args += ["--checkpoint.filename=at-{step}", "--checkpoint.save_top_k=-1", "--checkpoint.every_n_train_steps=5"]
+    assert bimamba(*args, "--trainer.max_steps=10").code == 0
+    newest = folder / "checkpoints" / "at-step=10.ckpt"
+    newest.write_bytes(newest.read_bytes()[:-1000])
+    answer = bimamba(*args, "--ckpt_path=last")
+    assert answer.code == 0, answer.err
+    kept = folder / "checkpoints" / "at-step=5.ckpt"
+    assert f"{newest} is broken (it is cut off or no checkpoint); going on from {kept}" in answer.out
+    (folder / "checkpoints" / "at-step=40.ckpt").rename(folder / "checkpoints" / "last.ckpt")
+    assert_same_run(folder, whole)
+
+
+def test_a_run_that_something_else_than_its_length_ends_keeps_its_last_weights(tiny, bimamba, tmp_path, module):
+    args = ["fit", "-c", tiny.teacher_recipe, f"--trainer.default_root_dir={tmp_path / 'run'}"]
+    args += ["--checkpoint.every_n_train_steps=4", f"--trainer.callbacks+={module}.End", "--trainer.callbacks.at=7"]
+    answer = bimamba(*args)
+    assert answer.code == 0, answer.err
+    assert checkpoint(tmp_path / "run")["global_step"] == 7
+
+
 def test_a_finished_run_goes_on_with_more_steps_as_if_it_had_been_asked_at_once(tiny, bimamba, whole, tmp_path):
     folder = tmp_path / "run"
     args = ["fit", "-c", tiny.distill_recipe, *LONG, f"--trainer.default_root_dir={folder}"]
@@ -366,6 +395,11 @@ class Stop(pl.Callback):
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
         if trainer.global_step == self.at:
             raise RuntimeError("killed")
+
+
+class End(Stop):
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
+        trainer.should_stop = trainer.global_step + 1 == self.at
 
 
 class CountValidations(pl.Callback):

@@ -20,7 +20,7 @@ LEVELS = [
     {"binarize"},
     {"ops"},
     {"kernels"},
-    {"errors", "files", "hub", "op_arguments"},
+    {"errors", "files", "hub", "interruption", "op_arguments"},
 ]
 # `training` writes the summaries that `report` reads; `quickstart` is a run and a comparison.
 SIDEWAYS = {

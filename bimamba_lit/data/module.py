@@ -23,6 +23,7 @@ from bimamba_lit.data.sources import HELD_OUT, Part, Span
 from bimamba_lit.data.stream import StreamBlocks, StreamLoader
 from bimamba_lit.data.tokenizer import ByteTokenizer, SubwordTokenizer, load_tokenizer
 from bimamba_lit.data.tokens import TokenStream, default_cache, token_stream
+from bimamba_lit.data.worker_signals import ShieldedLoader, StatefulShieldedLoader, hold_signals_back
 from bimamba_lit.errors import UserError
 
 
@@ -196,10 +197,12 @@ class TextDataModule(LightningDataModule):
         else:
             blocks = self.train_blocks()
             order = EpochOrder(blocks, self.seed, *self._ranks())
+            # Workers begin to fetch before Lightning tells a run resumed at the start of an epoch which it is.
+            order.set_epoch(getattr(self.trainer, "current_epoch", 0))
         with warnings.catch_warnings():
             # torchdata 0.11 calls a function that torch 2.13 deprecates.
             warnings.filterwarnings("ignore", "'set_vital' is deprecated", UserWarning)
-            loader = StreamLoader if self.streaming else StatefulDataLoader
+            loader = StreamLoader if self.streaming else StatefulShieldedLoader
             return loader(blocks, batch_size=self.batch_size, sampler=order, **self._loading())
 
     def val_dataloader(self) -> DataLoader[dict[str, Tensor]]:
@@ -217,7 +220,7 @@ class TextDataModule(LightningDataModule):
         share: DistributedSampler[Any] | None = None
         if ranks > 1:
             share = DistributedSampler(windows, ranks, rank, shuffle=False)
-        return DataLoader(windows, batch_size=self.eval_batch_size, sampler=share, **self._loading())
+        return ShieldedLoader(windows, batch_size=self.eval_batch_size, sampler=share, **self._loading())
 
     def _ranks(self) -> tuple[int, int]:
         """Return over how many processes the strategy spreads the data, and which of them this is."""
@@ -229,6 +232,7 @@ class TextDataModule(LightningDataModule):
             "num_workers": self.workers,
             "persistent_workers": self.workers > 0,
             "pin_memory": torch.cuda.is_available(),
+            "worker_init_fn": hold_signals_back,
             # A loader draws a seed whenever it is iterated: from its own generator, so that the model's random state
             # does not depend on how often validation runs.
             "generator": torch.Generator().manual_seed(self.seed),
@@ -249,6 +253,9 @@ class TextDataModule(LightningDataModule):
     def _prepare_stream(self) -> None:
         if self.trainer is not None and self.trainer.max_steps < 1:
             raise UserError("streaming: the text never ends, so set trainer.max_steps")
+        interval = getattr(self.trainer, "val_check_interval", None)
+        if isinstance(interval, float) and interval != 1.0:
+            raise UserError(f"streaming: the text never ends, so trainer.val_check_interval must not be {interval}")
         name, groups = self._training_text()
         if any(weight != 1 for weight, _ in groups):
             raise UserError("streaming: sources with weights are read from the cache only: set streaming to false")

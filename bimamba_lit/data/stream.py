@@ -15,15 +15,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
-from torchdata.stateful_dataloader import StatefulDataLoader
 
 from bimamba_lit.data.blocks import IGNORED
 from bimamba_lit.data.sources import Part, pieces
 from bimamba_lit.data.tokenizer import TextTokenizer
+from bimamba_lit.data.worker_signals import StatefulShieldedLoader
 from bimamba_lit.errors import UserError
 
 
-class StreamLoader(StatefulDataLoader):
+class StreamLoader(StatefulShieldedLoader):
     """A loader of `StreamBlocks` whose state is that of all processes, since each reads shards of its own.
 
     Every process of the run has to take the state at the same point.
@@ -187,3 +187,21 @@ class StreamBlocks(IterableDataset[dict[str, Tensor]]):
             "labels": block[1:].masked_fill(crossing, IGNORED),
             "seq_idx": (starts.cumsum(0) - starts[0])[:-1].to(torch.int32),
         }
+
+
+def refuse_shuffle_buffer(loader: Any) -> None:
+    """Raise if a loader reads a streamed data set of `datasets` through its shuffle buffer.
+
+    Raises:
+        UserError: If it does: a resumed run would begin with the buffer empty and see other rows.
+    """
+    places: list[Any] = [getattr(getattr(loader, "dataset", None), "_ex_iterable", None)]
+    while places:
+        place = places.pop()
+        if type(place).__name__ == "BufferShuffledExamplesIterable":
+            raise UserError(
+                f"the training data go through shuffle(buffer_size={place.buffer_size}) of `datasets`, whose buffer a "
+                "resumed run would lose: shuffle the order of its shards as TextDataModule's streaming does, "
+                "or the rows before they are streamed"
+            )
+        places += [one for one in (getattr(place, "ex_iterable", None), *getattr(place, "ex_iterables", [])) if one]

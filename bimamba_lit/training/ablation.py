@@ -5,13 +5,11 @@ what ``bimamba fit`` with the same settings is. What is finished is not run agai
 """
 
 import os
-import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +18,7 @@ from rich.console import Console
 
 from bimamba_lit.errors import UserError
 from bimamba_lit.files import replacing
+from bimamba_lit.interruption import RESUMABLE, Interrupted
 from bimamba_lit.report import Comparison, compare, print_comparison
 from bimamba_lit.report.summary import FILE_NAME as SUMMARY
 from bimamba_lit.report.summary import read_summary
@@ -115,17 +114,17 @@ class Runner:
         waiting = {run.name: run for run in runs if not (self.out / run.name / SUMMARY).is_file()}
         self._tell(f"{len(runs)} runs, {len(runs) - len(waiting)} of them finished already")
         failed: dict[str, str] = {}
-        with _sigterm_interrupts(), ThreadPoolExecutor(self.jobs) as pool:
-            futures = {pool.submit(self._one, run): run.name for run in waiting.values()}
+        with ThreadPoolExecutor(self.jobs) as pool:
             try:
+                futures = {pool.submit(self._one, run): run.name for run in waiting.values()}
                 for number, future in enumerate(as_completed(futures), start=1):
                     name, reason = futures[future], future.result()
                     self._tell(f"{number} of {len(waiting)} done: {name}" + (f" failed: {reason}" if reason else ""))
                     if reason is not None:
                         failed[name] = reason
-            except KeyboardInterrupt as interrupt:
+            except Interrupted:
                 self._stop(pool)
-                raise UserError("stopped: the same command goes on from here") from interrupt
+                raise
         return failed
 
     def _stop(self, pool: ThreadPoolExecutor) -> None:
@@ -152,6 +151,8 @@ class Runner:
             self._processes.discard(process)
         if process.returncode == 0:
             return None
+        if process.returncode == RESUMABLE:
+            raise Interrupted
         lines = (folder / LOG).read_text(encoding="utf-8").splitlines()[-_REASON_LINES:]
         said = [line.removeprefix("bimamba: ") for line in lines if line.startswith("bimamba: ")]
         return said[-1] if said else f"exit code {process.returncode}"
@@ -160,7 +161,7 @@ class Runner:
         threads = {} if self.jobs == 1 else {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // self.jobs))}
         with self._lock:
             if self._stopping:
-                raise KeyboardInterrupt
+                raise Interrupted
             process = subprocess.Popen(
                 command,
                 stdout=subprocess.PIPE,
@@ -176,13 +177,3 @@ class Runner:
     def _tell(self, text: str) -> None:
         with self._lock:
             self.console.rule(f"[bold]{text}", align="left")
-
-
-@contextmanager
-def _sigterm_interrupts() -> Iterator[None]:
-    """Within, SIGTERM is what Ctrl-C is."""
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

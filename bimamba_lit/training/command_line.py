@@ -14,6 +14,7 @@ What differs from LightningCLI, and why:
 
 import logging
 import shutil
+import signal
 import sys
 import warnings
 from collections.abc import Sequence
@@ -23,15 +24,17 @@ from typing import Any
 import lightning.pytorch as pl
 import yaml
 from jsonargparse import get_loader, set_loader
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.loggers import Logger, TensorBoardLogger
-from lightning.pytorch.utilities.exceptions import SIGTERMException
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 
 import bimamba_lit.data  # noqa: F401  (so that its classes can be named in short: --data=TextDataModule)
 from bimamba_lit.callbacks import NonFiniteGuard, ProgressLines, RandomState, StepsBar, Throughput
 from bimamba_lit.errors import UserError
+from bimamba_lit.interruption import RESUMABLE, Interrupted, interruption
 from bimamba_lit.models.checkpoint import read_lightning
 from bimamba_lit.models.sharded_folder import check_sharded, is_sharded
 from bimamba_lit.report.summary import FILE_NAME as SUMMARY
@@ -42,7 +45,9 @@ from bimamba_lit.training.model_line import ModelLine
 from bimamba_lit.training.recipe_check import check_settings
 from bimamba_lit.training.recipe_read import read_settings, with_resolved_recipes
 from bimamba_lit.training.record import SaveConfig, find_tests, measure_tests, write_run_summary
+from bimamba_lit.training.resumed_logs import ResumedLogs
 from bimamba_lit.training.run_folder import CONFIG, LAST_CHECKPOINT, RunFolder, choose_run_folder
+from bimamba_lit.training.tensorboard import TensorBoard
 
 COMMANDS = {
     "fit": "Train a teacher or distill a student, as a recipe says.",
@@ -209,14 +214,17 @@ class CommandLine(LightningCLI):
         own = own if isinstance(own, list) else [own]
         every = config.log_every_n_steps or 50
         standing: list[pl.Callback] = [SaveConfig(self.recipe), ModelLine(), NonFiniteGuard(), Throughput(every)]
-        standing.append(RandomState())
+        standing += [RandomState(), ResumedLogs()]
         has_bar = any(isinstance(callback, ProgressBar) for callback in own)
         if config.enable_progress_bar is not False and not has_bar:
             terminal = sys.stdout.isatty()
             kwargs["enable_progress_bar"] = terminal
             standing.append(StepsBar() if terminal else ProgressLines(every))
         standing = [one for one in standing if not any(isinstance(callback, type(one)) for callback in own)]
-        return self.make_trainer(callbacks=[*own, *standing], **kwargs)
+        trainer = self.make_trainer(callbacks=[*own, *standing], **kwargs)
+        # Lightning's own handlers stop between any two batches, and Slurm's save in the midst of one.
+        trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
+        return trainer
 
     def make_trainer(self, **settings: Any) -> pl.Trainer:
         """Build a trainer.
@@ -241,7 +249,7 @@ class CommandLine(LightningCLI):
         if self.command != "fit":
             return named or False
         folder = self.run_folder.path
-        return [CSVLogger(folder), *(named or [TensorBoardLogger(folder, name="tensorboard", version="")])]
+        return [CSVLogger(folder), *(named or [TensorBoard(folder, name="tensorboard", version="")])]
 
     def _run_subcommand(self, subcommand: str) -> None:
         """Run the command; take back the folder that loggers made for a run that never began."""
@@ -253,8 +261,13 @@ class CommandLine(LightningCLI):
             never_began = self._not_taken_up() or not (folder / CONFIG).exists()
             if not was_there and never_began and self.trainer.is_global_zero:
                 shutil.rmtree(folder, ignore_errors=True)
-            if isinstance(error, SIGTERMException):  # whose exit code would be 0
-                sys.exit(f"bimamba: stopped by SIGTERM: add --ckpt_path last to resume {folder}")
+            if interruption.stopped(error) or (_worker_died(error) and interruption.asked is not None):
+                self._tell_what_is_saved()
+            if _worker_died(error):
+                raise UserError(
+                    f"a data worker ended ({error}), for want of memory or killed: what {LAST_CHECKPOINT} of {folder} "
+                    "holds is safe, go on from there with --ckpt_path last, or with fewer data.workers"
+                ) from error
             self._refuse_not_taken_up(error)
             raise
 
@@ -269,6 +282,19 @@ class CommandLine(LightningCLI):
                 f"{self.run_folder.checkpoint} cannot be taken up by this run: it is damaged, or of another recipe or "
                 f"version ({_first_line(error)})"
             ) from error
+
+    def _tell_what_is_saved(self) -> None:
+        """Stop with the step that is saved; quietly on all ranks but the first."""
+        if not self.trainer.is_global_zero:
+            # Lightning kills the first of the processes that it started where another fails.
+            started = isinstance(getattr(self.trainer.strategy, "cluster_environment", None), LightningEnvironment)
+            sys.exit(0 if started else RESUMABLE)
+        found = (one for one in self.trainer.checkpoint_callbacks if isinstance(one, LastCheckpoint))
+        last = next(found, None)
+        launcher = self.trainer.strategy.launcher
+        if isinstance(launcher, _SubprocessScriptLauncher) and not (last and last.stops):
+            launcher.kill(signal.SIGKILL)  # the others may not have been told
+        raise Interrupted(last.saved_step if last else None)
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         """Have checkpoints read as data only, and no table printed: the closing line has the figures."""
@@ -286,6 +312,9 @@ class CommandLine(LightningCLI):
                 if isinstance(logger, CSVLogger):  # which is silent outside of fit
                     figures = {f"val/{name}": value for name, value in self.model.evaluated.items() if name != "step"}
                     logger.experiment.write(steps - 1, figures)
+        for logger in self.trainer.loggers:
+            if isinstance(logger, CSVLogger) and self.trainer.is_global_zero:
+                logger.experiment.sync()
         self._close(f" after {steps} step{'s' * (steps != 1)}")
 
     def after_validate(self) -> None:
@@ -325,3 +354,8 @@ def _refuse_unreadable(checkpoint: Path, strategy: Any) -> None:
             f"{checkpoint} is sharded, and trainer.strategy must be ModelParallelStrategy to load it, on any number of "
             f"devices; or make a model's folder of it: bimamba convert --from {checkpoint} --to FOLDER"
         )
+
+
+def _worker_died(error: BaseException) -> bool:
+    """Say whether a process that loads data ended, by a signal for instance; what it raised is another matter."""
+    return isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker")

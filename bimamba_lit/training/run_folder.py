@@ -18,6 +18,7 @@ from bimamba_lit.errors import UserError, nearest
 from bimamba_lit.models.sharded_folder import is_sharded
 from bimamba_lit.report.summary import FILE_NAME as SUMMARY
 from bimamba_lit.report.summary import read_summary
+from bimamba_lit.training.checkpoint_file import newest_whole
 
 CONFIG = "config.yaml"
 LAST_CHECKPOINT = Path("checkpoints") / "last.ckpt"
@@ -68,10 +69,13 @@ def choose_run_folder(base: Path, config: dict[str, Any], command: str, ckpt_pat
     if command == "fit":
         _refuse_finished(folder, config)
     if ckpt_path == "last":
-        if last.exists():
-            return RunFolder(folder, last, notice)
-        start = f"{folder} has no whole checkpoint yet: starting from the beginning"
-        return RunFolder(folder, None, f"{notice}; {start}" if notice else start)
+        newest, told = newest_whole(last.parent, last.name)
+        told = told if notice is None else [notice, *told]
+        if newest is None:
+            told.append(f"{folder} has no whole checkpoint yet: starting from the beginning")
+        elif newest != last:
+            told.append(f"going on from {newest}")
+        return RunFolder(folder, newest, "; ".join(told) or None)
     if ckpt_path is not None:
         if not Path(ckpt_path).exists():
             siblings = [entry.name for entry in Path(ckpt_path).parent.glob("*.ckpt")]

@@ -15,6 +15,7 @@ from bimamba_lit.callbacks import BitFlips, LossSpikeGuard, Throughput
 from bimamba_lit.errors import UserError
 from bimamba_lit.training.csv_logger import CSVLogger
 from bimamba_lit.training.last_checkpoint import LastCheckpoint
+from bimamba_lit.training.resumed_logs import ResumedLogs
 
 # torchdata's loader calls torch.set_vital; Lightning's pytree helpers check LeafSpec and the loader's workers.
 pytestmark = [
@@ -69,7 +70,7 @@ class StopAt(pl.Callback):
 
 def run(tiny: Any, spiking: Any, folder: Path, data: Any, *more: Any, resume: bool = False, **options: Any) -> Any:
     last = LastCheckpoint(folder, filename="last", every_n_train_steps=5, enable_version_counter=False)
-    callbacks = [BitFlips(2), Throughput(1), *more, last]
+    callbacks = [BitFlips(2), Throughput(1), ResumedLogs(), *more, last]
     trainer = tiny.trainer(
         folder, callbacks, logger=CSVLogger(folder), enable_checkpointing=True, **{"max_steps": 18, **options}
     )

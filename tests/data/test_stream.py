@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from bimamba_lit.data import TextDataModule
+from bimamba_lit.data.stream import refuse_shuffle_buffer
 from bimamba_lit.errors import UserError
 
 CONTEXT = 16
@@ -174,3 +175,14 @@ def test_what_cannot_be_streamed(tmp_path: Path) -> None:
     module = make(tmp_path, streaming=True, train=str(tmp_path / "0.txt"), shares={"num_replicas": 2, "rank": 0})
     with pytest.raises(UserError, match="has 1 files or shards for 2 readers"):
         next(iter(module.train_dataloader()))
+
+
+def test_a_shuffle_buffer_is_refused_by_name(tmp_path: Path) -> None:
+    from datasets import Dataset
+    from torch.utils.data import DataLoader
+
+    rows = Dataset.from_dict({"text": ["a", "b", "c"]}).to_iterable_dataset(num_shards=3)
+    refuse_shuffle_buffer(DataLoader(rows))
+    refuse_shuffle_buffer(make(tmp_path, streaming=True).train_dataloader())
+    with pytest.raises(UserError, match=r"shuffle\(buffer_size=7\) of `datasets`, whose buffer a resumed"):
+        refuse_shuffle_buffer(DataLoader(rows.shuffle(buffer_size=7).map(lambda row: row)))

@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from bimamba_lit.errors import UserError
+from bimamba_lit.interruption import Interrupted, interruption
 from bimamba_lit.report import Summary, write_summary
 from bimamba_lit.training import ablation
 from bimamba_lit.training.grid import Run, find_grid, plan, read_grid
@@ -197,7 +198,7 @@ def test_stopped_it_lets_its_runs_save_and_starts_no_more(tmp_path, monkeypatch,
 
     before = signal.getsignal(signal.SIGTERM)
     threading.Thread(target=stop).start()
-    with pytest.raises(UserError, match="the same command goes on"):
+    with interruption.watched(), pytest.raises(Interrupted):
         runner.run(plan({"a-1": {}}, [0, 1, 2]))
     assert sorted(path.parent.name for path in tmp_path.glob("*/saved")) == ["a-1-seed0", "a-1-seed1"]
     assert not (tmp_path / "a-1-seed2").exists()

@@ -10,6 +10,7 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 
 from bimamba_lit.errors import UserError
 from bimamba_lit.training.csv_logger import CSVLogger, MetricsFile
+from bimamba_lit.training.resumed_logs import ResumedLogs
 
 # torchdata's loader calls torch.set_vital; Lightning's pytree helpers check LeafSpec and the loader's workers.
 pytestmark = [
@@ -67,6 +68,7 @@ def run(folder: Path, kill: int | None = None, ckpt: Path | None = None, every: 
         "log_every_n_steps": 2,
         "val_check_interval": 4,
         "callbacks": [
+            ResumedLogs(),
             KillAt(kill),
             pl.callbacks.ModelCheckpoint(
                 folder / "checkpoints", every_n_train_steps=every, save_top_k=-1, filename="{step}"
@@ -193,10 +195,24 @@ def test_without_a_trainer_it_appends(tmp_path: Path) -> None:
     assert (tmp_path / "metrics.csv").read_text() == "step,a,b\n4,1.0,\n5,2.0,\n6,,3.0\n"
 
 
-def test_a_file_that_cannot_be_written_is_told_in_a_sentence(tmp_path: Path) -> None:
+@pytest.mark.parametrize("way", ["appended", "with a new column"])
+def test_rows_that_cannot_be_written_are_kept_and_written_later(tmp_path: Path, way: str, capsys: Any) -> None:
     file = MetricsFile(tmp_path / "metrics.csv")
-    file.write(0, {"a": 1.0})
-    file.path.unlink()
+    file.write(0, {"a": 1.0, "b": 1.5})
+    whole = file.path.rename(tmp_path / "aside")
     file.path.mkdir()
-    with pytest.raises(UserError, match=r"cannot write .*metrics\.csv"):
-        file.write(1, {"a": 2.0})
+    file.write(1, {"a": 2.0} if way == "appended" else {"c": 2.0})
+    file.write(1, {"b": 2.5})
+    file.write(2, {"a": 3.0})
+    with pytest.raises(UserError, match=r"cannot .*metrics\.csv"):
+        file.sync()
+    assert capsys.readouterr().err.count("cannot ") == 1
+    file.path.rmdir()
+    whole.rename(file.path)
+    file.write(2, {"b": 3.5})
+    file.write(3, {"a": 4.0})
+    file.sync()
+    columns, first = ("a,b", "2.0,2.5") if way == "appended" else ("a,b,c", ",2.5,2.0")
+    more = "" if way == "appended" else ","
+    rows = f"0,1.0,1.5{more}\n1,{first}\n2,3.0,3.5{more}\n3,4.0,{more}\n"
+    assert file.path.read_text() == f"step,{columns}\n{rows}"
