@@ -25,7 +25,8 @@ ESTIMATE = "estimate"
 def main(argv: Sequence[str] | None = None) -> None:
     """Run one command and exit: 0, or 1 after one sentence on what went wrong, 2 for a wrong command line.
 
-    ``fit`` and ``ablate`` exit with 75 (EX_TEMPFAIL) where a signal stopped them and the same command goes on.
+    ``fit``, ``ablate`` and ``teacher-logits`` exit with 75 (EX_TEMPFAIL) where a signal stopped them and the same
+    command goes on.
 
     Args:
         argv: The command line, without the program's name; ``sys.argv`` by default.
@@ -46,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.exit(f"bimamba: {_sentence(error)}")
 
 
-_RESUMABLE = ("fit", "ablate")
+_RESUMABLE = ("fit", "ablate", TEACHER_LOGITS)
 
 
 def _run_resumable(args: list[str]) -> None:

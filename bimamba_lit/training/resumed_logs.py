@@ -39,9 +39,8 @@ class ResumedLogs(pl.Callback):
         self._begin(trainer)
 
     def on_rewind(self, trainer: pl.Trainer) -> None:
-        """Cut the file back to the step that training was taken back to."""
-        for file in _files(trainer):
-            file.begin(trainer.global_step)
+        """Cut logs back to the step that training was taken back to."""
+        _cut(trainer, trainer.global_step)
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
@@ -62,12 +61,8 @@ class ResumedLogs(pl.Callback):
         if self._begun:
             return
         self._begun = True
-        for file in _files(trainer):
-            file.begin(trainer.global_step)
         step = max(trainer.global_step - 1, 0)
-        for logger in trainer.loggers:
-            if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:
-                purge(logger, step)
+        _cut(trainer, step)
         if self._row:
             for logger in trainer.loggers:
                 logger.log_metrics(self._row, step)
@@ -83,6 +78,15 @@ class ResumedLogs(pl.Callback):
         if logged or validation_is_due(trainer):
             row.setdefault("epoch", trainer.current_epoch)  # as Lightning does
         return row
+
+
+def _cut(trainer: pl.Trainer, step: int) -> None:
+    """Have ``metrics.csv`` keep the rows of the steps that are taken, and TensorBoard those before ``step``."""
+    for file in _files(trainer):
+        file.begin(trainer.global_step)
+    for logger in trainer.loggers:
+        if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:
+            purge(logger, step)
 
 
 def _files(trainer: pl.Trainer) -> list[MetricsFile]:

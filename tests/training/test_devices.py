@@ -138,7 +138,7 @@ def _shorten(folder: Path) -> None:
 
 
 DAMAGES = {
-    "holds posix.system": _steal,
+    "holds posix.mkdir": _steal,
     "is missing or cut short": _shorten,
     "missing": lambda folder: next(folder.glob("*.distcp")).unlink(),
     "not written to its end": lambda folder: (folder / "meta.pt").unlink(),
