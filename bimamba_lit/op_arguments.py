@@ -5,6 +5,8 @@ import math
 import torch
 from torch import Tensor
 
+from bimamba_lit.kernels.packed_blocks.naive import BlockParameters
+
 DIVERGENCES = ("soft_ce", "forward_kl", "reverse_kl")
 
 
@@ -101,6 +103,31 @@ def check_terms(
         check_shape("group_scale", group_scale, "O G", (out_features, groups))
         if groups < 1 or in_features % groups:
             raise ValueError(f"group_scale has {groups} groups, which must divide in_features = {in_features}.")
+
+
+def check_block(x: Tensor, conv_state: Tensor, ssm_state: Tensor, block: BlockParameters) -> None:
+    """Refuse states or parameters of a packed block that do not fit one another."""
+    check_dimensions("ssm_state", ssm_state, "B H P N")
+    batch, heads, width, size = ssm_state.shape
+    inner, channels = heads * width, heads * width + 2 * size
+    check_dimensions("conv_weight", block.conv_weight, "C W")
+    taps = block.conv_weight.shape[1]
+    check_shape("x", x, "B D", (batch, x.shape[1]))
+    check_shape("conv_weight", block.conv_weight, "C W", (channels, taps))
+    check_shape("conv_state", conv_state, "B C W-1", (batch, channels, taps - 1))
+    check_shape("norm_weight", block.norm_weight, "D", (x.shape[1],))
+    check_shape("gated_weight", block.gated_weight, "E", (inner,))
+    check_shape("conv_bias", block.conv_bias, "C", (channels,))
+    for name in ("dt_bias", "A_log", "D"):
+        check_shape(name, getattr(block, name), "H", (heads,))
+    rows = inner + channels + heads
+    for packed, out_features, in_features in (
+        (block.in_proj, rows, x.shape[1]),
+        (block.out_proj, x.shape[1], inner),
+    ):
+        check_signs(packed.signs, in_features)
+        check_shape("signs", packed.signs, "O ceil(I/8)", (out_features, math.ceil(in_features / 8)))
+        check_terms(out_features, in_features, *packed[1:])
 
 
 def check_distillation(

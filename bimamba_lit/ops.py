@@ -31,6 +31,9 @@ from bimamba_lit.kernels.causal_conv1d import naive as naive_conv
 from bimamba_lit.kernels.causal_conv1d import parallel as parallel_conv
 from bimamba_lit.kernels.distillation_loss import chunked as chunked_distillation
 from bimamba_lit.kernels.distillation_loss import naive as naive_distillation
+from bimamba_lit.kernels.packed_blocks import naive as naive_blocks
+from bimamba_lit.kernels.packed_blocks.naive import BlockParameters as BlockParameters
+from bimamba_lit.kernels.packed_blocks.naive import Packed as Packed
 from bimamba_lit.kernels.rms_norm import chunked as chunked_norm
 from bimamba_lit.kernels.rms_norm import naive as naive_norm
 from bimamba_lit.kernels.selective_scan import chunked as chunked_selective
@@ -45,6 +48,7 @@ from bimamba_lit.op_arguments import (
 )
 from bimamba_lit.op_arguments import (
     check_activation,
+    check_block,
     check_dimensions,
     check_distillation,
     check_maps,
@@ -503,6 +507,43 @@ def binary_linear(
     check_terms(signs.shape[0], in_features, in_scale, out_scale, group_scale, in_shift, out_shift, bias)
     run = _pick(backend, x, naive_linear.binary_linear, chunked_linear.binary_linear)
     return run(x, signs, in_features, in_scale, out_scale, group_scale, in_shift, out_shift, bias, activation_bits)
+
+
+def packed_blocks(
+    x: Tensor,
+    conv_states: list[Tensor],
+    ssm_states: list[Tensor],
+    blocks: list[BlockParameters],
+    *,
+    backend: str = "auto",
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """Take one token through Mamba-2 blocks whose projections are packed; may overwrite the states given.
+
+    The Triton form is three launches a block, for a few tokens; elsewhere it is the composition of `rms_norm`,
+    `binary_linear`, `causal_conv1d_step` and `ssd_step`. One group of maps and of the gated norm.
+
+    Args:
+        x: The residual stream (B, D).
+        conv_states: Of each block, the W - 1 inputs of the convolution before (B, E + 2 N, W - 1), oldest first.
+        ssm_states: Of each block, the state before (B, H, P, N), with H P = E.
+        blocks: Parameters of blocks in a row, with both projections as `Packed`.
+        backend: ``"auto"``, ``"naive"``, ``"chunked"`` or ``"triton"``.
+
+    Returns:
+        The new residual stream (B, D) in x's dtype, and the new states of each block.
+
+    Raises:
+        ValueError: If a shape or the backend is wrong.
+    """
+    check_dimensions("x", x, "B D")
+    if not len(conv_states) == len(ssm_states) == len(blocks) > 0:
+        raise ValueError(
+            f"there are {len(blocks)} blocks, {len(conv_states)} conv_states and {len(ssm_states)} ssm_states, but "
+            "must be as many of each, and at least one."
+        )
+    for conv_state, ssm_state, block in zip(conv_states, ssm_states, blocks, strict=True):
+        check_block(x, conv_state, ssm_state, block)
+    return _pick(backend, x, naive_blocks.packed_blocks)(x, conv_states, ssm_states, blocks)
 
 
 def binary_weight(

@@ -187,6 +187,16 @@ TABLE: dict[str, tuple[Row, ...]] = {
         Row(Configuration({"ROWS": 16, "PARTS": 4, "BYTES": 64}, num_warps=4, num_stages=3), up_to=16),
         Row(Configuration({"ROWS": 16, "PARTS": 4, "BYTES": 32}, num_warps=4, num_stages=3)),
     ),
+    # the size is the number of words of 32 signs of a row, or that of digits
+    "binary_linear/words": (
+        Row(Configuration({"ROWS": 32, "CHUNK": 4}, num_warps=1), architectures=(INTERPRETER,)),
+        Row(Configuration({"ROWS": 16, "CHUNK": 64}, num_warps=4)),
+    ),
+    "binary_linear/word_digits": (
+        Row(Configuration({"WORDS": 1}, num_warps=32), architectures=("sm_100",), up_to=1),
+        Row(Configuration({"WORDS": 1}, num_warps=16), up_to=1),
+        Row(Configuration({"WORDS": 16}, num_warps=4)),
+    ),
     "binary_linear/gemm8": (
         Row(Configuration({"TOKENS": 16, "ROWS": 16, "INPUTS": 32, "NEAR": 2}), architectures=(INTERPRETER,)),
         Row(Configuration({"TOKENS": 64, "ROWS": 64, "INPUTS": 64, "NEAR": 8}), architectures=("gfx942",)),
@@ -195,6 +205,17 @@ TABLE: dict[str, tuple[Row, ...]] = {
             architectures=("sm_80", "sm_120"),
         ),
         Row(Configuration({"TOKENS": 128, "ROWS": 128, "INPUTS": 128, "NEAR": 8}, num_warps=4, num_stages=3)),
+    ),
+    # packed_blocks: the size is the number of words of a row, or that of a head's state
+    "packed_blocks/project": (
+        Row(Configuration({"ROWS": 128, "CHUNK": 4}, num_warps=1), architectures=(INTERPRETER,)),
+        Row(Configuration({"ROWS": 64, "CHUNK": 32}, num_warps=8)),
+    ),
+    "packed_blocks/scan": (Row(Configuration({}, num_warps=4)),),
+    "packed_blocks/mix": (
+        Row(Configuration({"CHUNK": 4}, num_warps=1), architectures=(INTERPRETER,)),
+        Row(Configuration({"CHUNK": 64}, num_warps=4), itemsize=2),
+        Row(Configuration({"CHUNK": 32}, num_warps=8)),
     ),
     # distillation_loss: the size is the vocabulary's
     "distillation_loss/rows": (

@@ -19,8 +19,9 @@ LEVELS = [
     {"models"},
     {"binarize"},
     {"ops"},
+    {"op_arguments"},
     {"kernels"},
-    {"errors", "files", "hub", "interruption", "op_arguments"},
+    {"errors", "files", "hub", "interruption"},
 ]
 # `training` writes the summaries that `report` reads; `quickstart` is a run and a comparison.
 SIDEWAYS = {

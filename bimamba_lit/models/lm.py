@@ -5,6 +5,7 @@ lets the mixers run in half precision. Parameter names are mamba_ssm's, so its c
 projection, the head included, is called as a module, so a binary layer can take the place of any of them.
 """
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple, cast
 
@@ -17,6 +18,7 @@ from bimamba_lit.models.linear import Linear
 from bimamba_lit.models.mamba1 import Mamba1
 from bimamba_lit.models.mamba2 import Mamba2
 from bimamba_lit.models.norm import RMSNorm, at_least_fp32
+from bimamba_lit.models.packed_step import step_blocks
 from bimamba_lit.models.state import LayerState, MambaState
 
 _EMBEDDING_STD = 0.02
@@ -106,22 +108,24 @@ class Backbone(nn.Module):
     def prefill(self, input_ids: Tensor, state: MambaState) -> tuple[Tensor, MambaState]:
         """Continue from ``state`` with ``input_ids`` (B, L); return hidden states (B, L, D) and the new state."""
         _check_ids(input_ids, self.vocab_size, dims=2)
-        return self._continue(input_ids, state, "prefill")
+        x = self._embed_after(input_ids, state)
+        layers = []
+        for layer, memory in zip(self.layers, state.layers, strict=True):
+            x, memory = layer.prefill(x, memory)  # type: ignore[operator]
+            layers.append(memory)
+        return self.norm_f(x), MambaState(tuple(layers))
 
     def step(self, token_ids: Tensor, state: MambaState) -> tuple[Tensor, MambaState]:
         """Continue from ``state`` with ``token_ids`` (B,); return hidden states (B, D) and the new state."""
         _check_ids(token_ids, self.vocab_size, dims=1)
-        return self._continue(token_ids, state, "step")
+        x = self._embed_after(token_ids, state)
+        x, layers = step_blocks(cast(Iterable[Block], self.layers), x, state.layers)
+        return self.norm_f(x), MambaState(layers)
 
-    def _continue(self, ids: Tensor, state: MambaState, method: str) -> tuple[Tensor, MambaState]:
+    def _embed_after(self, ids: Tensor, state: MambaState) -> Tensor:
         if (expected := state.layers[0].ssm.shape[0]) != ids.shape[0]:
             raise UserError(f"the state is for a batch of {expected} sequences and the tokens are of {ids.shape[0]}")
-        x = self._embed(ids)
-        layers = []
-        for layer, memory in zip(self.layers, state.layers, strict=True):
-            x, memory = getattr(layer, method)(x, memory)
-            layers.append(memory)
-        return self.norm_f(x), MambaState(tuple(layers))
+        return self._embed(ids)
 
     def _embed(self, ids: Tensor) -> Tensor:
         x = self.embedding(ids)

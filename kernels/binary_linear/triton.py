@@ -16,9 +16,11 @@ from torch import Tensor
 from bimamba_lit.kernels.binary_linear import chunked, naive
 from bimamba_lit.kernels.binary_linear.triton_gemm8 import MULTIPLE, binary_gemm8
 from bimamba_lit.kernels.binary_linear.triton_gemv import binary_gemv
+from bimamba_lit.kernels.binary_linear.triton_words import fits, words_gemv
 from bimamba_lit.kernels.binary_weight.triton import Terms, dense_weight, weight_forward, weight_gradients
-from bimamba_lit.kernels.configurations import CompileCase
+from bimamba_lit.kernels.configurations import CompileCase, architecture
 
+FEWEST = 2  # tokens that words take: each reads all signs anew, where the integer units take eight columns at once
 MOST_COLUMNS = 32  # tokens times digits; beyond, the dense product is faster
 
 
@@ -103,6 +105,8 @@ def linear_forward(
     in_scale, out_scale, group_scale, in_shift, out_shift = terms
     groups = 1 if group_scale is None else group_scale.shape[1]
     digits = 1 if activation_bits == 8 else (4 if x.dtype == torch.float32 else 2)
+    if x.shape[0] <= FEWEST and fits(in_features, group_scale) and not architecture(x.device).startswith("gfx"):
+        return words_gemv(x, signs, min(digits, 3), terms, bias)
     if x.shape[0] * digits <= MOST_COLUMNS and (groups == 1 or in_features // groups % 8 == 0):
         return binary_gemv(x, signs, in_features, digits, terms, bias)
     if activation_bits is None:
@@ -144,6 +148,7 @@ def compile_cases() -> list[CompileCase]:
         CompileCase("one token fp32 groups", partial(call, 1, 2560, 5120, fp32, 40, None)),
         CompileCase("one token odd", partial(call, 1, 1001, 2051, bf16, 1, None)),
         CompileCase("one token, signs alone", signs_alone),
+        CompileCase("one token odd groups", partial(call, 1, 1000, 2040, bf16, 5, None)),
         CompileCase("8 tokens bf16", partial(call, 8, 2560, 5120, bf16, 1, None)),
         CompileCase("16 tokens bf16", partial(call, 16, 2560, 5120, bf16, 1, None)),
         CompileCase("8 tokens fp32 groups", partial(call, 8, 2560, 5120, fp32, 40, None)),

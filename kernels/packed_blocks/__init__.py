@@ -1,0 +1,1 @@
+"""One token through Mamba-2 blocks whose projections are packed."""

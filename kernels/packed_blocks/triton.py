@@ -1,0 +1,188 @@
+"""The step of packed Mamba-2 blocks in three launches each, as an operation that torch.compile knows.
+
+Legend: B batch, D model width, E inner width, H heads, P head width, N state size, W taps.
+"""
+
+from functools import partial
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from bimamba_lit.kernels.binary_linear.triton_words import (
+    BITS,
+    empty_digits,
+    fits,
+    launch_early,
+    make_digits,
+    overlaps,
+    row_arguments,
+    row_constants,
+    stride_of,
+)
+from bimamba_lit.kernels.configurations import CompileCase, architecture, configuration
+from bimamba_lit.kernels.packed_blocks import naive
+from bimamba_lit.kernels.packed_blocks.naive import BlockParameters, Packed
+from bimamba_lit.kernels.packed_blocks.triton_kernels import mix, project, scan
+
+MOST_TOKENS = 4  # every token reads all signs anew, from the cache
+LARGEST_STATE = 256
+
+Made = tuple[Tensor, Tensor]  # digits and scales
+
+
+def packed_blocks(
+    x: Tensor, conv_states: list[Tensor], ssm_states: list[Tensor], blocks: list[BlockParameters]
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """Compute what `naive.packed_blocks` computes, in the states given where all are such that `supports` them."""
+    steps = list(zip(conv_states, ssm_states, blocks, strict=True))
+    if torch.is_grad_enabled() or not all(supports(x, *step) for step in steps):
+        return naive.packed_blocks(x, conv_states, ssm_states, blocks)
+    return _op(x, conv_states, ssm_states, *_flat(blocks)), conv_states, ssm_states
+
+
+def supports(x: Tensor, conv_state: Tensor, ssm_state: Tensor, block: BlockParameters) -> bool:
+    """Say whether the kernels can do this step."""
+    _, heads, width, size = ssm_state.shape
+    return (
+        torch.version.hip is None
+        and x.shape[0] <= MOST_TOKENS
+        and ssm_state.dtype == torch.float32
+        and conv_state.dtype != torch.float64
+        and conv_state.shape[2] >= 1
+        and width % BITS == 0
+        and size <= LARGEST_STATE
+        and fits(x.shape[1], block.in_proj.group_scale)
+        and fits(heads * width, block.out_proj.group_scale)
+    )
+
+
+def _flat(blocks: list[BlockParameters]) -> tuple[list[Tensor | None], list[float]]:
+    """Return the tensors and the numbers of blocks, as an operation takes them."""
+    tensors = [[*block[:1], *block.in_proj, *block[2:8], *block.out_proj] for block in blocks]
+    return sum(tensors, []), sum(([block.eps, block.gated_eps] for block in blocks), [])
+
+
+def _unflat(tensors: list[Any], numbers: list[float]) -> list[BlockParameters]:
+    each = len(tensors) // (len(numbers) // 2)
+    blocks = []
+    for n in range(len(numbers) // 2):
+        norm, *rest = tensors[n * each : (n + 1) * each]
+        fields = [norm, Packed(*rest[:7]), *rest[7:-7], Packed(*rest[-7:]), *numbers[2 * n : 2 * n + 2]]
+        blocks.append(BlockParameters(*fields))
+    return blocks
+
+
+@torch.library.custom_op("bimamba_lit::packed_blocks", mutates_args=("conv_states", "ssm_states"))
+def _op(
+    x: Tensor,
+    conv_states: list[Tensor],
+    ssm_states: list[Tensor],
+    tensors: list[Tensor | None],
+    numbers: list[float],
+) -> Tensor:
+    return run(x, conv_states, ssm_states, _unflat(tensors, numbers))
+
+
+@_op.register_fake
+def _(x, conv_states, ssm_states, tensors, numbers):
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def run(x: Tensor, conv_states: list[Tensor], ssm_states: list[Tensor], blocks: list[BlockParameters]) -> Tensor:
+    """Launch a step: return the new x (B, D), and move the states on in place."""
+    if architecture(x.device).startswith("gfx"):
+        raise LookupError("no step of packed blocks for AMD")
+    digits = 3 if blocks[0].norm_weight.dtype == torch.float32 else 2
+    first = blocks[0].in_proj
+    made = make_digits(x, digits, blocks[0].norm_weight, first.in_scale, first.in_shift)
+    for conv_state, ssm_state, block, after in zip(conv_states, ssm_states, blocks, [*blocks[1:], None], strict=True):
+        projected = _project(made, conv_state, block, x.shape[1], digits)
+        gated = _scan(projected, ssm_state, block, digits)
+        x, made = _mix(x, gated, made, block, after, digits)
+    return x
+
+
+def _project(made: Made, conv_state: Tensor, block: BlockParameters, in_features: int, digits: int) -> Tensor:
+    tokens, channels, past = conv_state.shape
+    packed, weight = block.in_proj, block.conv_weight
+    out_features, words = packed.signs.shape[0], in_features // BITS
+    heads = block.A_log.shape[0]
+    y = torch.empty(tokens, out_features, dtype=torch.float32, device=conv_state.device)
+    chosen = configuration("packed_blocks/project", weight.dtype, words, y.device)
+    project[(triton.cdiv(out_features, chosen.blocks["ROWS"]), tokens)](
+        *row_arguments(packed.signs, made, packed[1:6], packed.bias),
+        conv_state, weight, block.conv_bias, y, out_features, in_features, block.eps, out_features - channels - heads,
+        channels, *conv_state.stride(), *weight.stride(), TAPS=past + 1,
+        **row_constants(words, digits, y.device, chosen),
+    )  # fmt: skip
+    return y
+
+
+def _scan(projected: Tensor, state: Tensor, block: BlockParameters, digits: int) -> Made:
+    tokens, heads, width, size = state.shape
+    packed, inner = block.out_proj, heads * width
+    words = inner // BITS
+    made = empty_digits(tokens, words, digits, state.device)
+    chosen = configuration("packed_blocks/scan", state.dtype, size, state.device)
+    per_head = (block.dt_bias, block.A_log, block.D)
+    per_input = (block.gated_weight, packed.in_scale, packed.in_shift)
+    scan[(words, tokens)](
+        projected, state, *per_head, *per_input, *made, projected.shape[1], inner, *state.stride(),
+        *(t.stride(0) for t in per_head), *map(stride_of, per_input),
+        P=width, N=size, BLOCK_N=triton.next_power_of_2(size), W=words, DIGITS=digits, PDL=overlaps(state.device),
+        **chosen.launch(), **launch_early(state.device),
+    )  # fmt: skip
+    return made
+
+
+def _mix(
+    x: Tensor, gated: Made, last: Made, block: BlockParameters, after: BlockParameters | None, digits: int
+) -> tuple[Tensor, Made]:
+    """Return the new x and its digits for the block after; where there is none, `last` unchanged."""
+    packed, words = block.out_proj, gated[0].shape[2]
+    tokens, out_features = x.shape
+    y = torch.empty(tokens, out_features, dtype=x.dtype, device=x.device)
+    made = last
+    inputs: tuple[Tensor | None, ...] = (None, None, None)
+    if after is not None:
+        made = torch.empty_like(last[0]), torch.empty_like(last[1])
+        inputs = (after.norm_weight, after.in_proj.in_scale, after.in_proj.in_shift)
+    chosen = configuration("packed_blocks/mix", block.norm_weight.dtype, words, x.device)
+    mix[(triton.cdiv(out_features, BITS), tokens)](
+        *row_arguments(packed.signs, gated, packed[1:6], packed.bias), x, y, out_features, words * BITS,
+        block.gated_eps, *x.stride(), *inputs, *made, *map(stride_of, inputs), NEXT=made[0].shape[2],
+        **row_constants(words, digits, x.device, chosen),
+    )  # fmt: skip
+    return y, made
+
+
+def compile_cases() -> list[CompileCase]:
+    """Return the calls by which the kernels are compiled without a GPU."""
+
+    def call(d_model: int, dtype: torch.dtype, more: bool) -> None:
+        def meta(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+            return torch.empty(*shape, dtype=dtype, device="meta")
+
+        def packed(out_features: int, in_features: int) -> Packed:
+            signs = meta(out_features, in_features // 8, dtype=torch.uint8)
+            if not more:
+                return Packed(signs, in_scale=meta(in_features), in_shift=meta(in_features))
+            rows, groups = meta(out_features), meta(out_features, in_features // 128)
+            return Packed(signs, out_scale=rows, group_scale=groups, out_shift=rows, bias=rows)
+
+        inner, size = 2 * d_model, 128
+        heads, channels = inner // 64, inner + 2 * size
+        block = BlockParameters(
+            meta(d_model), packed(inner + channels + heads, d_model), meta(channels, 4), meta(channels), meta(heads),
+            meta(heads), meta(heads), meta(inner), packed(d_model, inner), 1e-5, 1e-5,
+        )  # fmt: skip
+        state = meta(1, heads, 64, size, dtype=torch.float32)
+        run(meta(1, d_model, dtype=torch.float32), [meta(1, channels, 3)] * 2, [state] * 2, [block] * 2)
+
+    return [
+        CompileCase("780M bf16", partial(call, 1536, torch.bfloat16, False), representative=True),
+        CompileCase("2.7B bf16", partial(call, 2560, torch.bfloat16, False)),
+        CompileCase("2.7B fp32, all rows' terms", partial(call, 2560, torch.float32, True)),
+    ]

@@ -1,0 +1,157 @@
+"""The three launches of a block's step; see `binary_linear.triton_words` for how they follow one another.
+
+`project`: norm, input projection, convolution and its activation, the convolution's state in place: every row of the
+projection belongs to one channel, and every channel to one program. `scan`: a program has 32 rows of a head's state in
+registers, moves them on in place, and leaves gated outputs as digits, the norm's gain and the next layer's scales
+multiplied in. The norm's mean needs all heads, and is one factor of the whole product: `mix` applies it to sums, adds
+the residual stream, and leaves the digits of its 32 rows for the next block's `project`, in the same way.
+
+Legend: B batch, E inner width, H heads, P head width, N state size, W words of a row.
+"""
+
+import triton
+import triton.language as tl
+
+from bimamba_lit.kernels.binary_linear.triton_words import (
+    begin_next,
+    load_terms,
+    load_words,
+    multiply,
+    wait,
+    write_digits,
+)
+from bimamba_lit.kernels.pointwise import LOG2_E, sigmoid, softplus
+
+
+@triton.jit
+def project(
+    signs, digits, scales, out_scale, group_scale, in_shift, out_shift, bias,
+    out_scale_step, out_shift_step, bias_step, groups,
+    conv_state, conv_weight, conv_bias, y, out_features, in_features, eps, inner, channels,
+    state_b, state_c, state_t, weight_c, weight_t,
+    TAPS: tl.constexpr, W: tl.constexpr, ALL: tl.constexpr, DIGITS: tl.constexpr, ROWS: tl.constexpr,
+    CHUNK: tl.constexpr, PTX: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Write y (B, O) float32: z, the convolved and activated x, B and C, and dt."""
+    begin_next(PDL)
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    token = tl.program_id(1).to(tl.int64)
+    there = rows < out_features
+    words = load_words(signs, rows, there, W, CHUNK)
+    terms = load_terms(rows, there, out_scale, out_shift, bias, out_scale_step, out_shift_step, bias_step, ROWS)
+    channel = rows - inner
+    convolved = (channel >= 0) & (channel < channels)
+    past = conv_state + token * state_b + channel * state_c
+    tap = conv_weight + channel * weight_c
+    total = tl.zeros([ROWS], tl.float32)
+    if conv_bias is not None:
+        total += tl.load(conv_bias + channel, mask=convolved, other=0.0).to(tl.float32)
+    before = ()
+    for t in tl.static_range(TAPS - 1):
+        before = before + (tl.load(past + t * state_t, mask=convolved, other=0.0),)
+        total += before[t].to(tl.float32) * tl.load(tap + t * weight_t, mask=convolved, other=0.0).to(tl.float32)
+    last_tap = tl.load(tap + (TAPS - 1) * weight_t, mask=convolved, other=0.0).to(tl.float32)
+    wait(PDL)
+    result = multiply(
+        words, terms, rows, there, digits + token * (8 * DIGITS * W), scales + token * (5 * W), group_scale, in_shift,
+        out_shift, groups, in_features, eps, ROWS, CHUNK, W, ALL, DIGITS, True, PTX,
+    )  # fmt: skip
+    new = result.to(conv_state.dtype.element_ty)
+    total += new.to(tl.float32) * last_tap
+    # Warps hold copies of the same rows: all have read the past before one writes.
+    tl.debug_barrier()
+    for t in tl.static_range(TAPS - 2):
+        tl.store(past + t * state_t, before[t + 1], mask=convolved)
+    tl.store(past + (TAPS - 2) * state_t, new, mask=convolved)
+    result = tl.where(convolved, total * sigmoid(total), result)
+    tl.store(y + token * out_features + rows, result, mask=there)
+
+
+@triton.jit
+def scan(
+    projected, state, dt_bias, A_log, D, gated_weight, in_scale, in_shift, digits, scales, out_features, inner,
+    state_b, state_h, state_p, state_n, dt_bias_h, A_h, D_h, gated_step, in_scale_step, in_shift_step,
+    P: tl.constexpr, N: tl.constexpr, BLOCK_N: tl.constexpr, W: tl.constexpr, DIGITS: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Advance 32 rows of a head's state (B, H, P, N) in place, and write the digits and scales of their outputs."""
+    begin_next(PDL)
+    word = tl.program_id(0)
+    token = tl.program_id(1).to(tl.int64)
+    head = word * 32 // P
+    e = word * 32 + tl.arange(0, 32)
+    n = tl.arange(0, BLOCK_N)
+    real = (n < N)[None, :]
+    at = state + token * state_b + head * state_h + (e - head * P)[:, None] * state_p + n[None, :] * state_n
+    before = tl.load(at, mask=real, other=0.0)
+    rate = -tl.exp2(tl.load(A_log + head * A_h).to(tl.float32) * LOG2_E) * LOG2_E
+    bias = tl.load(dt_bias + head * dt_bias_h).to(tl.float32)
+    skip = tl.load(D + head * D_h).to(tl.float32)
+    gains = load_gains(gated_weight, in_scale, in_shift, e, gated_step, in_scale_step, in_shift_step)
+    wait(PDL)
+    projected += token * out_features
+    z = tl.load(projected + e)
+    x = tl.load(projected + inner + e)
+    into = tl.load(projected + 2 * inner + n, mask=n < N, other=0.0)
+    out = tl.load(projected + 2 * inner + N + n, mask=n < N, other=0.0)
+    step = softplus(tl.load(projected + 2 * inner + 2 * N + head) + bias)
+    after = tl.exp2(step * rate) * before + (step * x)[:, None] * into[None, :]
+    tl.store(at, after, mask=real)
+    gated = (tl.sum(after * out[None, :], 1) + skip * x) * z * sigmoid(z)
+    write_word(gated, gains, word, digits + token * (8 * DIGITS * W), scales + token * (5 * W), W, DIGITS)
+
+
+@triton.jit
+def load_gains(norm_weight, in_scale, in_shift, i, norm_step, in_scale_step, in_shift_step):
+    """Return, of inputs i, a norm's gain, and that times `in_scale` and `in_shift`, float32."""
+    gain = tl.load(norm_weight + i * norm_step).to(tl.float32)
+    scaled, shift = gain, gain
+    if in_scale is not None:
+        scaled = gain * tl.load(in_scale + i * in_scale_step).to(tl.float32)
+    if in_shift is not None:
+        shift = gain * tl.load(in_shift + i * in_shift_step).to(tl.float32)
+    return gain, scaled, shift
+
+
+@triton.jit
+def write_word(x, gains, word, digits, scales, W: tl.constexpr, DIGITS: tl.constexpr):
+    """Write digits and scales of a word's 32 inputs x."""
+    gain, scaled, shift = gains
+    w = word + tl.arange(0, 1)
+    # Reshaped, not broadcast: the layout, and with it where sums are taken, stays what it is.
+    write_digits(
+        tl.reshape(x, [1, 32]), tl.reshape(x * gain, [1, 32]), tl.reshape(x * scaled, [1, 32]),
+        tl.reshape(x * shift, [1, 32]), w, w < W, digits, scales, W, 1, DIGITS,
+    )  # fmt: skip
+
+
+@triton.jit
+def mix(
+    signs, digits, scales, out_scale, group_scale, in_shift, out_shift, bias,
+    out_scale_step, out_shift_step, bias_step, groups, x, y, out_features, in_features, eps, x_b, x_d,
+    next_norm, next_scale, next_shift, next_digits, next_scales, norm_step, next_scale_step, next_shift_step,
+    NEXT: tl.constexpr, W: tl.constexpr, ALL: tl.constexpr, DIGITS: tl.constexpr, CHUNK: tl.constexpr,
+    PTX: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Write y (B, O), x and the output projection of the normed digits; and, before a block, y's own digits."""
+    begin_next(PDL)
+    word = tl.program_id(0)
+    rows = word * 32 + tl.arange(0, 32)
+    token = tl.program_id(1).to(tl.int64)
+    there = rows < out_features
+    words = load_words(signs, rows, there, W, CHUNK)
+    terms = load_terms(rows, there, out_scale, out_shift, bias, out_scale_step, out_shift_step, bias_step, 32)
+    if next_norm is not None:
+        gains = load_gains(next_norm, next_scale, next_shift, rows, norm_step, next_scale_step, next_shift_step)
+    wait(PDL)
+    residual = tl.load(x + token * x_b + rows * x_d, mask=there, other=0.0).to(tl.float32)
+    result = multiply(
+        words, terms, rows, there, digits + token * (8 * DIGITS * W), scales + token * (5 * W), group_scale, in_shift,
+        out_shift, groups, in_features, eps, 32, CHUNK, W, ALL, DIGITS, True, PTX,
+    )  # fmt: skip
+    new = (residual + result).to(y.dtype.element_ty)
+    tl.store(y + token * out_features + rows, new, mask=there)
+    if next_norm is not None:
+        write_word(
+            new.to(tl.float32), gains, word, next_digits + token * (8 * DIGITS * NEXT),
+            next_scales + token * (5 * NEXT), NEXT, DIGITS,
+        )  # fmt: skip

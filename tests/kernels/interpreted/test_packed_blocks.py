@@ -1,0 +1,157 @@
+"""One token through packed Mamba-2 blocks in Triton against the composition that defines it."""
+
+import pytest
+import torch
+from torch.library import opcheck
+
+from bimamba_lit import ops
+from bimamba_lit.kernels.packed_blocks import triton as kernel
+
+TERMS = ("in_scale", "out_scale", "group_scale", "in_shift", "out_shift", "bias")
+D_MODEL, HEADS, WIDTH, SIZE, TAPS = 64, 2, 32, 12, 4
+INNER, CHANNELS = HEADS * WIDTH, HEADS * WIDTH + 2 * SIZE
+
+
+@pytest.fixture(autouse=True)
+def poisoned(monkeypatch):
+    """Memory that a kernel must write holds NaN or the farthest integer before."""
+    empty = torch.empty
+
+    def poison(*shape, **options):
+        tensor = empty(*shape, **options)
+        return tensor.fill_(torch.nan if tensor.is_floating_point() else torch.iinfo(tensor.dtype).max)
+
+    monkeypatch.setattr(torch, "empty", poison)
+
+
+class Normal:
+    """Normal numbers, other ones at every call."""
+
+    def __init__(self):
+        self.generator = torch.Generator().manual_seed(0)
+
+    def __call__(self, *shape, dtype=torch.float32):
+        return torch.randn(*shape, generator=self.generator).to(dtype)
+
+
+def packed(normal, out_features, in_features, names, groups=1, single=False):
+    i, o = (1, 1) if single else (in_features, out_features)
+    shapes = {
+        "in_scale": (i,),
+        "out_scale": (o,),
+        "group_scale": (out_features, groups),
+        "in_shift": (i,),
+        "out_shift": (o,),
+        "bias": (o,),
+    }
+    terms = {name: normal(*shapes[name]) / 4 for name in names}
+    return ops.Packed(ops.pack_signs(normal(out_features, in_features)), **terms)
+
+
+def make(names=(), dtype=torch.float32, batch=1, single=False, conv_bias=True, blocks=2):
+    """Return the arguments of a step: states that are not contiguous, numbers that `dtype` holds."""
+    normal = Normal()
+    conv_states = [normal(batch, TAPS - 1, CHANNELS, dtype=dtype).mT for _ in range(blocks)]
+    ssm_states = [normal(batch, HEADS, SIZE, WIDTH).mT for _ in range(blocks)]
+    made = [make_block(normal, names, dtype, single, conv_bias) for _ in range(blocks)]
+    return normal(batch, D_MODEL), conv_states, ssm_states, made
+
+
+def make_block(normal, names, dtype, single, conv_bias):
+    block = ops.BlockParameters(
+        norm_weight=normal(D_MODEL),
+        in_proj=packed(normal, INNER + CHANNELS + HEADS, D_MODEL, names, 2, single),
+        conv_weight=normal(CHANNELS, TAPS),
+        conv_bias=normal(CHANNELS) if conv_bias else None,
+        dt_bias=normal(HEADS) - 2,
+        A_log=normal(HEADS),
+        D=normal(HEADS),
+        gated_weight=normal(INNER),
+        out_proj=packed(normal, D_MODEL, INNER, names, 2, single),
+        eps=1e-5,
+        gated_eps=1e-3,
+    )
+    return cast(block, dtype)
+
+
+def cast(block, dtype):
+    fields = block._asdict().items()
+    return block._replace(**{name: value.to(dtype) for name, value in fields if isinstance(value, torch.Tensor)})
+
+
+def widened(x, conv_states, ssm_states, blocks):
+    wide = [[state.double() for state in states] for states in (conv_states, ssm_states)]
+    return x.double(), *wide, [cast(block, torch.float64) for block in blocks]
+
+
+def ratio(values, right):
+    return float((values.double() - right).norm() / right.norm())
+
+
+@torch.no_grad()
+def check(given, bound):
+    x, conv_states, ssm_states, _ = given
+    y, *states = ops.packed_blocks(*widened(*given), backend="naive")
+    found, *moved = ops.packed_blocks(*given, backend="triton")
+    assert all(after is before for after, before in zip(sum(moved, []), conv_states + ssm_states, strict=True))
+    assert ratio(found - x, y - x) <= bound
+    for value, exact in zip(sum(moved, []), sum(states, []), strict=True):
+        assert ratio(value, exact) <= bound
+
+
+@pytest.mark.parametrize(
+    ("names", "single"), [(terms, False) for terms in [(), *((name,) for name in TERMS), TERMS]] + [(TERMS, True)]
+)
+def test_every_term(names, single):
+    check(make(names, single=single, blocks=1 + len(names) // 6), 5e-5)
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.bfloat16, 0.005), (torch.float16, 0.001)])
+def test_half_precision_and_several_sequences(dtype, bound):
+    check(make(TERMS, dtype, batch=2, conv_bias=False), bound)
+
+
+def test_shapes_that_the_kernels_do_not_take_are_composed():
+    given = make(batch=kernel.MOST_TOKENS + 1)
+    assert not kernel.supports(given[0], given[1][0], given[2][0], given[3][0])
+    found, *_ = ops.packed_blocks(*given, backend="triton")
+    assert torch.equal(found, ops.packed_blocks(*given, backend="naive")[0])
+
+
+def test_numbers_that_are_not_finite_stay_so():
+    given = make(batch=3, blocks=1)
+    given[0][0, 3], given[0][1, 40] = torch.inf, torch.nan
+    with torch.no_grad():
+        y, *_ = ops.packed_blocks(*given, backend="triton")
+    assert not y[:2].isfinite().any() and y[2].isfinite().all()
+
+
+def test_the_registered_op_is_sound():
+    x, conv_states, ssm_states, blocks = make(TERMS, blocks=1)
+    given = x, conv_states, ssm_states, *kernel._flat(blocks)
+    opcheck(kernel._op, given, test_utils=("test_schema", "test_faketensor"))
+
+
+def test_it_compiles_without_a_graph_break():
+    def step(x, conv_states, ssm_states):
+        return ops.packed_blocks(x, conv_states, ssm_states, blocks, backend="triton")[0]
+
+    x, conv_states, ssm_states, blocks = make(blocks=1)
+    with torch.no_grad():
+        right = step(x, [t.clone() for t in conv_states], [t.clone() for t in ssm_states])
+        compiled = torch.compile(step, backend="aot_eager", fullgraph=True)
+        torch.testing.assert_close(compiled(x, conv_states, ssm_states), right)
+
+
+@pytest.mark.parametrize("field", ["in_proj", "norm_weight", "A_log"])
+def test_wrong_shapes_are_named(field):
+    *given, (block,) = make(blocks=1)
+    wrong = {"in_proj": block.out_proj, "norm_weight": block.A_log, "A_log": block.norm_weight}[field]
+    with pytest.raises(ValueError, match="signs" if field == "in_proj" else field):
+        ops.packed_blocks(*given, [block._replace(**{field: wrong})])
+
+
+def test_as_many_states_as_blocks_are_needed():
+    x, conv_states, ssm_states, blocks = make(blocks=1)
+    with pytest.raises(ValueError, match="1 blocks, 0 conv_states"):
+        ops.packed_blocks(x, [], ssm_states, blocks)
