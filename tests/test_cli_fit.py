@@ -291,6 +291,20 @@ def test_test_prints_its_figures(tiny, bimamba):
     assert f"test: {before['bits_per_byte']:.3f} bits per byte" in answer.out
 
 
+def test_another_text_to_test_on_is_still_the_same_run(tiny, bimamba, tmp_path):
+    other = tmp_path / "other.txt"
+    other.write_text("Sphinx of black quartz, judge my vow.\n" * 9)
+    answer = bimamba("test", "-c", tiny.teacher_recipe, "--ckpt_path=last", f"--data.test={other}")
+    assert answer.code == 0 and "another configuration" not in answer.out + answer.err
+
+
+@pytest.mark.parametrize("command", ["validate", "test"])
+def test_without_a_checkpoint_the_last_one_is_not_measured(command, tiny, bimamba):
+    answer = bimamba(command, "-c", tiny.teacher_recipe, "--ckpt_path=last", "--seed_everything=9")
+    assert answer.code == 1 and f"there is no whole checkpoint to {command}: " in answer.err
+    assert "holds a run of another configuration" in answer.err and not Path(f"{tiny.teacher}-2").exists()
+
+
 def test_the_recipes_tests_are_measured_at_the_end_and_leave_the_validation_as_it_is(tiny, bimamba, tmp_path):
     other = tmp_path / "other.txt"
     other.write_text("Sphinx of black quartz, judge my vow.\n" * 9)

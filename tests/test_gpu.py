@@ -33,7 +33,7 @@ def batches():
     return DataLoader([batch] * 30, batch_size=None)
 
 
-def fit(module, folder, *callbacks):
+def fit(module, folder, *callbacks, **settings):
     trainer = pl.Trainer(
         accelerator="gpu",
         devices=1,
@@ -45,6 +45,7 @@ def fit(module, folder, *callbacks):
         enable_model_summary=False,
         default_root_dir=folder,
         callbacks=[NonFiniteGuard(), Throughput(10), RandomState(), *callbacks],
+        **settings,
     )
     trainer.fit(module, batches(), batches())
     path = folder / "last.ckpt"
@@ -66,3 +67,23 @@ def test_a_teacher_and_its_binary_student_train_on_a_gpu(tmp_path):
     prompt = torch.arange(16, device="cuda")[None]
     tokens = generate(lm, prompt, 16, temperature=0)
     assert torch.equal(generate(pack_(lm), prompt, 16, temperature=0), tokens)
+
+
+@pytest.mark.parametrize("mixer", ["mamba2", "mamba"])
+def test_in_deterministic_mode_the_same_run_twice_gives_the_same_weights(mixer, tmp_path):
+    optimizer = AdamW(lr=3e-3, min_lr=3e-4, warmup_steps=3)
+    config = MambaConfig(d_model=64, n_layer=2, vocab_size=VOCABULARY, headdim=16, d_state=16, mixer=mixer)
+
+    def weights():
+        pl.seed_everything(0)
+        teacher = Pretrain(config, optimizer)
+        _, path = fit(teacher, tmp_path, deterministic=True)
+        student = Distill(str(path), FBI, optimizer=optimizer)
+        fit(student, tmp_path, deterministic=True)
+        return {**teacher.lm.state_dict(), **{f"student.{k}": v for k, v in student.lm.state_dict().items()}}
+
+    try:
+        first, second = weights(), weights()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(torch.equal(first[name], second[name]) for name in first | second)

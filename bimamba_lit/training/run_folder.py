@@ -1,8 +1,8 @@
 """Choosing the folder a run lives in, so that no run overwrites another and none is resumed by accident.
 
 A folder belongs to the configuration in its ``config.yaml``. What does not change the result (how long to train, where
-and what to log, on which devices) does not make another configuration, so a run can go on longer than first planned;
-nor does the share of a batch that each of more or fewer devices gets.
+and what to log, on which devices, what to test on) does not make another configuration, so a run can go on longer than
+first planned; nor does the share of a batch that each of more or fewer devices gets.
 """
 
 import math
@@ -59,8 +59,8 @@ def choose_run_folder(base: Path, config: dict[str, Any], command: str, ckpt_pat
         ckpt_path: A checkpoint's path, ``last`` for the newest of this run, or ``None``.
 
     Raises:
-        UserError: If the run is finished, or has a checkpoint that was not asked for, or a path is not there, or the
-            folder cannot be written to.
+        UserError: If the run is finished, or has a checkpoint that was not asked for, or none that was, or a path is
+            not there, or the folder cannot be written to.
     """
     folder = _first_free_or_own(base, config)
     _refuse_unwritable(folder)
@@ -71,6 +71,11 @@ def choose_run_folder(base: Path, config: dict[str, Any], command: str, ckpt_pat
     if ckpt_path == "last":
         newest, told = newest_whole(last.parent, last.name)
         told = told if notice is None else [notice, *told]
+        if newest is None and command != "fit":
+            raise UserError(
+                f"there is no whole checkpoint to {command}: {'; '.join([*told, f'none is in {last.parent}'])}; "
+                "give one with --ckpt_path PATH, or none to measure the model as the recipe builds it"
+            )
         if newest is None:
             told.append(f"{folder} has no whole checkpoint yet: starting from the beginning")
         elif newest != last:
@@ -134,8 +139,16 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _identity(config: dict[str, Any]) -> dict[str, Any]:
     trainer = config.get("trainer") or {}
-    result = {key: config.get(key) for key in _RESULT_KEYS}
+    result = {key: config.get(key) for key in _RESULT_KEYS} | {"data": _without_test(config.get("data"))}
     return result | {f"trainer.{key}": trainer.get(key) for key in _TRAINER_RESULT_KEYS}
+
+
+def _without_test(data: Any) -> Any:
+    """Return the data's settings without the text that ``test`` reads."""
+    settings = data.get("init_args") if isinstance(data, dict) else None
+    if not isinstance(settings, dict):
+        return data
+    return {**data, "init_args": {key: value for key, value in settings.items() if key != "test"}}
 
 
 def _is_same_run(one: dict[str, Any], other: dict[str, Any]) -> bool:
@@ -147,14 +160,14 @@ def _is_same_run(one: dict[str, Any], other: dict[str, Any]) -> bool:
 
 def _of_all_devices(config: dict[str, Any]) -> Any:
     """Return the data's settings with the sequences of a batch on all devices together."""
-    data, trainer = config.get("data"), config.get("trainer") or {}
+    data, trainer = _without_test(config.get("data")), config.get("trainer") or {}
     settings: Any = data.get("init_args") if isinstance(data, dict) else None
     numbers: list[Any] = [trainer.get("devices"), trainer.get("num_nodes") or 1]
     numbers.append(settings.get("batch_size") if isinstance(settings, dict) else None)
     if not all(isinstance(number, int) and number > 0 for number in numbers):
         return data
     kept = {key: value for key, value in settings.items() if key != "eval_batch_size"}  # which changes no figure
-    return {**config["data"], "init_args": kept | {"batch_size": math.prod(numbers)}}
+    return {**data, "init_args": kept | {"batch_size": math.prod(numbers)}}
 
 
 def _refuse_finished(folder: Path, config: dict[str, Any]) -> None:
