@@ -35,7 +35,7 @@ class KeptRows(Wrapper):
         UserError: If ``keep`` holds a name that ``rows`` lacks, or all of them.
 
     Attributes:
-        binary: The layer of the other rows; packed, after :func:`bimamba_lit.binarize.pack_`.
+        binary: The layer of the others; packed, after :func:`bimamba_lit.binarize.pack_`.
         kept: ``(K, I)`` fp32 parameter, the rows in full precision.
         spans: Where they are in the whole: begins and ends, rising.
         weight: ``(O, I)``, what the layer multiplies by, all rows in their order.

@@ -97,8 +97,13 @@ MODELS = {
     "every term, head": partial(small, Everything, ("in_proj", "lm_head"), tie_embeddings=False),
     "every projection of Mamba-1": partial(small, ScaledSign, ("*_proj",), mixer="mamba"),
     "rows in full precision": partial(small, keep_rows={"in_proj": ["x", "dt"], "*.1.mixer.in_proj": ["B"]}),
-    "inputs with two signs": partial(
-        small, TwoSided, keep_rows={"*.1.*.in_proj": ["B"]}, double_inputs={"*_proj": 0.3}
+    "inputs with two signs, head": partial(
+        small,
+        TwoSided,
+        ("*_proj", "lm_head"),
+        {"*.1.*.in_proj": ["B"]},
+        {"*_proj": 0.3, "lm_head": 0.3},
+        tie_embeddings=False,
     ),
     "both mixers": partial(small, Sign, mixer=["mamba", "mamba2"]),
     "full precision, untied": partial(small, None, tie_embeddings=False),

@@ -32,7 +32,7 @@ def recipe(tiny, path: Path, devices: int, **trainer: object) -> Path:
     settings["trainer"]["default_root_dir"] = str(path)
     settings["model"]["init_args"] |= {"activation_checkpointing": True, "hidden_weight": 0.1}
     settings["model"]["init_args"]["keep_rows"] = {"in_proj": ["dt"]}
-    settings["model"]["init_args"]["double_inputs"] = {"in_proj": 0.25, "out_proj": 0.1}
+    settings["model"]["init_args"]["double_inputs"] = {"out_proj": 0.1}
     settings["model"]["init_args"]["optimizer"]["total_steps"] = 6
     settings["data"]["init_args"]["batch_size"] = 4 // devices
     if devices > 1:
