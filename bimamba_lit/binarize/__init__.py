@@ -8,6 +8,7 @@ calibration text, are in :mod:`bimamba_lit.binarize.ptb`.
 from bimamba_lit.binarize.apply import Scheme, binarize_, binary_layers, pack_, packed_form, quantized_layers
 from bimamba_lit.binarize.coded import CodedLinear
 from bimamba_lit.binarize.describe import apply_binarization_, describe_binarization, known_schemes, take_unfinished_
+from bimamba_lit.binarize.doubled_inputs import DoubledInputs
 from bimamba_lit.binarize.fbi import FBI
 from bimamba_lit.binarize.formats import check_format
 from bimamba_lit.binarize.group_scale import GroupScale
@@ -27,6 +28,7 @@ from bimamba_lit.binarize.ternary import Ternary
 from bimamba_lit.binarize.two_bit import TwoBit
 from bimamba_lit.binarize.two_sided import TwoSided
 from bimamba_lit.binarize.unfinished import Unfinished
+from bimamba_lit.binarize.wrapper import Wrapper, innermost
 
 __all__ = [
     "DEPLOYED_BITS",
@@ -34,6 +36,7 @@ __all__ = [
     "TARGETS",
     "BinaryLinear",
     "CodedLinear",
+    "DoubledInputs",
     "GroupScale",
     "KeptRows",
     "LatentLinear",
@@ -50,11 +53,13 @@ __all__ = [
     "TwoBit",
     "TwoSided",
     "Unfinished",
+    "Wrapper",
     "apply_binarization_",
     "binarize_",
     "binary_layers",
     "check_format",
     "describe_binarization",
+    "innermost",
     "known_schemes",
     "no_decay",
     "pack_",

@@ -8,16 +8,19 @@ from typing import TypeVar
 from torch import nn
 
 from bimamba_lit.binarize.coded import CodedLinear
+from bimamba_lit.binarize.doubled_inputs import DoubledInputs, inputs_to_double
 from bimamba_lit.binarize.kept_rows import KeptRows, rows_to_keep
 from bimamba_lit.binarize.latent import LatentLinear
 from bimamba_lit.binarize.linear import BinaryLinear
 from bimamba_lit.binarize.packed import PackedLinear
 from bimamba_lit.binarize.ptb.layer import PTBLinear
 from bimamba_lit.binarize.targets import TARGETS, dense_layers
+from bimamba_lit.binarize.wrapper import SchemeLayer, Wrapper, linear_of
 from bimamba_lit.errors import UserError
 
 Scheme = Callable[[nn.Linear], LatentLinear]
 NO_ROWS: Mapping[str, Sequence[str]] = MappingProxyType({})
+NO_INPUTS: Mapping[str, float] = MappingProxyType({})
 Model = TypeVar("Model", bound=nn.Module)
 
 
@@ -26,6 +29,7 @@ def binarize_(
     scheme: Scheme,
     targets: Sequence[str] = TARGETS,
     keep_rows: Mapping[str, Sequence[str]] = NO_ROWS,
+    double_inputs: Mapping[str, float] = NO_INPUTS,
 ) -> Model:
     """Replace every targeted ``nn.Linear`` of ``model`` by its binary form, in place.
 
@@ -38,16 +42,19 @@ def binarize_(
             ``{"in_proj": ["B", "C", "dt"]}``. A mixer of this project names the rows of its projections in
             ``projection_rows``: z, x, B, C and dt of Mamba-2's ``in_proj``; x and z of Mamba-1's, dt, B and C of its
             ``x_proj``.
+        double_inputs: The share of the inputs of these layers, above 0 up to 1, whose weights are the sum of two signs,
+            for patterns likewise: ``{"in_proj": 0.15}``. Those whose columns one sign fits worst; see
+            :class:`DoubledInputs`.
 
     Returns:
         ``model``.
 
     Raises:
-        UserError: If a pattern matches no ``nn.Linear`` that is still in full precision, rows have other names, or
-            ``scheme`` does not fit a layer or makes something else than a :class:`LatentLinear`. The model is then as
-            it was.
+        UserError: If a pattern matches no ``nn.Linear`` that is still in full precision, rows have other names, a
+            share is out of range, or ``scheme`` does not fit a layer or makes something else than a
+            :class:`LatentLinear`. The model is then as it was.
     """
-    return replace_(model, partial(_made, scheme), targets, keep_rows)
+    return replace_(model, partial(_made, scheme), targets, keep_rows, double_inputs)
 
 
 def replace_(
@@ -55,16 +62,19 @@ def replace_(
     make: Callable[[nn.Linear], LatentLinear | PTBLinear],
     targets: Sequence[str],
     keep_rows: Mapping[str, Sequence[str]],
+    double_inputs: Mapping[str, float],
 ) -> Model:
-    """Replace every targeted ``nn.Linear`` by what ``make`` makes of it, or of its rows that are not kept, in place."""
+    """Replace every targeted ``nn.Linear`` by what ``make`` makes of it, or of part of it, in place."""
     shared = _shared_parameters(model)
     made: dict[str, nn.Module] = {}
     dense = dense_layers(model, targets)
     kept = rows_to_keep(model, list(dense), keep_rows)
+    doubled = inputs_to_double(list(dense), double_inputs)
     for name, linear in dense.items():
         whole = _untied(linear) if id(linear.weight) in shared else linear
         try:
-            layer = KeptRows(whole, make, *kept[name]) if name in kept else make(whole)
+            part = partial(DoubledInputs, scheme=make, share=doubled[name]) if name in doubled else make
+            layer = KeptRows(whole, part, *kept[name]) if name in kept else part(whole)
         except UserError as error:
             raise UserError(f"{name}: {error}") from error
         made[name] = layer.train(linear.training)
@@ -100,7 +110,7 @@ def pack_(model: Model, activation_bits: int | None = None) -> Model:
 
 
 _UNPACKED = (LatentLinear, PTBLinear)
-QuantizedLinear = LatentLinear | PackedLinear | PTBLinear | KeptRows
+QuantizedLinear = SchemeLayer | Wrapper
 
 
 def packed_form(layer: LatentLinear | PTBLinear, activation_bits: int | None = None) -> PackedLinear | PTBLinear:
@@ -114,18 +124,18 @@ def packed_form(layer: LatentLinear | PTBLinear, activation_bits: int | None = N
 def quantized_layers(model: nn.Module) -> Iterator[tuple[str, QuantizedLinear]]:
     """Yield the dotted name and the layer of every layer held in few bits: latent, packed or fitted after training.
 
-    A layer with rows in full precision comes as the whole that it is.
+    A layer with rows in full precision or inputs with two signs comes as the whole that it is.
     """
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, QuantizedLinear)}
     for name, layer in layers.items():
-        if not isinstance(layers.get(name.rpartition(".")[0]), KeptRows):
+        if not isinstance(layers.get(name.rpartition(".")[0]), Wrapper):
             yield name, layer
 
 
 def binary_layers(model: nn.Module) -> Iterator[tuple[str, BinaryLinear | PackedLinear]]:
     """Yield the dotted name and the layer of every binary layer, latent or packed, in the model's order.
 
-    Of one with rows in full precision, the layer of its binary rows.
+    Of one with rows in full precision or inputs with two signs, the layer of the scheme that is inside.
     """
     for name, layer in model.named_modules():
         if isinstance(layer, BinaryLinear | PackedLinear):
@@ -149,8 +159,4 @@ def _shared_parameters(model: nn.Module) -> set[int]:
 
 def _untied(linear: nn.Linear) -> nn.Linear:
     """Return a copy of a layer whose weight another module holds too, so that the two can part."""
-    copy = nn.Linear(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
-    copy.weight = nn.Parameter(linear.weight.detach().clone())
-    if linear.bias is not None:
-        copy.bias = nn.Parameter(linear.bias.detach().clone())
-    return copy
+    return linear_of(linear.weight.detach().clone(), None if linear.bias is None else linear.bias.detach().clone())

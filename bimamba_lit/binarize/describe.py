@@ -12,13 +12,13 @@ from typing import Any, TypeVar
 from torch import nn
 
 from bimamba_lit.binarize.apply import quantized_layers, replace_
-from bimamba_lit.binarize.kept_rows import KeptRows
 from bimamba_lit.binarize.latent import LatentLinear
 from bimamba_lit.binarize.linear import BinaryLinear
 from bimamba_lit.binarize.packed import PackedLinear
 from bimamba_lit.binarize.ptb.layer import PREFIX, PTBLinear, empty_parts
 from bimamba_lit.binarize.ptb.scheme import PTBScheme
 from bimamba_lit.binarize.unfinished import Unfinished
+from bimamba_lit.binarize.wrapper import Wrapper, innermost
 from bimamba_lit.errors import UserError, nearest
 
 Base = TypeVar("Base")
@@ -29,12 +29,11 @@ def describe_binarization(model: nn.Module) -> list[dict[str, Any]]:
 
     ``scheme`` is the class's name; of a post-training scheme with ``ptb.`` before it, and the entry also has ``parts``,
     the dtype and the shape of each part that is stored. Layers with rows in full precision also have ``kept_rows``,
-    those that are not binary yet ``unfinished``.
+    those with a share of inputs of two signs ``doubled_inputs``, those that are not binary yet ``unfinished``.
     """
     entries: list[dict[str, Any]] = []
     for name, layer in quantized_layers(model):
-        held = layer.binary if isinstance(layer, KeptRows) else layer
-        kind = layer.kind() | {"packed": isinstance(held, PackedLinear)}
+        kind = layer.kind() | {"packed": isinstance(innermost(layer), PackedLinear)}
         for entry in entries:
             if {key: value for key, value in entry.items() if key != "targets"} == kind:
                 entry["targets"].append(name)
@@ -62,8 +61,9 @@ def apply_binarization_(model: nn.Module, description: list[dict[str, Any]]) -> 
         if not isinstance(targets, list) or not all(isinstance(target, str) for target in targets):
             raise UserError(f"the targets of a scheme must be a list of layers' names, not {targets!r}")
         kept = _kept_rows(entry, targets)
+        doubled = dict.fromkeys(targets, entry["doubled_inputs"]) if "doubled_inputs" in entry else {}
         try:
-            replace_(model, _maker(name, options, entry.get("parts")), targets, kept)
+            replace_(model, _maker(name, options, entry.get("parts")), targets, kept, doubled)
         except (TypeError, KeyError) as error:
             raise UserError(f"scheme '{name}' does not take the options {options}") from error
         take_unfinished_(model, [entry])
@@ -83,10 +83,15 @@ def _maker(name: object, options: Any, parts: Any) -> Callable[[nn.Linear], Late
 
 
 def _held(model: nn.Module, targets: list[str]) -> dict[str, tuple[str, nn.Module | None]]:
-    """Return the names and the layers of few bits that targets stand for: of one with kept rows, that of the others."""
+    """Return the names and the layers of few bits that targets stand for: of a wrapper, what is inside."""
     layers = dict(model.named_modules())
-    places = {target: f"{target}.binary" if isinstance(layers.get(target), KeptRows) else target for target in targets}
-    return {target: (place, layers.get(place)) for target, place in places.items()}
+    held: dict[str, tuple[str, nn.Module | None]] = {}
+    for target in targets:
+        place = target
+        while isinstance(layers.get(place), Wrapper):
+            place += ".binary"
+        held[target] = place, layers.get(place)
+    return held
 
 
 def _kept_rows(entry: dict[str, Any], targets: list[str]) -> dict[str, list[str]]:

@@ -11,18 +11,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bimamba_lit.binarize.latent import LatentLinear, product_dtype
+from bimamba_lit.binarize.latent import LatentLinear
 from bimamba_lit.binarize.linear import DEPLOYED_BITS
-from bimamba_lit.binarize.packed import PackedLinear
 from bimamba_lit.binarize.ptb.layer import PTBLinear
-from bimamba_lit.binarize.targets import matches
+from bimamba_lit.binarize.targets import matching
+from bimamba_lit.binarize.wrapper import Wrapper, linear_of
 from bimamba_lit.errors import UserError, nearest
 from bimamba_lit.kernels.linear import linear
 
 Span = tuple[int, int]
 
 
-class KeptRows(nn.Module):
+class KeptRows(Wrapper):
     """A layer that is binary but for some of its rows.
 
     Args:
@@ -35,24 +35,22 @@ class KeptRows(nn.Module):
         UserError: If ``keep`` holds a name that ``rows`` lacks, or all of them.
 
     Attributes:
-        binary: The layer of the binary rows; packed, after :func:`bimamba_lit.binarize.pack_`.
+        binary: The layer of the others; packed, after :func:`bimamba_lit.binarize.pack_`.
         kept: ``(K, I)`` fp32 parameter, the rows in full precision.
         spans: Where they are in the whole: begins and ends, rising.
         weight: ``(O, I)``, what the layer multiplies by, all rows in their order.
     """
 
-    binary: LatentLinear | PackedLinear | PTBLinear
     bias: nn.Parameter | None
 
     def __init__(
         self,
         whole: nn.Linear,
-        scheme: Callable[[nn.Linear], LatentLinear | PTBLinear],
+        scheme: Callable[[nn.Linear], LatentLinear | PTBLinear | Wrapper],
         rows: Mapping[str, int],
         keep: Sequence[str],
     ) -> None:
-        super().__init__()
-        self.in_features, self.out_features = whole.in_features, whole.out_features
+        super().__init__(whole)
         self.names = [name for name in rows if name in keep]
         if unknown := [name for name in keep if name not in rows]:
             raise UserError(
@@ -65,35 +63,20 @@ class KeptRows(nn.Module):
         weight = whole.weight.detach().to(torch.float32)
         self.kept = nn.Parameter(torch.cat([weight[begin:end] for begin, end in self.spans]))
         others = torch.cat([weight[begin:end] for begin, end in zip(edges[::2], edges[1::2], strict=True)])
-        part = nn.Linear(self.in_features, len(others), bias=False, device="meta")
-        part.weight = nn.Parameter(others)
-        self.binary = scheme(part)
+        self.binary = scheme(linear_of(others))
         self.bias = None if whole.bias is None else nn.Parameter(whole.bias.detach().to(torch.float32))
 
     @property
-    def weight(self) -> Tensor:
-        """The whole weight ``(O, I)``."""
-        return self._whole(self.binary.weight)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Multiply ``x`` ``(..., I)`` by the weight and add the bias: ``(..., O)``."""
-        layer = self.binary
-        if torch.is_grad_enabled() and isinstance(layer, LatentLinear) and _multiplies(layer):
-            # Putting rows together costs less than putting outputs together.
-            return linear(x, self._whole(layer._weight_in(product_dtype(x))), self.bias)
-        y = in_order(layer(x), linear(x, self.kept), self.spans, -1)
-        return y if self.bias is None else y + self.bias
+    def beside(self) -> str:
+        """What it has that a layer of its scheme has not."""
+        return f"rows in full precision ({', '.join(self.names)})"
 
     def _whole(self, binary: Tensor) -> Tensor:
         return in_order(binary, self.kept.to(binary.dtype), self.spans, 0)
 
-    @property
-    def formats(self) -> tuple[str, ...]:
-        """What ``bimamba export`` can write of the scheme; ``gguf`` looks at the rows, too."""
-        return LatentLinear.formats if isinstance(self.binary, PTBLinear) else self.binary.formats
-
-    def terms(self) -> None:
-        """Return None: signs and terms are not all that the weight is made of."""
+    def _outputs(self, x: Tensor) -> Tensor:
+        y = in_order(self.binary(x), linear(x, self.kept), self.spans, -1)
+        return y if self.bias is None else y + self.bias
 
     def storage(self) -> dict[str, int]:
         """Return the bits this layer needs once deployed, by part: those of the binary rows, the others in 16 bits."""
@@ -121,11 +104,6 @@ def in_order(binary: Tensor, kept: Tensor, spans: list[Span], dim: int) -> Tenso
     return torch.cat(pieces, dim)
 
 
-def _multiplies(layer: LatentLinear) -> bool:
-    """Say whether the layer does nothing but multiply by its weight."""
-    return (type(layer).forward, type(layer).finish) == (LatentLinear.forward, LatentLinear.finish)
-
-
 def rows_to_keep(
     model: nn.Module, layers: Sequence[str], keep_rows: Mapping[str, Sequence[str]]
 ) -> dict[str, tuple[Mapping[str, int], list[str]]]:
@@ -141,10 +119,7 @@ def rows_to_keep(
     """
     kept: dict[str, tuple[Mapping[str, int], list[str]]] = {}
     for pattern, names in keep_rows.items():
-        found = [layer for layer in layers if matches(layer, pattern)]
-        if not found:
-            raise UserError(f"keep_rows: '{pattern}' matches no layer that is made binary{nearest(pattern, layers)}")
-        for layer in found:
+        for layer in matching(layers, pattern, "keep_rows"):
             parent, _, last = layer.rpartition(".")
             block = model.get_submodule(parent)
             rows = getattr(block, "projection_rows", {}).get(last)

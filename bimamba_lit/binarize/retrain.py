@@ -7,11 +7,12 @@ import torch
 from torch import Tensor, nn
 
 from bimamba_lit import ops
-from bimamba_lit.binarize.apply import NO_ROWS, Scheme, binarize_
+from bimamba_lit.binarize.apply import NO_INPUTS, NO_ROWS, Scheme, binarize_
 from bimamba_lit.binarize.latent import LatentLinear
 from bimamba_lit.binarize.linear import TERMS, compose
 from bimamba_lit.binarize.ptb.layer import PTBLinear
 from bimamba_lit.binarize.targets import TARGETS, dense_layers
+from bimamba_lit.binarize.wrapper import linear_of
 
 _ROUNDING = 1e-6
 
@@ -33,6 +34,7 @@ def retrain_(
     scheme: Scheme | None,
     targets: Sequence[str] = TARGETS,
     keep_rows: Mapping[str, Sequence[str]] = NO_ROWS,
+    double_inputs: Mapping[str, float] = NO_INPUTS,
 ) -> Start:
     """Make trainable layers of the post-training results in a model, in place.
 
@@ -47,9 +49,11 @@ def retrain_(
         targets: Layers to make binary, as in :func:`bimamba_lit.binarize.binarize_`.
         keep_rows: Rows of these that stay in full precision, likewise; of a post-training result they start at its
             dense weight, as do the latent weights beside them.
+        double_inputs: The share of the inputs of these with two signs, likewise; latent weights then start at the
+            result's dense weight.
 
     Raises:
-        UserError: If a target matches no layer, or rows have other names.
+        UserError: If a target matches no layer, rows have other names, or a share is out of range.
     """
     results: dict[int, PTBLinear] = {}
     for name, layer in list(model.named_modules()):
@@ -70,7 +74,7 @@ def retrain_(
         return layer
 
     fitted = sum(id(linear) in results for linear in dense_layers(model, targets).values())
-    binarize_(model, start, targets, keep_rows)
+    binarize_(model, start, targets, keep_rows, double_inputs)
     return Start(len(exact), fitted - len(exact))
 
 
@@ -81,10 +85,8 @@ def _exact(scheme: Scheme, linear: nn.Linear, result: PTBLinear) -> LatentLinear
     if terms is None:
         return None
     signs = ops.unpack_signs(result.packed_signs(), result.in_features)
-    latent = nn.Linear(linear.in_features, linear.out_features, device="meta")
-    latent.weight = nn.Parameter(compose(signs, {name: term for name, term in terms.items() if "scale" in name}))
-    latent.bias = linear.bias
-    layer = scheme(latent)
+    latent = compose(signs, {name: term for name, term in terms.items() if "scale" in name})
+    layer = scheme(linear_of(latent, linear.bias))
     if _same(layer, result):
         return layer
     for name, parameter in layer.named_parameters(recurse=False):

@@ -49,6 +49,18 @@ def matches(name: str, pattern: str) -> bool:
     return fnmatchcase(name, pattern) or fnmatchcase(last, pattern)
 
 
+def matching(layers: Sequence[str], pattern: str, setting: str) -> list[str]:
+    """Return the layers, by dotted name, of a pattern in a setting that is about some of the binary layers.
+
+    Raises:
+        UserError: If there are none.
+    """
+    found = [layer for layer in layers if matches(layer, pattern)]
+    if not found:
+        raise UserError(f"{setting}: '{pattern}' matches no layer that is made binary{nearest(pattern, layers)}")
+    return found
+
+
 def _no_match(pattern: str, linears: dict[str, nn.Linear]) -> str:
     if not linears:
         return f"target '{pattern}' matches nothing: the model has no full-precision Linear layer left"

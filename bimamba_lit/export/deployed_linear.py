@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bimamba_lit.binarize import BinaryLinear, KeptRows, PackedLinear, PTBLinear
+from bimamba_lit.binarize import BinaryLinear, DoubledInputs, KeptRows, PackedLinear, PTBLinear
+from bimamba_lit.binarize.doubled_inputs import with_doubled
 from bimamba_lit.binarize.kept_rows import in_order
 from bimamba_lit.binarize.linear import TERMS
 from bimamba_lit.errors import UserError
@@ -166,7 +167,7 @@ class DeployedKeptRows(nn.Module):
 
     bias: Tensor
 
-    def __init__(self, layer: KeptRows, binary: DeployedBinary | DeployedLinear, dtype: torch.dtype) -> None:
+    def __init__(self, layer: KeptRows, binary: "Deployed", dtype: torch.dtype) -> None:
         super().__init__()
         self.spans = layer.spans
         self.binary = binary
@@ -182,6 +183,33 @@ class DeployedKeptRows(nn.Module):
         """Multiply x (..., I): (..., O)."""
         y = in_order(self.binary(x), self.kept(x), self.spans, -1)
         return y + self.bias.float() if self.bias.numel() > 0 else y
+
+
+class DeployedDoubledInputs(nn.Module):
+    """A binary matrix with a second sign for some of its inputs.
+
+    Args:
+        layer: The layer.
+        binary: The deployed form of its signs, which reads those inputs twice.
+    """
+
+    doubled: Tensor
+
+    def __init__(self, layer: DoubledInputs, binary: "Deployed") -> None:
+        super().__init__()
+        self.binary = binary
+        self.register_buffer("doubled", layer.doubled.clone())
+
+    def prepare(self, mode: str) -> None:
+        """Unpack as the mode asks."""
+        self.binary.prepare(mode)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Multiply x (..., I): (..., O)."""
+        return self.binary(with_doubled(x, self.doubled))
+
+
+Deployed = DeployedBinary | DeployedDoubledInputs | DeployedKeptRows | DeployedLinear
 
 
 class DeployedTable(nn.Module):

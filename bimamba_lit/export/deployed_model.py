@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from bimamba_lit.binarize import (
     BinaryLinear,
+    DoubledInputs,
     KeptRows,
     LatentLinear,
     PackedLinear,
@@ -27,7 +28,9 @@ from bimamba_lit.binarize import (
     describe_binarization,
 )
 from bimamba_lit.export.deployed_linear import (
+    Deployed,
     DeployedBinary,
+    DeployedDoubledInputs,
     DeployedKeptRows,
     DeployedLinear,
     DeployedTable,
@@ -394,17 +397,12 @@ class DeployedLM(nn.Module):
             raise ValueError("the state is not one of this model's for as many sequences: see init_state")
 
 
-def deployed(layer: nn.Module, dtype: torch.dtype) -> DeployedBinary | DeployedKeptRows | DeployedLinear:
+def deployed(layer: nn.Module, dtype: torch.dtype) -> Deployed:
     """Return the deployed form of a projection."""
-    return (
-        DeployedKeptRows(layer, _alike(layer.binary, dtype), dtype)
-        if isinstance(layer, KeptRows)
-        else _alike(layer, dtype)
-    )
-
-
-def _alike(layer: nn.Module, dtype: torch.dtype) -> DeployedBinary | DeployedLinear:
-    """Return the deployed form of a projection whose rows are all alike."""
+    if isinstance(layer, KeptRows):
+        return DeployedKeptRows(layer, deployed(layer.binary, dtype), dtype)
+    if isinstance(layer, DoubledInputs):
+        return DeployedDoubledInputs(layer, deployed(layer.binary, dtype))
     if isinstance(layer, BinaryLinear | PackedLinear) or (isinstance(layer, PTBLinear) and layer.terms() is not None):
         return DeployedBinary(layer, dtype)
     assert isinstance(layer, nn.Linear | PTBLinear)

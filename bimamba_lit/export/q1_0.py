@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from bimamba_lit.binarize import BinaryLinear, KeptRows, PackedLinear, PTBLinear
+from bimamba_lit.binarize import BinaryLinear, PackedLinear, PTBLinear, Wrapper
 from bimamba_lit.binarize.apply import QuantizedLinear
 from bimamba_lit.errors import UserError
 from bimamba_lit.models.checkpoint import rounded
@@ -40,8 +40,8 @@ def fit(layer: QuantizedLinear, after_norm: bool) -> Fit | str:
         after_norm: Whether a norm with a gain is all that comes before it.
     """
     held = layer.terms()
-    if isinstance(layer, KeptRows):
-        return f"it has rows in full precision ({', '.join(layer.names)}), and a tensor has one type"
+    if isinstance(layer, Wrapper):
+        return f"it has {layer.beside}, and a tensor has one type and its sizes"
     if held is None:
         return "it holds more than one sign a weight"
     if not isinstance(layer, PTBLinear) and "gguf" not in layer.formats:

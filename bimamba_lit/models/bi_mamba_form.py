@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from bimamba_lit import ops
-from bimamba_lit.binarize import FBI, BinaryLinear, KeptRows, PackedLinear, PTBLinear, quantized_layers
+from bimamba_lit.binarize import FBI, BinaryLinear, PackedLinear, PTBLinear, Wrapper, quantized_layers
 from bimamba_lit.binarize.apply import QuantizedLinear
 from bimamba_lit.errors import UserError
 from bimamba_lit.models.dense import dense_tensors
@@ -64,9 +64,8 @@ def to_bi_mamba(lm: MambaLM) -> dict[str, Tensor]:
         raise UserError("the model has no binary layer, and the Bi-Mamba form is one of binary models")
     state = dict(dense_tensors(lm, leave_out=layers))
     for name, layer in layers.items():
-        if isinstance(layer, KeptRows):
-            rows = ", ".join(layer.names)
-            raise UserError(f"{name} has rows in full precision ({rows}), and the Bi-Mamba form has none")
+        if isinstance(layer, Wrapper):
+            raise UserError(f"{name} has {layer.beside}, and the Bi-Mamba form has none")
         scale, shift = _scale_and_shift(name, layer)
         state |= {f"{name}.weight": _latent(layer), name + _SCALE: scale, name + _SHIFT: shift}
         if layer.bias is not None:

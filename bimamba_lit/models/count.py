@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from bimamba_lit.binarize import DEPLOYED_BITS, CodedLinear, KeptRows, PTBLinear, quantized_layers
+from bimamba_lit.binarize import DEPLOYED_BITS, CodedLinear, PTBLinear, innermost, quantized_layers
 from bimamba_lit.binarize.apply import QuantizedLinear
 from bimamba_lit.models.quantized_table import QuantizedTable
 
@@ -36,15 +36,14 @@ def count_parameters(lm: nn.Module) -> ParameterCount:
     binarized = beside = 0
     for _, layer in quantized_layers(lm):
         binarized += layer.in_features * layer.out_features
-        held = layer.binary if isinstance(layer, KeptRows) else layer
-        beside += sum(values.numel() for values in _beside_signs(held).values() if values.is_floating_point())
+        beside += sum(values.numel() for values in _beside_signs(layer).values() if values.is_floating_point())
         beside += 0 if layer.bias is None else layer.bias.numel()
     beside += sum(table.codes.shape[0] * table.width + table.scale.numel() for table in _tables(lm))
     return ParameterCount(binarized + beside + _full_precision(lm), binarized)
 
 
 def _beside_signs(layer: QuantizedLinear) -> dict[str, Tensor]:
-    held = layer.binary if isinstance(layer, KeptRows) else layer
+    held = innermost(layer)
     if isinstance(held, CodedLinear):
         return held.empty_parts
     return held.parts if isinstance(held, PTBLinear) else held.terms() or {}

@@ -13,7 +13,7 @@ from typing import Any
 from bimamba_lit.report.summary import Summary
 
 # What a full-precision student has not, or has of its own: a learning rate is tuned for each scheme.
-_OF_BINARIZATION = ("binarizer", "targets", "keep_rows", "deploy", "optimizer", "callbacks")
+_OF_BINARIZATION = ("binarizer", "targets", "keep_rows", "double_inputs", "deploy", "optimizer", "callbacks")
 
 
 def gaps_to_full_precision(

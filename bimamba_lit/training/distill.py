@@ -37,6 +37,8 @@ class Distill(LanguageModule):
             ``!`` leaves out layers that others take.
         keep_rows: Rows of these layers that stay in full precision, by patterns of layers, such as
             ``{in_proj: [B, C, dt]}``; see :func:`bimamba_lit.binarize.binarize_`.
+        double_inputs: Share of the inputs of these layers, above 0 up to 1, whose weights are the sum of two signs, by
+            patterns of layers, such as ``{in_proj: 0.15}``: those that one sign fits worst.
         divergence: ``soft_ce``, the paper's cross-entropy against the teacher's distribution; ``forward_kl`` or
             ``reverse_kl``, the divergence from the teacher to the student or back.
         temperature: Divides both models' logits; the loss is multiplied by its square.
@@ -60,6 +62,7 @@ class Distill(LanguageModule):
         student: MambaConfig | str = "teacher",
         targets: list[str] = list(TARGETS),  # noqa: B006  (shown as the default in --help; never changed)
         keep_rows: dict[str, list[str]] = {},  # noqa: B006  (likewise)
+        double_inputs: dict[str, float] = {},  # noqa: B006  (likewise)
         divergence: Literal["soft_ce", "forward_kl", "reverse_kl"] = "soft_ce",
         temperature: float = 1.0,
         hard_share: float = 0.0,
@@ -80,6 +83,7 @@ class Distill(LanguageModule):
         self.student = student
         self.targets = targets
         self.keep_rows = keep_rows
+        self.double_inputs = double_inputs
         self.divergence = divergence
         self.temperature = temperature
         self.hard_share = hard_share
@@ -105,7 +109,7 @@ class Distill(LanguageModule):
             if self.hidden_weight:
                 _check_hidden_states(student, teacher)
             self._teacher.append(self._spread(teacher))
-        start = retrain_(student, self.binarizer, self.targets, self.keep_rows)
+        start = retrain_(student, self.binarizer, self.targets, self.keep_rows, self.double_inputs)
         check_deploy(student, self.deploy)
         if any(start):
             rank_zero_info(

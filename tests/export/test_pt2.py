@@ -33,7 +33,8 @@ torch.save(answers, sys.argv[4])
 def small(**options):
     torch.manual_seed(0)
     sizes = {"d_model": 32, "n_layer": 2, "vocab_size": 61, "headdim": 16, "mixer": ["mamba", "mamba2"]}
-    lm = binarize_(MambaLM(MambaConfig(**(sizes | options))), FBI, keep_rows={"*.1.mixer.in_proj": ["B", "C", "dt"]})
+    kept, doubled = {"*.1.mixer.in_proj": ["B", "C", "dt"]}, {"out_proj": 0.3}
+    lm = binarize_(MambaLM(MambaConfig(**(sizes | options))), FBI, keep_rows=kept, double_inputs=doubled)
     return lm.eval().requires_grad_(False)
 
 

@@ -13,7 +13,17 @@ import torch
 from torch import nn
 
 from bimamba_lit import MambaConfig, MambaLM
-from bimamba_lit.binarize import FBI, BinaryLinear, ScaledSign, Sign, binarize_, binary_layers, no_decay, pack_
+from bimamba_lit.binarize import (
+    FBI,
+    BinaryLinear,
+    ScaledSign,
+    Sign,
+    TwoSided,
+    binarize_,
+    binary_layers,
+    no_decay,
+    pack_,
+)
 from bimamba_lit.errors import UserError
 from bimamba_lit.export.deployed_linear import multiply_integers, to_integers
 from bimamba_lit.export.torchscript import export_torchscript
@@ -45,14 +55,14 @@ class Everything(BinaryLinear):
         }
 
 
-def small(scheme=FBI, targets=("in_proj", "out_proj"), keep_rows=None, **options):
+def small(scheme=FBI, targets=("in_proj", "out_proj"), keep_rows=None, double_inputs=None, **options):
     torch.manual_seed(0)
     sizes = {"d_model": 32, "n_layer": 2, "vocab_size": 61, "d_state": 8, "headdim": 16, "chunk_size": 8}
     lm = MambaLM(MambaConfig(**(sizes | options)))
     with torch.no_grad():
         for parameter in lm.parameters():
             parameter += 0.1 * torch.randn_like(parameter)
-    lm = lm if scheme is None else binarize_(lm, scheme, targets, keep_rows or {})
+    lm = lm if scheme is None else binarize_(lm, scheme, targets, keep_rows or {}, double_inputs or {})
     return lm.eval().requires_grad_(False)
 
 
@@ -87,6 +97,14 @@ MODELS = {
     "every term, head": partial(small, Everything, ("in_proj", "lm_head"), tie_embeddings=False),
     "every projection of Mamba-1": partial(small, ScaledSign, ("*_proj",), mixer="mamba"),
     "rows in full precision": partial(small, keep_rows={"in_proj": ["x", "dt"], "*.1.mixer.in_proj": ["B"]}),
+    "inputs with two signs, head": partial(
+        small,
+        TwoSided,
+        ("*_proj", "lm_head"),
+        {"*.1.*.in_proj": ["B"]},
+        {"*_proj": 0.3, "lm_head": 0.3},
+        tie_embeddings=False,
+    ),
     "both mixers": partial(small, Sign, mixer=["mamba", "mamba2"]),
     "full precision, untied": partial(small, None, tie_embeddings=False),
 }

@@ -16,15 +16,23 @@ pytestmark = [
 ]
 
 
-def make(mixer="mamba2", keep=()):
+def make(mixer="mamba2", keep=(), double=None):
     torch.manual_seed(0)
     lm = MambaLM(MambaConfig(d_model=128, n_layer=3, vocab_size=211, headdim=32, d_state=32, mixer=mixer)).cuda()
-    return pack_(binarize_(lm, FBI, keep_rows={"in_proj": keep})).eval()
+    return pack_(binarize_(lm, FBI, keep_rows={"in_proj": keep}, double_inputs=double or {})).eval()
 
 
-@pytest.mark.parametrize(("mixer", "keep"), [("mamba2", ()), ("mamba", ()), ("mamba2", ("B", "C", "dt"))])
-def test_a_graph_steps_as_the_model_does(mixer, keep):
-    lm = make(mixer, keep)
+@pytest.mark.parametrize(
+    ("mixer", "keep", "double"),
+    [
+        ("mamba2", (), {}),
+        ("mamba", (), {}),
+        ("mamba2", ("B", "C", "dt"), {}),
+        ("mamba2", ("dt",), {"in_proj": 0.2, "out_proj": 0.2}),
+    ],
+)
+def test_a_graph_steps_as_the_model_does(mixer, keep, double):
+    lm = make(mixer, keep, double)
     ids = torch.randint(211, (2, 9), device="cuda")
     graph = StepGraph(lm, 2)
     _, state = lm.prefill(ids, lm.init_state(2))

@@ -273,6 +273,33 @@ def test_a_run_with_rows_in_full_precision(tiny, bimamba, tmp_path):
     torch.testing.assert_close(packed.weight, layer.weight, rtol=1e-3, atol=1e-4)
 
 
+def test_a_run_with_two_signs_for_some_inputs(tiny, bimamba, tmp_path):
+    run, callbacks = tmp_path / "run", []
+    settings = {"AnnealedGradient": ["end_step=4"], "Progressive": ["by=tanh", "end_step=4"]}
+    for name in ("BitFlips", "WeightScales", "AnnealedGradient", "Progressive"):
+        callbacks += [f"--trainer.callbacks+=bimamba_lit.callbacks.{name}"]
+        callbacks += [f"--trainer.callbacks.{setting}" for setting in settings.get(name, ["every_n_steps=2"])]
+    scheme = ["--model.binarizer=bimamba_lit.binarize.TwoSided", "--model.binarizer.reach=1"]
+    scheme += ["--model.binarizer.straight_through=tanh", "--model.double_inputs={in_proj: 0.15, out_proj: 0.1}"]
+    command = ["fit", "-c", tiny.distill_recipe, f"--trainer.default_root_dir={run}", *scheme, *callbacks]
+    answer = bimamba(*command, "--trainer.max_steps=6", "--model.deploy=[gguf]")
+    assert answer.code == 1 and "a second sign for 8 of its inputs" in answer.err.replace("\n", " "), answer
+    answer = bimamba(*command, "--trainer.max_steps=6", "--model.deploy=[torchscript]")
+    assert answer.code == 0, answer
+    assert "flips/rate/backbone.layers.0.mixer.in_proj.binary" in (run / "metrics.csv").read_text()
+    found = json.loads((run / "summary.json").read_text())
+    signs, scales, choice = 164 * 40 + 32 * 72, 16 * (164 + 40 + 32 + 72), 32 + 64
+    assert found["binarized_params"] == 164 * 32 + 32 * 64
+    assert found["storage"]["signs"] == signs and found["storage"]["doubled"] == choice
+    assert sum(found["storage"].values()) - found["storage"]["full_precision"] == signs + scales + choice
+    layer = load_lm(run / "checkpoints" / "last.ckpt").backbone.layers[0].mixer.in_proj
+    assert layer.binary.unfinished is None and len(layer.doubled) == 8
+    answer = bimamba("export", "--ckpt", run, "--format", "safetensors", "--out", tmp_path / "out")
+    assert answer.code == 0, answer
+    packed = load_lm(tmp_path / "out").backbone.layers[0].mixer.in_proj
+    torch.testing.assert_close(packed.weight, layer.weight, rtol=2e-3, atol=1e-3)
+
+
 def test_scale_names_tell_whether_a_model_was_trained():
     from bimamba_lit.binarize import Sign, binarize_
     from bimamba_lit.training.language import scheme_name

@@ -109,6 +109,7 @@ CASES = {
     "a student": lambda teacher: (student(teacher), {}),
     "activations computed again": lambda teacher: (student(teacher, activation_checkpointing=True), {}),
     "in half precision": lambda teacher: (student(teacher), {"precision": "bf16-mixed"}),
+    "two signs for some inputs": lambda teacher: (student(teacher, double_inputs={"*_proj": 0.15}), {}),
     "of mamba": lambda teacher: (Pretrain(config(mixer="mamba", d_state=16), AdamW(warmup_steps=1)), {}),
     "large weights": lambda teacher: (Pretrain(config(d_model=384), AdamW(warmup_steps=1)), {}),
 }
