@@ -106,6 +106,7 @@ def case_of(kernel: str) -> str:
         "signs": "gemm",
         "binary_linear": "gemm",
         "binary_weight": "binary_layer",
+        "packed_blocks": "decode",
     }
     op = kernel.split("/")[0]
     return "steps" if "step" in kernel else names.get(op, op)

@@ -84,9 +84,7 @@ def test_every_term_and_its_gradient(tokens, terms, single):
         assert ratio(value, right[name]) <= 1e-4, name
 
 
-@pytest.mark.parametrize(
-    ("out_features", "in_features", "groups"), [(1, 1, 1), (20, 155, 5), (16, 272, 2), (20, 192, 3)]
-)
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (20, 155, 5), (16, 272, 2), (20, 192, 3)], ids=str)
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-4), (torch.bfloat16, 0.005), (torch.float16, 0.005)])
 def test_sizes_dtypes_and_strides(sizes, dtype, bound):
     out_features, in_features, groups = sizes
