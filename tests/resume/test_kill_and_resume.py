@@ -77,7 +77,8 @@ def rows(folder: Path) -> list[dict[str, str]]:
     if not file.exists():
         return []
     whole = file.read_text().rpartition("\n")[0]
-    return list(csv.DictReader(io.StringIO(whole)))
+    # The newest row may be read while it is being written anew.
+    return [row for row in csv.DictReader(io.StringIO(whole)) if (row["step"] or "").isdecimal()]
 
 
 def kill_and_resume(zygote: Any, compare: Any, one: Undisturbed, kills: int, seed: int) -> list[str]:
