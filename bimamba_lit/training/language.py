@@ -109,6 +109,8 @@ class LanguageModule(pl.LightningModule):
 
         The losses that are logged are the means over all devices.
         """
+        if not torch.is_grad_enabled():  # NonFiniteGuard runs the batch again, on this device alone
+            return loss
         rates = self.optimizer_settings.rates(self.trainer.optimizers[0])
         shown = {name: value.detach().clone() for name, value in ({"loss": loss} | parts).items()}
         if (world := self.trainer.world_size) > 1:
