@@ -33,11 +33,12 @@ _LATENT, _WEIGHTS, _TEACHER = "latent weights", "other weights", "teacher"
 _GRADIENTS, _STATES, _BATCH = "gradients", "optimizer states", "batch"
 _FORWARD, _LOSS, _BACKWARD, _STEP = "activations", "loss and its logits", "backward pass", "optimizer step"
 _TAUGHT = "teacher's activations"
+_STORED = "teacher's distributions"
 _GATHERED, _BUCKETS = "gathered weights and gradients", "DDP's buckets of gradients"
 _WORKSPACES = "cuBLAS's workspaces"
 _ORDER = [
-    _LATENT, _WEIGHTS, _GRADIENTS, _STATES, _TEACHER, _BATCH, _FORWARD, _TAUGHT, _LOSS, _BACKWARD, _STEP, _GATHERED,
-    _BUCKETS, _WORKSPACES,
+    _LATENT, _WEIGHTS, _GRADIENTS, _STATES, _TEACHER, _BATCH, _STORED, _FORWARD, _TAUGHT, _LOSS, _BACKWARD, _STEP,
+    _GATHERED, _BUCKETS, _WORKSPACES,
 ]  # fmt: skip
 _WORKSPACE_BYTES = 64 << 20  # 32 MiB, Hopper's, for each of the threads of the forward and the backward pass
 _LOSSES = ("distillation_loss", "topk_distillation_loss")
@@ -118,6 +119,7 @@ def estimate_step(module: LanguageModule, data: Any, devices: Devices, trainer: 
         datamodule=data, precision=precision, max_steps=1, world_size=1, training=False, optimizers=[]
     )
     module.log = lambda *_, **__: None  # type: ignore[method-assign]
+    numbers = torch.zeros(data.batch_size, dtype=torch.int64)  # of sequences; their values are read
     with ExitStack() as stack:
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         if devices.gpu:
@@ -134,6 +136,10 @@ def estimate_step(module: LanguageModule, data: Any, devices: Devices, trainer: 
         }
         count.add(batch.values(), _BATCH)
         _label_calls(module, count, stack)
+        if isinstance(module, Distill) and module.stored is not None:
+            batch["sequence"] = numbers
+            distributions = _no_distributions(module.stored.manifest.top_k, data.context, count)
+            stack.enter_context(mock.patch.object(module.stored, "distributions", distributions))
         count.most = {}
         _step(module, batch, optimizer, count, trainer, _HALF.get(precision))
     shown = {name: count.most[name] for name in _ORDER if count.most.get(name)}
@@ -187,6 +193,17 @@ def _label_calls(module: LanguageModule, count: ByteCount, stack: ExitStack) -> 
     for name in _LOSSES:
         if hasattr(ops, name):
             stack.enter_context(mock.patch.object(ops, name, labelled(getattr(ops, name), _LOSS)))
+
+
+def _no_distributions(top_k: int, context: int, count: ByteCount) -> Callable[[list[int]], tuple[Tensor, Tensor]]:
+    """Return what stands in for reading a stored teacher's distributions."""
+
+    def distributions(sequences: list[int]) -> tuple[Tensor, Tensor]:
+        with count.labelled(_STORED):
+            ids = torch.zeros(len(sequences), context, top_k, dtype=torch.int32)
+            return ids, torch.zeros(len(sequences), context, top_k + 1, dtype=torch.float16)
+
+    return distributions
 
 
 def _weights_of(module: LanguageModule, devices: Devices) -> Callable[[Counter[str], str], dict[str, int]]:

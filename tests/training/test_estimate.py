@@ -158,6 +158,14 @@ def test_the_command_tells_the_parts_and_reads_no_weights(tiny, bimamba, teacher
     assert answer.code == 1 and "not a PTB" in answer.err
 
 
+def test_a_teacher_on_disk_takes_its_distributions_alone(tiny, bimamba, tmp_path):
+    assert bimamba("teacher-logits", "-c", tiny.distill_recipe, "--out", tmp_path / "logits", "--top_k=20").code == 0
+    settings = [f"--model.teacher={tmp_path / 'logits'}", f"--model.student={tiny.teacher}"]
+    answer = bimamba("estimate", "-c", tiny.distill_recipe, *settings)
+    assert answer.code == 0, answer.err
+    assert "teacher's distributions" in answer.out and "teacher's activations" not in answer.out
+
+
 SHARDED = {
     "class_path": "lightning.pytorch.strategies.ModelParallelStrategy",
     "init_args": {"data_parallel_size": 16, "tensor_parallel_size": 1},
