@@ -89,7 +89,7 @@ def run(tiny: Any, spiking: Any, folder: Path, data: Any, *more: Any, resume: bo
     )
 
 
-def same(one: Any, other: Any) -> None:
+def assert_same(one: Any, other: Any) -> None:
     torch.testing.assert_close(one.end, other.end, rtol=0, atol=0)
     assert one.rows == other.rows
 
@@ -106,7 +106,7 @@ def test_a_rewind_is_a_run_without_the_data(
     right = run(tiny, spiking, tmp_path / "b", spiking.data((), tuple(range(first, at + 1))), **options)
     assert found.trainer.global_step == 17
     assert [int(row["step"]) for row in found.rows] == list(range(17))
-    same(found, right)
+    assert_same(found, right)
     (told,) = [record.getMessage() for record in caplog.records if "LossSpikeGuard" in record.getMessage()]
     assert "step 12: the loss of" in told and "back to step 10, without the data since then (rewind 1 of 10)" in told
     throughput = next(one for one in found.trainer.callbacks if isinstance(one, Throughput))
@@ -115,7 +115,7 @@ def test_a_rewind_is_a_run_without_the_data(
 
 def test_a_spike_right_after_the_checkpoint(tiny: Any, spiking: Any, tmp_path: Path) -> None:
     found = run(tiny, spiking, tmp_path / "a", spiking.data((10,)), LossSpikeGuard(**SETTINGS))
-    same(found, run(tiny, spiking, tmp_path / "b", spiking.data((), (10,))))
+    assert_same(found, run(tiny, spiking, tmp_path / "b", spiking.data((), (10,))))
 
 
 @pytest.mark.parametrize("stop", [13, 17, 18])
@@ -126,7 +126,7 @@ def test_killed_and_resumed_it_is_the_same_run(tiny: Any, spiking: Any, tmp_path
     with pytest.raises(Stop):
         run(tiny, spiking, tmp_path / "killed", data, LossSpikeGuard(**SETTINGS), StopAt(stop))
     guard = LossSpikeGuard(**SETTINGS)
-    same(run(tiny, spiking, tmp_path / "killed", data, guard, resume=True), whole)
+    assert_same(run(tiny, spiking, tmp_path / "killed", data, guard, resume=True), whole)
     assert guard.rewinds == 1
 
 

@@ -123,5 +123,7 @@ def test_a_run_too_short_for_its_schedule_is_told(
 
 
 def test_a_model_in_full_precision_is_left_alone(tiny: SimpleNamespace, tmp_path: Path) -> None:
-    callbacks = [Progressive("rows", end_step=2), AnnealedGradient(end_step=2)]
-    tiny.trainer(tmp_path, callbacks, max_steps=2).fit(tiny.module(None), tiny.data())
+    module = tiny.module(None)
+    trainer = tiny.trainer(tmp_path, [Progressive("rows", end_step=2), AnnealedGradient(end_step=2)], max_steps=2)
+    trainer.fit(module, tiny.data())
+    assert trainer.global_step == 2 and not layers(module)

@@ -14,7 +14,7 @@ def random(*shape):
     return torch.randn(shape)
 
 
-def close(value, expected):
+def assert_near(value, expected):
     assert (value - expected).norm() <= 2e-6 * expected.norm()
 
 
@@ -25,12 +25,12 @@ def test_ssd(length):
     b, c, state = random(2, length, 3, 5), random(2, length, 3, 5), random(2, 6, 4, 5)
     y, end = ops.ssd(x, dt, a, b, c, backend="naive", initial_states=state, return_final_states=True)
     stepped = state.clone()
-    close(torch.jit.script(deployed_ops.ssd)(x, dt, a, b, c, state), y)
-    close(state, end)
+    assert_near(torch.jit.script(deployed_ops.ssd)(x, dt, a, b, c, state), y)
+    assert_near(state, end)
     step = torch.jit.script(deployed_ops.ssd_step)
     ys = [step(x[:, t], dt[:, t], a, b[:, t], c[:, t], stepped) for t in range(length)]
-    close(torch.stack(ys, 1), y)
-    close(stepped, end)
+    assert_near(torch.stack(ys, 1), y)
+    assert_near(stepped, end)
 
 
 def test_ssd_forgets_and_does_not_overflow():
@@ -49,11 +49,11 @@ def test_selective_scan(length):
     maps = (t.transpose(1, 2) for t in (b, c))
     y, end = ops.selective_scan(*turned, a, *maps, backend="naive", initial_states=state, return_last_state=True)
     y, stepped = y.transpose(1, 2), state.clone()
-    close(torch.jit.script(deployed_ops.selective_scan)(u, delta, a, b, c, state), y)
-    close(state, end)
+    assert_near(torch.jit.script(deployed_ops.selective_scan)(u, delta, a, b, c, state), y)
+    assert_near(state, end)
     step = torch.jit.script(deployed_ops.selective_scan_step)
-    close(torch.stack([step(u[:, t], delta[:, t], a, b[:, t], c[:, t], stepped) for t in range(length)], 1), y)
-    close(stepped, end)
+    assert_near(torch.stack([step(u[:, t], delta[:, t], a, b[:, t], c[:, t], stepped) for t in range(length)], 1), y)
+    assert_near(stepped, end)
 
 
 @pytest.mark.parametrize("length", [1, 2, 9])
@@ -64,15 +64,15 @@ def test_causal_conv(length):
         x.transpose(1, 2), weight.t(), bias, "silu", past.transpose(1, 2), return_final_states=True, backend="naive"
     )
     stepped = past.clone()
-    close(torch.jit.script(deployed_ops.causal_conv)(x, past, weight, bias), y.transpose(1, 2))
-    close(past, end.transpose(1, 2))
+    assert_near(torch.jit.script(deployed_ops.causal_conv)(x, past, weight, bias), y.transpose(1, 2))
+    assert_near(past, end.transpose(1, 2))
     step = torch.jit.script(deployed_ops.causal_conv_step)
-    close(torch.stack([step(x[:, t], stepped, weight, bias) for t in range(length)], 1), y.transpose(1, 2))
-    close(stepped, end.transpose(1, 2))
+    assert_near(torch.stack([step(x[:, t], stepped, weight, bias) for t in range(length)], 1), y.transpose(1, 2))
+    assert_near(stepped, end.transpose(1, 2))
 
 
 @pytest.mark.parametrize("groups", [1, 3])
 def test_rms_norm(groups):
     torch.manual_seed(0)
     x, weight = random(2, 5, 12), random(12)
-    close(deployed_ops.rms_norm(x, weight, 1e-5, groups), ops.rms_norm(x, weight, eps=1e-5, groups=groups))
+    assert_near(deployed_ops.rms_norm(x, weight, 1e-5, groups), ops.rms_norm(x, weight, eps=1e-5, groups=groups))

@@ -58,3 +58,15 @@ def rounding_to_nearest(monkeypatch):
         return torch.from_numpy(numpy.array(numbers)).to(torch.bfloat16).view(torch.uint16).numpy()
 
     monkeypatch.setattr(interpreter, "_convert_float", rounded)
+
+
+@pytest.fixture
+def poisoned(monkeypatch):
+    """Memory that a kernel must write holds NaN or the farthest integer before."""
+    empty = torch.empty
+
+    def poison(*shape, **options):
+        tensor = empty(*shape, **options)
+        return tensor.fill_(torch.nan if tensor.is_floating_point() else torch.iinfo(tensor.dtype).max)
+
+    monkeypatch.setattr(torch, "empty", poison)

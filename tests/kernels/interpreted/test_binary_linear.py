@@ -8,20 +8,9 @@ from bimamba_lit import ops
 from bimamba_lit.kernels.binary_linear import triton as kernel
 from bimamba_lit.kernels.binary_weight import triton as weight_kernel
 
+pytestmark = pytest.mark.usefixtures("poisoned")
 TERMS = ("in_scale", "out_scale", "group_scale", "in_shift", "out_shift", "bias")
 SLOPES = ("identity", "clipped", "tanh", "bireal")
-
-
-@pytest.fixture(autouse=True)
-def poisoned(monkeypatch):
-    """Memory that a kernel must write holds NaN or the farthest integer before."""
-    empty = torch.empty
-
-    def poison(*shape, **options):
-        tensor = empty(*shape, **options)
-        return tensor.fill_(torch.nan if tensor.is_floating_point() else torch.iinfo(tensor.dtype).max)
-
-    monkeypatch.setattr(torch, "empty", poison)
 
 
 def normal(*shape, seed=0, dtype=torch.float32):

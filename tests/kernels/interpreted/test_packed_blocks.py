@@ -7,21 +7,10 @@ from torch.library import opcheck
 from bimamba_lit import ops
 from bimamba_lit.kernels.packed_blocks import triton as kernel
 
+pytestmark = pytest.mark.usefixtures("poisoned")
 TERMS = ("in_scale", "out_scale", "group_scale", "in_shift", "out_shift", "bias")
 D_MODEL, HEADS, WIDTH, SIZE, TAPS = 64, 2, 32, 12, 4
 INNER, CHANNELS = HEADS * WIDTH, HEADS * WIDTH + 2 * SIZE
-
-
-@pytest.fixture(autouse=True)
-def poisoned(monkeypatch):
-    """Memory that a kernel must write holds NaN or the farthest integer before."""
-    empty = torch.empty
-
-    def poison(*shape, **options):
-        tensor = empty(*shape, **options)
-        return tensor.fill_(torch.nan if tensor.is_floating_point() else torch.iinfo(tensor.dtype).max)
-
-    monkeypatch.setattr(torch, "empty", poison)
 
 
 class Normal:
