@@ -546,6 +546,21 @@ def packed_blocks(
     return _pick(backend, x, naive_blocks.packed_blocks)(x, conv_states, ssm_states, blocks)
 
 
+def fuses_block(x: Tensor, conv_state: Tensor, ssm_state: Tensor, block: BlockParameters) -> bool:
+    """Say whether `packed_blocks` has a kernel for a block's step, without gradients: else its own ops are faster.
+
+    Args:
+        x: As for `packed_blocks`, (B, D); of it and the states the shapes, dtypes and devices count.
+        conv_state: (B, E + 2N, W - 1).
+        ssm_state: (B, H, P, N).
+        block: What the block is made of.
+    """
+    module = "bimamba_lit.kernels.packed_blocks.triton"
+    if not x.is_cuda or x.dtype == torch.float64 or not _has_triton_form(module, "supports"):
+        return False
+    return bool(sys.modules[module].supports(x, conv_state, ssm_state, block))
+
+
 def binary_weight(
     latent: Tensor,
     straight_through: str = "identity",

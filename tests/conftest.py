@@ -1,6 +1,7 @@
 """What tests share: small models; for the commands one tiny text, one tiny recipe, one trained teacher."""
 
 import contextlib
+import gc
 import io
 import os
 import sys
@@ -106,6 +107,16 @@ def tiny(tmp_path_factory: pytest.TempPathFactory, bimamba: Bimamba) -> Tiny:
     answer = bimamba("fit", "-c", teacher_recipe, "--checkpoint.every_n_train_steps=4")
     assert answer.code == 0, answer
     return Tiny(folder, text, teacher_recipe, distill_recipe, folder / "teacher")
+
+
+@pytest.fixture(autouse=True)
+def freed_memory(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Gives a GPU's memory back after each of its tests: several processes share one."""
+    yield
+    torch = sys.modules.get("torch")
+    if torch is not None and request.node.get_closest_marker("gpu") and torch.cuda.is_available():
+        gc.collect()
+        torch.cuda.empty_cache()
 
 
 Make = Callable[..., Any]

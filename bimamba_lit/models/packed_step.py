@@ -22,12 +22,9 @@ def step_blocks(
 ) -> tuple[Tensor, tuple[LayerState, ...]]:
     """Do what ``Block.step`` of one block after the other does, with ``x`` (B, D); return it and the new states.
 
-    On a GPU without gradients, packed Mamba-2 blocks in a row are one op.
+    On a GPU without gradients, packed Mamba-2 blocks in a row are one op where it has a kernel for them.
     """
-    fused = x.is_cuda and not torch.is_grad_enabled()
-    steps = [
-        (packed_parameters(block) if fused else None, block, state) for block, state in zip(blocks, states, strict=True)
-    ]
+    steps = [(_fused(x, state, block), block, state) for block, state in zip(blocks, states, strict=True)]
     moved: list[LayerState] = []
     for packed, run in groupby(steps, lambda step: step[0] is not None):
         if packed:
@@ -40,6 +37,15 @@ def step_blocks(
             x, state = block.step(x, state)
             moved.append(state)
     return x, tuple(moved)
+
+
+def _fused(x: Tensor, state: LayerState, block: "Block") -> ops.BlockParameters | None:
+    if not x.is_cuda or torch.is_grad_enabled():
+        return None
+    packed = packed_parameters(block)
+    if packed is None or not ops.fuses_block(x, state.conv, at_least_fp32(state.ssm), packed):
+        return None
+    return packed
 
 
 def packed_parameters(block: "Block") -> ops.BlockParameters | None:

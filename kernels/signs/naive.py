@@ -19,6 +19,6 @@ def pack_signs(w: Tensor) -> Tensor:
 
 def unpack_signs(signs: Tensor, in_features: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """Unpack (..., ceil(I / 8)) uint8 to (..., I) of +1 and -1 in `dtype`."""
-    masks = torch.tensor([1 << bit for bit in range(8)], dtype=torch.uint8, device=signs.device)
-    bits = (signs[..., None] & masks).ne(0).flatten(-2)[..., :in_features]
+    places = torch.arange(8, dtype=torch.uint8, device=signs.device)  # made there: a CUDA graph can record it
+    bits = (signs[..., None] >> places & 1).flatten(-2)[..., :in_features]
     return bits.to(dtype) * 2 - 1
