@@ -17,7 +17,8 @@ class AnnealedGradient(pl.Callback):
     weight throughout. A resumed run goes on where it was: the factor follows from the step.
 
     Args:
-        end_step: The optimizer step that is the first with the scheme's own reach.
+        end_step: The optimizer step that is the first with the scheme's own reach; a number below 1 is a share of
+            ``trainer.max_steps``.
         start_step: The optimizer step up to which the gradient is softest.
         softest: How many times its reach the gradient reaches at first.
 
@@ -26,7 +27,7 @@ class AnnealedGradient(pl.Callback):
             gradient has no reach.
     """
 
-    def __init__(self, end_step: int, start_step: int = 0, softest: float = 10.0) -> None:
+    def __init__(self, end_step: float, start_step: int = 0, softest: float = 10.0) -> None:
         if not softest > 1:
             raise UserError(f"AnnealedGradient: softest is {softest}, and must be above 1")
         self.softest = softest
@@ -34,7 +35,7 @@ class AnnealedGradient(pl.Callback):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Check that there is something to narrow."""
-        self._steps.tell_if_cut(trainer)
+        self._steps.begin(trainer)
         for layer in latent_layers(pl_module):
             if layer.reach is None or layer.straight_through == "identity":
                 raise UserError(

@@ -30,20 +30,21 @@ class Progressive(pl.Callback):
 
     Args:
         by: ``layers``, ``rows``, ``mix`` or ``tanh``.
-        end_step: The optimizer step that is the first with binary layers alone.
+        end_step: The optimizer step that is the first with binary layers alone; a number below 1 is a share of
+            ``trainer.max_steps``.
         start_step: The optimizer step up to which no layer is binary (none at all, with ``layers`` and ``rows``).
 
     Raises:
         UserError: If the steps are not ``0 <= start_step < end_step``.
     """
 
-    def __init__(self, by: Literal["layers", "rows", "mix", "tanh"], end_step: int, start_step: int = 0) -> None:
+    def __init__(self, by: Literal["layers", "rows", "mix", "tanh"], end_step: float, start_step: int = 0) -> None:
         self.by = by
         self._steps = StepRange(self, start_step, end_step)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Say so where the model will not be binary at the end."""
-        self._steps.tell_if_cut(trainer)
+        self._steps.begin(trainer)
 
     def on_sanity_check_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Set the layers to where the run is."""

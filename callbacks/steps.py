@@ -52,29 +52,46 @@ class StepRange:
     Args:
         owner: The callback, named in the error.
         start: The step up to which nothing has changed.
-        end: The first step at which all has.
+        end: The first step at which all has; below 1, the share of the run's steps.
 
     Raises:
         UserError: If they are not ``0 <= start < end``.
     """
 
-    def __init__(self, owner: object, start: int, end: int) -> None:
+    def __init__(self, owner: object, start: int, end: float) -> None:
         self._owner = type(owner).__name__
-        if not 0 <= start < end:
-            raise UserError(f"{self._owner}: start_step is {start} and end_step {end}, and must be 0 <= start < end")
-        self.start, self.end = start, end
+        self._start, self._given = start, end
+        self._end: float = end
+        if end >= 1 and end != int(end):
+            raise UserError(f"{self._owner}: end_step is {end}; it must be a whole step, or a share of the run below 1")
+        if not 0 < end < 1:
+            self._check()
 
-    def tell_if_cut(self, trainer: pl.Trainer) -> None:
-        """Say so where the run, or this part of it, ends before ``end``."""
-        if 0 <= trainer.max_steps < self.end:
+    def begin(self, trainer: pl.Trainer) -> None:
+        """Find the end in this run, and say so where the run, or this part of it, stops before.
+
+        Raises:
+            UserError: If the end is a share of a run that has no ``max_steps``, or not after the start.
+        """
+        if 0 < self._given < 1:
+            if trainer.max_steps < 0:
+                raise UserError(f"{self._owner}: end_step is {self._given}, a share of trainer.max_steps: set that too")
+            self._end = round(self._given * trainer.max_steps)
+        self._check()
+        if 0 <= trainer.max_steps < self._end:
             rank_zero_info(
-                f"{self._owner}: end_step is {self.end}, after this run's last step, {trainer.max_steps}: "
+                f"{self._owner}: end_step is {self._end}, after this run's last step, {trainer.max_steps}: "
                 "the schedule does not reach its end"
             )
 
     def share(self, step: int) -> float:
         """Return how much has changed, 0 to 1, for the optimizer step that follows ``step`` steps."""
-        return min(1.0, max(0.0, (step - self.start) / (self.end - self.start)))
+        return min(1.0, max(0.0, (step - self._start) / (self._end - self._start)))
+
+    def _check(self) -> None:
+        if not 0 <= self._start < self._end:
+            given = f"start_step is {self._start} and end_step {self._end}"
+            raise UserError(f"{self._owner}: {given}, and must be 0 <= start < end")
 
 
 def latent_layers(pl_module: pl.LightningModule) -> list[BinaryLinear]:

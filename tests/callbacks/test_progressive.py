@@ -104,12 +104,25 @@ def test_the_gradient_narrows_by_the_same_ratio_every_step(tiny: SimpleNamespace
         (lambda: Progressive("mix", end_step=2, start_step=2), "start_step is 2 and end_step 2, and must be"),
         (lambda: AnnealedGradient(end_step=2, start_step=-1), "start_step is -1"),
         (lambda: AnnealedGradient(end_step=2, softest=1.0), "softest is 1.0, and must be above 1"),
+        (lambda: Progressive("mix", end_step=2.5), "end_step is 2.5; it must be a whole step, or a share"),
+        (lambda: Progressive("mix", end_step=0.25, start_step=2), "start_step is 2 and end_step 2, and must be"),
         (lambda: AnnealedGradient(end_step=8), "it has identity and the reach null"),
     ],
 )
 def test_a_schedule_that_cannot_be_is_refused(tiny: SimpleNamespace, tmp_path: Path, make: Any, message: str) -> None:
     with pytest.raises(UserError, match=message):
         tiny.trainer(tmp_path, [make()], max_steps=8).fit(tiny.module(), tiny.data())
+
+
+def test_the_end_can_be_a_share_of_the_run(tiny: SimpleNamespace, tmp_path: Path) -> None:
+    seen = Seen()
+    tiny.trainer(tmp_path, [Progressive("mix", end_step=0.75), seen], max_steps=4).fit(tiny.module(), tiny.data())
+    expected = [Unfinished("mix", share / 3) for share in range(3)] + [None]
+    assert list(seen.stepping.values()) == [[state] * 2 for state in expected]
+    with pytest.raises(UserError, match="0.75, a share of trainer.max_steps: set that too"):
+        tiny.trainer(tmp_path, [Progressive("mix", end_step=0.75)], max_steps=-1, max_epochs=1).fit(
+            tiny.module(), tiny.data()
+        )
 
 
 def test_a_run_too_short_for_its_schedule_is_told(

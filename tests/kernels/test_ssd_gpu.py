@@ -15,12 +15,13 @@ pytestmark = [
 BOUNDS = {torch.float32: 1e-4, torch.bfloat16: 0.005, torch.float16: 0.005}
 
 
-def make(length, dtype, heads=8, width=64, groups=1, size=128, batch=2):
+def make(length, dtype, heads=8, width=64, groups=1, size=128, batch=2, gated=False):
     generator = torch.Generator("cuda").manual_seed(0)
 
     def normal(*shape, dtype=dtype):
         return torch.randn(*shape, generator=generator, device="cuda").to(dtype).requires_grad_()
 
+    z = {"z": normal(batch, length, heads, width)} if gated else {}
     return {
         "x": normal(batch, length, heads, width),
         "dt": normal(batch, length, heads, dtype=torch.float32),
@@ -30,6 +31,7 @@ def make(length, dtype, heads=8, width=64, groups=1, size=128, batch=2):
         "D": normal(heads, width, dtype=torch.float32),
         "dt_bias": normal(heads, dtype=torch.float32),
         "initial_states": normal(batch, heads, width, size, dtype=torch.float32),
+        **z,
     }
 
 
@@ -57,8 +59,7 @@ def test_triton_is_the_definition(dtype, length):
 
 @pytest.mark.parametrize("dtype", BOUNDS, ids=str)
 def test_gates_documents_groups_and_odd_widths(dtype):
-    inputs = make(300, dtype, heads=9, width=40, groups=3, size=24)
-    inputs["z"] = torch.randn_like(inputs["x"]).requires_grad_()
+    inputs = make(300, dtype, heads=9, width=40, groups=3, size=24, gated=True)
     seq_idx = (torch.arange(300, device="cuda") // 70).int().expand(2, -1)
     compare(inputs, seq_idx=seq_idx)
 
