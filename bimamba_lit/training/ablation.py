@@ -22,6 +22,7 @@ from bimamba_lit.interruption import RESUMABLE, Interrupted
 from bimamba_lit.report import Comparison, compare, print_comparison
 from bimamba_lit.report.summary import FILE_NAME as SUMMARY
 from bimamba_lit.report.summary import read_summary
+from bimamba_lit.training.gpus import Gpus, visible_gpus
 from bimamba_lit.training.grid import Run, plan, read_grid
 from bimamba_lit.training.recipe_read import read_settings
 from bimamba_lit.training.tuning import Tuning, read_trials, trials
@@ -44,7 +45,7 @@ def ablate(
         out: The folder of the runs' folders and of the report.
         tuning: A key to tune first: every setting runs at every value with the first seed, and then with the other
             seeds at the value that came to the least bits per byte.
-        jobs: Runs at a time, which share the processor's cores.
+        jobs: Runs at a time, which share the processor's cores and are spread over the GPUs.
 
     Raises:
         UserError: If the recipe or the grid cannot be read, ``out`` holds the ablation of another recipe, it is
@@ -100,11 +101,12 @@ def _teachers(runs: Sequence[Path]) -> list[Path]:
 
 
 class Runner:
-    """Runs runs, some at a time, and shows what they print."""
+    """Runs runs, some at a time, each on the GPU that the fewest use, and shows what they print."""
 
     def __init__(self, shared: Sequence[str], out: Path, jobs: int) -> None:
         self.shared, self.out, self.jobs = shared, out, jobs
         self.console = Console()
+        self._gpus = Gpus(visible_gpus())
         self._lock = threading.Lock()
         self._processes: set[subprocess.Popen[str]] = set()
         self._stopping = False
@@ -140,8 +142,13 @@ class Runner:
         folder = self.out / run.name
         folder.mkdir(parents=True, exist_ok=True)
         self._tell(run.name)
-        command = [*PROGRAM, *run.arguments(self.shared, folder)]
-        with (folder / LOG).open("a", encoding="utf-8") as log, self._started(command) as process:
+        arguments = run.arguments(self.shared, folder)
+        trainer = read_settings(arguments).get("trainer") or {}
+        with (
+            (folder / LOG).open("a", encoding="utf-8") as log,
+            self._gpus.lent(trainer) as environment,
+            self._started([*PROGRAM, *arguments], environment) as process,
+        ):
             assert process.stdout is not None
             for line in process.stdout:
                 log.write(line)
@@ -157,7 +164,7 @@ class Runner:
         said = [line.removeprefix("bimamba: ") for line in lines if line.startswith("bimamba: ")]
         return said[-1] if said else f"exit code {process.returncode}"
 
-    def _started(self, command: list[str]) -> subprocess.Popen[str]:
+    def _started(self, command: list[str], environment: dict[str, str]) -> subprocess.Popen[str]:
         threads = {} if self.jobs == 1 else {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // self.jobs))}
         with self._lock:
             if self._stopping:
@@ -168,7 +175,7 @@ class Runner:
                 stderr=subprocess.STDOUT,
                 text=True,
                 bufsize=1,
-                env=threads | os.environ,
+                env=threads | os.environ | environment,
                 process_group=0,  # Ctrl-C reaches this process alone, which has the runs save what they have
             )
             self._processes.add(process)

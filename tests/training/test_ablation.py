@@ -14,6 +14,7 @@ from bimamba_lit.errors import UserError
 from bimamba_lit.interruption import Interrupted, interruption
 from bimamba_lit.report import Summary, write_summary
 from bimamba_lit.training import ablation
+from bimamba_lit.training.gpus import VISIBLE, Gpus
 from bimamba_lit.training.grid import Run, find_grid, plan, read_grid
 from bimamba_lit.training.tuning import Tuning, read_tuning
 
@@ -183,6 +184,52 @@ print("threads", os.environ.get("OMP_NUM_THREADS"), flush=True)
 (folder / "begun").touch()
 time.sleep(60)
 """
+
+
+LOOK = """
+import os, pathlib, sys, time
+folder = pathlib.Path(next(arg for arg in sys.argv if "default_root_dir" in arg).split("=")[1])
+(folder / "saw").write_text(os.environ.get("CUDA_VISIBLE_DEVICES", "unset"))
+deadline = time.monotonic() + 30
+while sum(1 for _ in folder.parent.glob("*/saw")) < 4 and time.monotonic() < deadline:
+    time.sleep(0.02)
+"""
+
+
+@pytest.mark.parametrize(
+    ("count", "named", "one", "all_of_them"),
+    [
+        (2, None, ["0", "0", "1", "1"], "0,1"),
+        (2, "GPU-a, 3,7", ["3", "3", "GPU-a", "GPU-a"], "GPU-a,3"),  # of those named CUDA knows the first two only
+        (1, "3", ["3"] * 4, "3"),
+        (0, "", [""] * 4, ""),
+        (0, None, ["unset"] * 4, "unset"),
+    ],
+)
+def test_runs_are_spread_evenly_over_the_gpus_there_are(tmp_path, monkeypatch, count, named, one, all_of_them):
+    """Four at once; then one that asks for two devices."""
+    monkeypatch.setattr("torch.cuda.device_count", lambda: count)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if named is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", named)
+    monkeypatch.setattr(ablation, "PROGRAM", (sys.executable, "-c", LOOK))
+    runner = ablation.Runner(["--trainer.devices=1"], tmp_path, jobs=4)
+    runs = plan({"one": {"a": 1}}, [0, 1, 2, 3])
+    assert runner.run(runs) == {}
+    assert sorted((tmp_path / run.name / "saw").read_text() for run in runs) == one
+    runner.run([Run("two", {"trainer.devices": 2}, None)])
+    assert (tmp_path / "two" / "saw").read_text() == all_of_them
+
+
+def test_the_gpu_that_fewest_use_is_lent():
+    gpus, one = Gpus(["0", "1"]), {"devices": 1}
+    with gpus.lent(one) as first:
+        with gpus.lent(one) as second, gpus.lent({"devices": "auto"}) as everything:
+            assert [first, second, everything] == [{VISIBLE: "0"}, {VISIBLE: "1"}, {VISIBLE: "0,1"}]
+        with gpus.lent(one) as third:
+            assert third == {VISIBLE: "1"}
+    with gpus.lent(one) as fourth:
+        assert fourth == {VISIBLE: "0"}
 
 
 def test_stopped_it_lets_its_runs_save_and_starts_no_more(tmp_path, monkeypatch, capsys):
