@@ -329,7 +329,16 @@ def _ablate_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="KEY=V1,V2,V3",
         help="run each setting at each value with the first seed, and with the other seeds at the best of them",
     )
-    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time (default: %(default)s)")
+    parser.add_argument(
+        "--jobs", type=int, default=1, metavar="N", help="runs at a time, spread over the GPUs (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--curves",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="settings whose flips and scales are drawn, by their names in the grid (default: the best)",
+    )
     parser.add_argument("--out", help="folder of the runs and the report (default: runs/ablation_GRID)")
 
 
@@ -348,7 +357,7 @@ def _ablate(chosen: argparse.Namespace) -> None:
     tuning = None if chosen.tune is None else read_tuning(chosen.tune)
     out = Path(chosen.out or Path("runs") / f"ablation_{grid.stem}")
     shared = ["-c", chosen.config, *(f"--{setting}" for setting in chosen.set)]
-    ablate(shared, grid, chosen.seeds, out, tuning, chosen.jobs)
+    ablate(shared, grid, chosen.seeds, out, tuning, chosen.jobs, chosen.curves)
     print(f"\nWritten: {out}/report.md, report.csv, report.tex and report.png")
 
 

@@ -2,10 +2,11 @@
 
 import csv
 import io
+import itertools
 import math
 import statistics
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,24 +17,32 @@ from bimamba_lit.report.table import shortened
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_MOST = 6
+_MOST = 6  # unless they are chosen
 _LONGEST_LABEL = 40
 _COLORS = ("#1f5fa8", "#c2571a", "#3d8b52", "#8a4fa0", "#b8962e", "#5b6770")
+_DASHES: tuple[tuple[int, tuple[int, ...]], ...] = ((0, ()), (0, (5, 1)), (0, (1, 1)), (0, (5, 1, 1, 1)))
+_STYLES = [{"color": color, "linestyle": dashes} for dashes in _DASHES for color in _COLORS]
 
 Curve = dict[int, float]
 Metrics = Mapping[str, Curve]
 
 
-def write_curves(comparison: Comparison, path: Path) -> bool:
-    """Draw flips and scales of the best runs that logged them over their steps, write a PNG, and say if there are any.
+def write_curves(comparison: Comparison, path: Path, chosen: Set[Path] = frozenset()) -> bool:
+    """Draw flips and scales of runs that logged them over their steps, write a PNG, and say if there are any.
 
     Four panels: the share of signs that changed from one log to the next, and since the start; the scales' mean as a
     share of the first one logged, the mean over layers; and the share of scales that collapsed. Seeds are averaged.
 
+    Args:
+        comparison: The runs.
+        path: The file to write.
+        chosen: The run folders that are drawn; none draws the best.
+
     Raises:
         UserError: If the file cannot be written.
     """
-    curves = {row.name: metrics for row in comparison.rows if (metrics := _metrics_of(row))}
+    rows = [row for row in comparison.rows if not chosen or not chosen.isdisjoint(row.runs)]
+    curves = {row.name: metrics for row in rows if (metrics := _metrics_of(row))}
     if not curves:
         path.unlink(missing_ok=True)
         return False
@@ -43,18 +52,22 @@ def write_curves(comparison: Comparison, path: Path) -> bool:
     figure = Figure(figsize=(9, 6.5), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(2, 2, sharex=True).flat
-    drawn = dict(list(curves.items())[:_MOST])
+    drawn = dict(list(curves.items())[: None if chosen else _MOST])
     for axes, (title, quantity) in zip(panels, _PANELS.items(), strict=True):
-        for (name, metrics), color in zip(drawn.items(), _COLORS, strict=False):
+        for (name, metrics), style in zip(drawn.items(), itertools.cycle(_STYLES), strict=False):
             curve = quantity(metrics)
-            axes.plot(list(curve), list(curve.values()), color=color, label=shortened(name, _LONGEST_LABEL))
+            axes.plot(list(curve), list(curve.values()), label=shortened(name, _LONGEST_LABEL), **style)
         _set_axes(axes, title)
-    for axes in figure.axes[2:]:
+    flips, since_start, scales, near_zero = figure.axes
+    flips.set_yscale("log")
+    for axes in (since_start, near_zero):
+        axes.set_ylim(0, axes.get_ylim()[1])
+    for axes in (scales, near_zero):
         axes.set_xlabel("optimizer step")
-    figure.axes[0].set_yscale("log")
     handles, labels = figure.axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper left", ncols=2, frameon=False, fontsize=8)
-    if len(curves) > _MOST:
+    columns = 2 if len(drawn) <= _MOST else 3
+    figure.legend(handles, labels, loc="outside upper left", ncols=columns, frameon=False, fontsize=8, handlelength=3)
+    if len(drawn) < len(curves):
         figure.supxlabel(f"the best {_MOST} of {len(curves)} runs that logged signs", fontsize=8, color="#555555")
     with replacing(path) as temporary:
         figure.savefig(temporary, format="png", dpi=figure.dpi)

@@ -16,36 +16,43 @@ from bimamba_lit.report.summary import Summary
 _OF_BINARIZATION = ("binarizer", "targets", "keep_rows", "double_inputs", "deploy", "optimizer", "callbacks")
 
 
-def gaps_to_full_precision(
+def students_in_full_precision(
     groups: Sequence[Sequence[Path]], summaries: Mapping[Path, Summary], configurations: Mapping[Path, Any]
-) -> list[list[float]]:
-    """Return for each group of runs that differ only in their seed the runs' gaps, none where there is no such student.
+) -> list[Sequence[Path]]:
+    """Return for each group of runs that differ only in their seed that of its full-precision student, or an empty one.
 
-    A run is paired with the full-precision student of its seed, or else with the mean over the seeds there are. Of
-    several groups of such students, as of other learning rates, the best counts.
+    Of several groups of such students, as of other learning rates, the best counts.
 
     Args:
         groups: The groups.
         summaries: Of every run.
         configurations: Of every run: its ``config.yaml`` without what is of that run alone; None where there is none.
     """
-    students: dict[str, list[dict[int | None, float]]] = {}
-    likeness = {path: _likeness(summaries[path], configurations[path]) for group in groups for path in group}
-    for group in groups:
-        key = likeness[group[0]]
-        if key is not None and summaries[group[0]].scheme == "fp":
-            results = {summaries[path].seed: summaries[path].bits_per_byte for path in group}
-            students.setdefault(key, []).append(results)
-    gaps: list[list[float]] = []
-    for group in groups:
-        key = likeness[group[0]]
-        if key not in students or summaries[group[0]].scheme == "fp":
-            gaps.append([])
-            continue
-        best = min(students[key], key=lambda results: statistics.fmean(results.values()))
-        mean = statistics.fmean(best.values())
-        gaps.append([summaries[p].bits_per_byte - best.get(summaries[p].seed, mean) for p in group])
-    return gaps
+    likeness = [_likeness(summaries[group[0]], configurations[group[0]]) for group in groups]
+    full = [summaries[group[0]].scheme == "fp" for group in groups]
+    students: dict[str, list[Sequence[Path]]] = {}
+    for group, key, is_full in zip(groups, likeness, full, strict=True):
+        if key is not None and is_full:
+            students.setdefault(key, []).append(group)
+
+    def mean(group: Sequence[Path]) -> float:
+        return statistics.fmean(summaries[path].bits_per_byte for path in group)
+
+    return [
+        () if key is None or is_full else min(students.get(key, ()), key=mean, default=())
+        for key, is_full in zip(likeness, full, strict=True)
+    ]
+
+
+def gaps(results: Mapping[int | None, float], of_students: Mapping[int | None, float]) -> list[float]:
+    """Return what results are above those of full-precision students, both by seed.
+
+    Each is paired with the student of its seed, or else with the mean of those there are.
+    """
+    if not of_students:
+        return []
+    mean = statistics.fmean(of_students.values())
+    return [result - of_students.get(seed, mean) for seed, result in results.items()]
 
 
 def _likeness(summary: Summary, configuration: Any) -> str | None:

@@ -10,6 +10,9 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+import numpy as np
+import numpy.typing as npt
+
 _BESIDE = (10.0, 26.0, 46.0, 70.0, 100.0, 140.0)
 _STEP, _STEPS = 9.0, 14
 _ROUNDS = 4
@@ -78,8 +81,8 @@ def place_labels(
                 others = {j: place for j, (_, place) in places.items() if j != i}
                 leaders = [(points[j], place.end) for j, place in others.items()]
                 boxes = [place.box for place in others.values()]
-                covered = [*boxes, *obstacles, *marks, *_as_boxes(leaders, unit)]
-                crossed = [*boxes, *(mark for j, mark in enumerate(marks) if j != i)]
+                covered = np.array([*boxes, *obstacles, *marks, *_as_boxes(leaders, unit)])
+                crossed = np.array([*boxes, *(mark for j, mark in enumerate(marks) if j != i)]).reshape(-1, 4)
                 places[i] = (math.inf, Place(inside, points[i]))
                 for place in candidates[i]:
                     if math.dist(points[i], place.end) >= places[i][0]:
@@ -111,20 +114,22 @@ def _cost(
     place: Place,
     point: Point,
     inside: Box,
-    covered: Sequence[Box],
-    crossed: Sequence[Box],
+    covered: npt.NDArray[np.float64],
+    crossed: npt.NDArray[np.float64],
     leaders: Sequence[tuple[Point, Point]],
     unit: float,
 ) -> float:
     box = place.box
     outside = (box.right - box.left) * (box.top - box.bottom) - common_area(box, inside)
-    area = max(0.0, outside) + sum(common_area(box, other) for other in covered)
-    samples = _along(point, place.end, _SAMPLE * unit)
-    hits = sum(any(b.left < x < b.right and b.bottom < y < b.top for b in crossed) for x, y in samples)
+    widths = np.minimum(covered[:, 2], box.right) - np.maximum(covered[:, 0], box.left)
+    heights = np.minimum(covered[:, 3], box.top) - np.maximum(covered[:, 1], box.bottom)
+    area = max(0.0, outside) + float((widths.clip(min=0) * heights.clip(min=0)).sum())
+    samples = np.array(list(_along(point, place.end, _SAMPLE * unit))).reshape(-1, 1, 2)
+    hits = ((crossed[:, :2] < samples) & (samples < crossed[:, 2:])).all(-1).any(-1).sum()
     crossings = sum(_cross(point, place.end, *leader) for leader in leaders)
     return (
         _AREA_COST * area
-        + _LEADER_COST * hits
+        + _LEADER_COST * float(hits)
         + _CROSSING_COST * crossings
         + math.dist(point, place.end)
         + _ABOVE_OR_BELOW_COST * (place.end[0] == point[0])

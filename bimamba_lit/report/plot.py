@@ -13,14 +13,16 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 _KINDS: dict[str, dict[str, Any]] = {
-    "full precision": {"marker": "D", "color": "#444444", "markersize": 7},
-    "1-bit, trained": {"marker": "o", "color": "#1f5fa8", "markersize": 8},
+    "full precision": {"marker": "D", "color": "#444444", "markersize": 7, "markeredgecolor": "white"},
+    "1-bit, trained": {"marker": "o", "color": "#1f5fa8", "markersize": 8, "markeredgecolor": "white"},
+    "more bits, trained": {"marker": "s", "color": "#3d8b52", "markersize": 7, "markeredgecolor": "white"},
     "post-training": {"marker": "o", "color": "#c2571a", "markersize": 8, "markerfacecolor": "white"},
 }
-_LOG_SIZES_FROM = 20.0
+_LOG_SIZES_FROM = 8.0
 _LOG_BITS_FROM = 2.0
 _LEADER_FROM = 14
-_LONGEST_LABEL = 30
+_LONGEST_LABEL = 36
+_MORE_BITS_FROM = 1.5  # a binarized weight: ternary, two bits
 
 
 def write_plot(comparison: Comparison, path: Path) -> None:
@@ -49,7 +51,7 @@ def write_plot(comparison: Comparison, path: Path) -> None:
     for kind in [kind for kind in _KINDS if any(_kind(row) == kind for row in rows)]:
         axes.plot([], [], linestyle="none", label=kind, **_KINDS[kind])
     if rows:
-        axes.legend(loc="lower left", bbox_to_anchor=(-0.02, 1.04), ncols=3, frameon=False, handletextpad=0.2)
+        axes.legend(loc="lower left", bbox_to_anchor=(-0.02, 1.04), ncols=4, frameon=False, handletextpad=0.2)
     missing = [row.name for row in comparison.rows if row not in rows]
     _captions(axes, comparison, missing)
     canvas.draw()
@@ -63,7 +65,10 @@ def write_plot(comparison: Comparison, path: Path) -> None:
 def _kind(row: Row) -> str:
     if row.scheme == "fp":
         return "full precision"
-    return "1-bit, trained" if row.trained else "post-training"
+    if not row.trained:
+        return "post-training"
+    bits = row.bits_per_binarized_weight
+    return "1-bit, trained" if bits is None or bits < _MORE_BITS_FROM else "more bits, trained"
 
 
 def _set_axes(axes: "Axes", rows: list[Row]) -> None:
@@ -80,7 +85,9 @@ def _set_axes(axes: "Axes", rows: list[Row]) -> None:
     if max(sizes) > _LOG_SIZES_FROM * min(sizes):
         axes.set_xscale("log")
         axes.set_xlim(min(sizes) / 2, max(sizes) * 2)
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axes.xaxis.set_minor_locator(NullLocator())
     else:
         axes.set_xlim(0, max(sizes) * 1.25)
     lows = [row.bits_per_byte - (row.spread or 0) for row in rows]

@@ -18,7 +18,7 @@ from typing import Any
 
 from bimamba_lit.errors import UserError
 from bimamba_lit.models.count import FULL_PRECISION
-from bimamba_lit.report.gap import gaps_to_full_precision
+from bimamba_lit.report.gap import gaps, students_in_full_precision
 from bimamba_lit.report.summary import Summary, read_summary
 
 MIB_BITS = 8 * 2**20
@@ -38,6 +38,7 @@ class Row:
         gap_to_full_precision: Mean over the runs of bits per byte less those of a full-precision student trained alike
             (:mod:`bimamba_lit.report.gap`); None where there is none among the runs compared.
         gap_spread: Sample standard deviation of that gap; None of a single run.
+        full_precision: The run folders of that student; none where there is none.
         perplexity: Mean over the runs.
         agreement: Share of positions where the likeliest token is the teacher's, 0 to 1; None where not measured.
         true_bits: Bits it takes to store the model.
@@ -48,6 +49,7 @@ class Row:
         seconds: Seconds of training or calibration.
         is_teacher: Whether it is the teacher of another row.
         tests: Bits per byte on other texts, mean and spread, by the texts' SHA-256.
+        test_gaps: The gap to full precision on them, likewise.
     """
 
     name: str
@@ -58,6 +60,7 @@ class Row:
     gap: float | None
     gap_to_full_precision: float | None
     gap_spread: float | None
+    full_precision: tuple[Path, ...]
     perplexity: float
     agreement: float | None
     true_bits: float
@@ -68,6 +71,7 @@ class Row:
     seconds: float
     is_teacher: bool
     tests: dict[str, tuple[float, float | None]]
+    test_gaps: dict[str, tuple[float, float | None]]
 
     @property
     def size_mib(self) -> float:
@@ -130,8 +134,8 @@ def lay_side_by_side(run_dirs: Sequence[str | Path]) -> Comparison:
     teachers = {path: _teacher_of(path, summaries) for path in summaries}
     configurations = {path: _configuration(path) for path in summaries}
     groups = _same_but_for_the_seed(summaries, configurations)
-    gaps = gaps_to_full_precision(groups, summaries, configurations)
-    rows = [_row(group, runs, summaries, teachers, gap) for group, gap in zip(groups, gaps, strict=True)]
+    students = students_in_full_precision(groups, summaries, configurations)
+    rows = [_row(*of_one, runs, summaries, teachers) for of_one in zip(groups, students, strict=True)]
     rows.sort(key=lambda row: (math.isnan(row.bits_per_byte), row.bits_per_byte, row.size_mib, row.name))
     one = next(iter(summaries.values()))
     tests = {test.sha256: test.name for summary in summaries.values() for test in summary.tests}
@@ -234,24 +238,27 @@ def _watches(part: Any) -> bool:
 
 def _row(
     group: list[Path],
+    students: Sequence[Path],
     runs: dict[Path, Path],
     summaries: dict[Path, Summary],
     teachers: dict[Path, Path | None],
-    gaps_to_full_precision: list[float],
 ) -> Row:
     ran = [summaries[path] for path in group]
-    results = [summary.bits_per_byte for summary in ran]
+    results = {summary.seed: summary.bits_per_byte for summary in ran}
+    to_full_precision = gaps(results, {summaries[path].seed: summaries[path].bits_per_byte for path in students})
     pairs = [(summaries[path], teachers[path]) for path in group]
-    gaps = [summary.bits_per_byte - summaries[teacher].bits_per_byte for summary, teacher in pairs if teacher]
+    to_teacher = [summary.bits_per_byte - summaries[teacher].bits_per_byte for summary, teacher in pairs if teacher]
+    tests, of_students = _tests(ran), _tests([summaries[path] for path in students])
     return Row(
         name=_common_name([summary.name for summary in ran]),
         scheme=ran[0].scheme,
         runs=tuple(runs[path] for path in group),
-        bits_per_byte=statistics.fmean(results),
-        spread=_spread(results),
-        gap=_mean(gaps),
-        gap_to_full_precision=_mean(gaps_to_full_precision),
-        gap_spread=_spread(gaps_to_full_precision),
+        bits_per_byte=statistics.fmean(results.values()),
+        spread=_spread(list(results.values())),
+        gap=_mean(to_teacher),
+        gap_to_full_precision=_mean(to_full_precision),
+        gap_spread=_spread(to_full_precision),
+        full_precision=tuple(runs[path] for path in students),
         perplexity=statistics.fmean(summary.perplexity for summary in ran),
         agreement=_mean(summary.agreement for summary in ran if summary.agreement is not None),
         true_bits=statistics.fmean(summary.true_bits for summary in ran),
@@ -261,22 +268,30 @@ def _row(
         tokens_seen=ran[0].tokens_seen,
         seconds=statistics.fmean(summary.seconds for summary in ran),
         is_teacher=any(path in teachers.values() for path in group),
-        tests=_tests(ran),
+        tests={text: _folded(list(by_seed.values())) for text, by_seed in tests.items()},
+        test_gaps={text: _folded(gaps(tests[text], of_students[text])) for text in tests if text in of_students},
     )
 
 
-def _tests(ran: list[Summary]) -> dict[str, tuple[float, float | None]]:
-    """Return mean and spread on every text that all of the runs were measured on."""
-    found = [{test.sha256: test.bits_per_byte for test in summary.tests} for summary in ran]
-    alike = [text for text in found[0] if all(text in results for results in found)]
-    results = {text: [one[text] for one in found] for text in alike}
-    return {text: (statistics.fmean(values), _spread(values)) for text, values in results.items()}
+def _tests(ran: list[Summary]) -> dict[str, dict[int | None, float]]:
+    """Return bits per byte by seed on every text that all of the runs were measured on."""
+    found = {summary.seed: {test.sha256: test.bits_per_byte for test in summary.tests} for summary in ran}
+    texts = next(iter(found.values()), {})
+    return {
+        text: {seed: results[text] for seed, results in found.items()}
+        for text in texts
+        if all(text in results for results in found.values())
+    }
 
 
 def _binarized_bits(summary: Summary) -> int | None:
     if summary.storage is None:
         return None
     return sum(bits for part, bits in summary.storage.items() if part != FULL_PRECISION)
+
+
+def _folded(values: list[float]) -> tuple[float, float | None]:
+    return statistics.fmean(values), _spread(values)
 
 
 def _spread(values: list[float]) -> float | None:
@@ -293,7 +308,7 @@ def _mean(values: Iterable[float]) -> float | None:
 def _common_name(names: list[str]) -> str:
     if len(set(names)) == 1:
         return names[0]
-    return re.sub(r"[\W_]*(seed)?[\W_]*$", "", os.path.commonprefix(names)) or names[0]
+    return re.sub(r"[\W_]*(seed\d*)?[\W_]*$", "", os.path.commonprefix(names)) or names[0]
 
 
 def _distinct(rows: list[Row]) -> Iterable[Row]:

@@ -1,8 +1,8 @@
-"""A comparison as Markdown, as CSV and in the terminal."""
+"""A comparison as CSV and in the terminal, and the columns of all its tables."""
 
 import csv
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -40,7 +40,7 @@ COLUMNS = (
     Column("Bits/byte", "bits/byte", lambda row: with_spread(row)),
     Column("Seeds", "seeds", lambda row: str(len(row.runs))),
     Column("Gap to teacher", "gap", lambda row: NOTHING if row.gap is None else f"{row.gap:+.3f}"),
-    Column("Gap to full precision", "gap fp", lambda row: _gap(row)),
+    Column("Gap to full precision", "gap fp", lambda row: gap_text(row.gap_to_full_precision, row.gap_spread)),
     Column("Perplexity", "ppl", lambda row: figure(row.perplexity)),
     Column("Agreement", "agree", lambda row: NOTHING if row.agreement is None else f"{row.agreement:.1%}"),
     Column("True size (MiB)", "MiB", lambda row: figure(row.size_mib)),
@@ -50,7 +50,7 @@ COLUMNS = (
     Column("Tokens seen", "tokens", lambda row: count(row.tokens_seen)),
     Column("Training time", "time", lambda row: duration(row.seconds)),
 )
-_LEFT = ("run", "scheme")
+LEFT = ("run", "scheme")
 _FIRST_TO_GO = ("time", "tokens", "1-bit", "bits/w", "bits/bin", "agree", "ppl", "seeds", "gap", "gap fp")
 _LONGEST_NAME = 32
 
@@ -62,29 +62,6 @@ def columns_of(comparison: Comparison) -> list[Column]:
     tests = [Column(f"{name}, bits/byte", name, partial(_test, text)) for text, name in comparison.tests.items()]
     place = [column.short for column in columns].index("ppl")
     return [*columns[:place], *tests, *columns[place:]]
-
-
-def write_markdown(comparison: Comparison, path: Path, plot: str, sections: Sequence[str] = ()) -> None:
-    """Write the report.
-
-    Args:
-        comparison: The runs.
-        path: The file to write.
-        plot: The plot's path as seen from the report.
-        sections: Lines to end it with.
-
-    Raises:
-        UserError: If the file cannot be written.
-    """
-    lines = ["# Comparison", "", evaluation(comparison), ""]
-    columns = columns_of(comparison)
-    lines.append(_markdown_row([_escaped(column.title) for column in columns]))
-    lines.append(_markdown_row([":---" if column.short in _LEFT else "---:" for column in columns]))
-    lines += [_markdown_row([_escaped(column.text(row)) for column in columns]) for row in comparison.rows]
-    lines += ["", f"![Bits per byte against true size]({plot})", "", *(f"- {note}" for note in notes(comparison)), ""]
-    lines += [*sections, ""] if sections else []
-    with replacing(path) as temporary:
-        temporary.write_text("\n".join(lines), encoding="utf-8")
 
 
 def write_csv(comparison: Comparison, path: Path) -> None:
@@ -103,6 +80,7 @@ def write_csv(comparison: Comparison, path: Path) -> None:
             "gap_to_teacher": row.gap,
             "gap_to_full_precision": row.gap_to_full_precision,
             "gap_to_full_precision_sd": row.gap_spread,
+            "full_precision": " ".join(str(run) for run in row.full_precision),
             "perplexity": row.perplexity,
             "agreement": row.agreement,
             "true_bits": row.true_bits,
@@ -116,9 +94,10 @@ def write_csv(comparison: Comparison, path: Path) -> None:
             "is_teacher": row.is_teacher,
             "runs": " ".join(str(run) for run in row.runs),
             **{
-                f"{name}{ending}": row.tests.get(text, (None, None))[place]
+                f"{name} {quantity}{ending}": results.get(text, (None, None))[place]
                 for text, name in comparison.tests.items()
-                for place, ending in enumerate((" bits_per_byte", " bits_per_byte_sd"))
+                for quantity, results in (("bits_per_byte", row.tests), ("gap_to_full_precision", row.test_gaps))
+                for place, ending in enumerate(("", "_sd"))
             },
         }
         for row in comparison.rows
@@ -140,7 +119,7 @@ def print_comparison(comparison: Comparison, console: Console | None = None) -> 
     left_out = []
     for column in _FIRST_TO_GO:
         if column == "gap":
-            _shorten_names(cells, console.width, at_least=16)
+            _shorten_names(cells, console.width, at_least=_telling_width(cells["run"]))
         if _width(cells) <= console.width:
             break
         if cells.pop(column, None):
@@ -148,7 +127,7 @@ def print_comparison(comparison: Comparison, console: Console | None = None) -> 
     _shorten_names(cells, console.width, at_least=8)
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     for name in cells:
-        justify = "left" if name in _LEFT else "right"
+        justify = "left" if name in LEFT else "right"
         table.add_column(name, justify=justify, no_wrap=True, overflow="ellipsis")  # type: ignore[arg-type]
     for row, texts in zip(comparison.rows, zip(*cells.values(), strict=True), strict=True):
         table.add_row(*(Text(text) for text in texts), style="italic" if row.is_teacher else None)
@@ -167,28 +146,6 @@ def evaluation(comparison: Comparison) -> str:
     )
 
 
-def notes(comparison: Comparison) -> list[str]:
-    """Return what a reader has to know of the columns."""
-    rows = comparison.rows
-    told = [
-        "True size counts everything it takes to store the model: signs, scales, bitmaps, and what is left in full "
-        "precision. Bits/weight is over the whole model, bits/binarized weight over its binary layers.",
-        "Perplexity is a token's, so it compares under one tokenizer only; bits per byte compares always.",
-    ]
-    if any(row.spread is not None for row in rows):
-        told.append("± is the sample standard deviation over runs that differ only in their seed.")
-    if any(row.gap_to_full_precision is not None for row in rows):
-        told.append(
-            "Gap to full precision is bits per byte less those of a full-precision student of the same recipe, start, "
-            "loss and tokens, seed by seed."
-        )
-    if any(not row.trained for row in rows):
-        told.append("`ptb.` marks models binarized after training and left so.")
-    if any(row.agreement is not None for row in rows):
-        told.append("Agreement is the share of positions where the likeliest token is the teacher's.")
-    return told
-
-
 def _bits(value: float | None) -> str:
     return NOTHING if value is None else f"{value:.2f}"
 
@@ -198,10 +155,9 @@ def with_spread(row: Row) -> str:
     return f"{row.bits_per_byte:.3f}{_spread(row.spread)}"
 
 
-def _gap(row: Row) -> str:
-    return (
-        NOTHING if row.gap_to_full_precision is None else f"{row.gap_to_full_precision:+.3f}{_spread(row.gap_spread)}"
-    )
+def gap_text(gap: float | None, spread: float | None) -> str:
+    """Return a gap in bits per byte, of several runs with its spread."""
+    return NOTHING if gap is None else f"{gap:+.3f}{_spread(spread)}"
 
 
 def _test(text: str, row: Row) -> str:
@@ -255,16 +211,12 @@ def _width(cells: dict[str, list[str]]) -> int:
     return sum(max(map(cell_len, [name, *texts])) for name, texts in cells.items()) + 2 * len(cells)
 
 
+def _telling_width(names: list[str]) -> int:
+    """Return the least width of 16 or more at which no two names look alike that do not already."""
+    widths = range(16, max(map(len, names)))
+    return next((w for w in widths if len({shortened(name, w) for name in names}) == len(set(names))), _LONGEST_NAME)
+
+
 def _shorten_names(cells: dict[str, list[str]], width: int, at_least: int) -> None:
     longest = max(map(cell_len, cells["run"])) - max(0, _width(cells) - width)
     cells["run"] = [shortened(name, max(at_least, longest)) for name in cells["run"]]
-
-
-def _markdown_row(texts: Sequence[str]) -> str:
-    return f"| {' | '.join(texts)} |"
-
-
-def _escaped(text: str) -> str:
-    for character in "\\|*_`<[":
-        text = text.replace(character, f"\\{character}")
-    return text

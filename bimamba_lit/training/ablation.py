@@ -16,12 +16,13 @@ from typing import Any
 import yaml
 from rich.console import Console
 
-from bimamba_lit.errors import UserError
+from bimamba_lit.errors import UserError, nearest
 from bimamba_lit.files import replacing
 from bimamba_lit.interruption import RESUMABLE, Interrupted
 from bimamba_lit.report import Comparison, compare, print_comparison
 from bimamba_lit.report.summary import FILE_NAME as SUMMARY
 from bimamba_lit.report.summary import read_summary
+from bimamba_lit.training.ablation_report import command, failed_section, settings_section
 from bimamba_lit.training.gpus import Gpus, visible_gpus
 from bimamba_lit.training.grid import Run, plan, read_grid
 from bimamba_lit.training.recipe_read import read_settings
@@ -34,7 +35,13 @@ _REASON_LINES = 20  # of a failed run's log, in which its last sentence is looke
 
 
 def ablate(
-    shared: Sequence[str], grid: Path, seeds: Sequence[int], out: Path, tuning: Tuning | None = None, jobs: int = 1
+    shared: Sequence[str],
+    grid: Path,
+    seeds: Sequence[int],
+    out: Path,
+    tuning: Tuning | None = None,
+    jobs: int = 1,
+    curves: Sequence[str] = (),
 ) -> Comparison:
     """Run every setting of a grid with every seed and lay the finished runs side by side in ``out``.
 
@@ -46,30 +53,40 @@ def ablate(
         tuning: A key to tune first: every setting runs at every value with the first seed, and then with the other
             seeds at the value that came to the least bits per byte.
         jobs: Runs at a time, which share the processor's cores and are spread over the GPUs.
+        curves: The settings whose flips and scales are drawn, by their names in the grid; none draws the best.
 
     Raises:
-        UserError: If the recipe or the grid cannot be read, ``out`` holds the ablation of another recipe, it is
-            stopped, or no run came to its end.
+        UserError: If the recipe or the grid cannot be read, a setting to draw is not in it, ``out`` holds the ablation
+            of another recipe, it is stopped, or no run came to its end.
     """
     base = read_settings(shared)
     settings = read_grid(grid)
     plan(settings, seeds)
+    for name in curves:
+        if name not in settings:
+            raise UserError(f"--curves: {grid} has no setting {name}{nearest(name, settings)}")
     _claim(out, base)
     runner = Runner(shared, out, jobs)
-    sections: list[str] = []
+    drawn = {name: settings[name] for name in curves}
+    tried = None
     failed: dict[str, str] = {}
     if tuning is not None:
         failed |= runner.run(trials(tuning, settings, seeds))
         tried = read_trials(tuning, settings, seeds, out)
-        settings, sections = tried.chosen(settings), tried.section()
+        settings, drawn = tried.chosen(settings), tried.chosen(drawn)
     runs = plan(settings, seeds)
     failed |= runner.run([run for run in runs if run.name not in failed])
     finished = [out / run.name for run in runs if run.name not in failed]
     if not finished:
         raise UserError(f"no run of {grid} came to its end; the first failed so: {next(iter(failed.values()))}")
-    comparison = compare([*finished, *_teachers(finished)], out, sections)
+    made_with = command(shared, grid, seeds, out, tuning, jobs, curves)
+    sections = [*(tried.section() if tried else []), *settings_section(made_with, settings, seeds, jobs)]
+    folders = [out / run.name for run in plan(drawn, seeds)]
+    comparison = compare([*finished, *_teachers(finished)], out, [*sections, *failed_section(failed)], folders)
     runner.console.rule(align="left")
     print_comparison(comparison, runner.console)
+    for warning in tried.warnings() if tried else []:
+        runner.console.print(f"at the edge: {warning}", highlight=False)
     for name, reason in failed.items():
         runner.console.print(f"failed: {name}: {reason}; see {out / name / LOG}", highlight=False)
     return comparison

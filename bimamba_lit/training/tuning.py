@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from bimamba_lit.errors import UserError
+from bimamba_lit.report.markdown import escaped, markdown_table
 from bimamba_lit.report.summary import FILE_NAME as SUMMARY
 from bimamba_lit.report.summary import read_summary
 from bimamba_lit.training.grid import Run, Setting, as_argument, plan, word
@@ -33,10 +34,12 @@ class Trials:
     Attributes:
         tuning: What was tried.
         results: Bits per byte of every setting by value; infinity where a trial did not come to its end.
+        seeds: Of all runs, the first of which is the trials'; none where it is the recipe's.
     """
 
     tuning: Tuning
     results: Mapping[str, Mapping[Any, float]]
+    seeds: Sequence[int]
 
     def chosen(self, settings: Mapping[str, Setting]) -> dict[str, Setting]:
         """Return the settings at their best values, but those of which no trial came to its end."""
@@ -48,27 +51,58 @@ class Trials:
         results = {value: result for value, result in self.results[name].items() if math.isfinite(result)}
         return min(results, key=lambda value: results[value], default=None)
 
+    def at_the_edge(self) -> dict[str, str]:
+        """Return the settings whose best value is the lowest or the highest tried, and which of the two it is.
+
+        Values that are no numbers have no edge, and a value that does no better than the one beside it is at none.
+        """
+        if not all(isinstance(value, (int, float)) for value in self.tuning.values):
+            return {}
+        values = sorted(self.tuning.values)
+        found = {}
+        for name, results in self.results.items():
+            for side, edge, beside in (("lowest", values[0], values[1]), ("highest", values[-1], values[-2])):
+                if self.best(name) == edge and results[edge] < results[beside]:
+                    found[name] = side
+        return found
+
+    def warnings(self) -> list[str]:
+        """Return a sentence on each setting whose best value is at the edge of those tried."""
+        tried = ", ".join(map(as_argument, self.tuning.values))
+        return [
+            f"{name}: its best {self.tuning.key}, {as_argument(self.best(name))}, is the {side} of those tried "
+            f"({tried}), so a {'lower' if side == 'lowest' else 'higher'} one may be better"
+            for name, side in self.at_the_edge().items()
+        ]
+
     def section(self) -> list[str]:
         """Return the lines of a report that say what was tried and what was chosen."""
-        values = self.tuning.values
-        lines = ["## Tuning", ""]
-        lines.append(
-            f"`{self.tuning.key}` was tuned for each setting with the same {len(values)} trials: bits per byte with "
-            "the first seed on the text above, the value chosen in bold. A choice at either end of the values (\\*) "
-            "may not be the best there is."
+        values, edges = self.tuning.values, self.at_the_edge()
+        first = f"seed {self.seeds[0]}" if self.seeds else "the recipe's seed"
+        told = (
+            f"`{self.tuning.key}` was tuned for each setting with the same {len(values)} trials, with {first} only: "
+            "bits per byte on the text that the rows are sorted by, the value chosen in bold."
         )
-        lines += ["", f"| Setting | {' | '.join(map(as_argument, values))} |", f"|:---{'|---:' * len(values)}|"]
-        for name, results in self.results.items():
-            cells = [self._cell(name, value, results[value]) for value in values]
-            lines.append(f"| {name.replace('_', chr(92) + '_')} | {' | '.join(cells)} |")
-        return lines
+        if self.seeds[1:]:
+            others = ", ".join(map(str, self.seeds[1:]))
+            told += (
+                f" With the other seeds ({others}) only the chosen value was run; the chosen trial is one of its row."
+            )
+        if edges:
+            told += " Of those marked \\* the best may lie outside of the values tried."
+        rows = (
+            [escaped(name), *(self._cell(name, value, results[value], name in edges) for value in values)]
+            for name, results in self.results.items()
+        )
+        lines = ["## Tuning", "", told, "", *markdown_table(["Setting", *map(as_argument, values)], rows), ""]
+        return [*lines, *(f"- **At the edge**: {escaped(warning)}." for warning in self.warnings()), ""]
 
-    def _cell(self, name: str, value: Any, result: float) -> str:
+    def _cell(self, name: str, value: Any, result: float, at_the_edge: bool) -> str:
         if not math.isfinite(result):
             return "failed"
         if value != self.best(name):
             return f"{result:.3f}"
-        return f"**{result:.3f}**" + ("\\*" if value in (self.tuning.values[0], self.tuning.values[-1]) else "")
+        return f"**{result:.3f}**" + ("\\*" if at_the_edge else "")
 
 
 def read_tuning(text: str) -> Tuning:
@@ -107,7 +141,7 @@ def read_trials(tuning: Tuning, settings: Mapping[str, Setting], seeds: Sequence
     for name, setting in settings.items():
         runs = trials(tuning, {name: setting}, seeds)
         results[name] = {value: _result(out / run.name) for value, run in zip(tuning.values, runs, strict=True)}
-    return Trials(tuning, results)
+    return Trials(tuning, results, seeds)
 
 
 def _result(folder: Path) -> float:

@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from bimamba_lit.errors import UserError
-from bimamba_lit.report import compare, print_comparison
+from bimamba_lit.report import TextResult, compare, print_comparison
 from bimamba_lit.report.table import count, duration, figure, shortened
 
 Run = Callable[..., Path]
@@ -97,3 +97,33 @@ def test_numbers_for_people() -> None:
     assert [count(v) for v in (0, 950, 2_048_000, 102e6, 3.2e9)] == ["0", "950", "2.05M", "102M", "3.20B"]
     assert [duration(v) for v in (4, 119, 1300, 9000, 200_000)] == ["4 s", "119 s", "22 min", "2.5 h", "2.3 d"]
     assert [shortened("fbi-seed12", n) for n in (10, 7)] == ["fbi-seed12", "fbi…d12"]
+
+
+def test_what_binarization_costs_on_every_text_stands_beside_the_student_it_is_measured_from(
+    run: Run, tmp_path: Path
+) -> None:
+    def student(name: str, scheme: str, start: str, result: float) -> Path:
+        config = f"model: {{teacher: t, student: {start}, binarizer: {scheme}}}\n"
+        tests = (TextResult("other_text", "c" * 64, result + 1, 9.0),)
+        return run(name, config, teacher="t", scheme=scheme, bits_per_byte=result, tests=tests)
+
+    runs = [student("full", "fp", "teacher", 2.0), student("full-scratch", "fp", "null", 2.5)]
+    runs += [student("fbi", "FBI", "teacher", 2.125), student("fbi-scratch", "FBI", "null", 2.75)]
+    compare(runs, tmp_path / "out")
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert "| fbi | full | 1 | +0.125 | +0.125 |\n| fbi-scratch | full-scratch | 1 | +0.250 | +0.250 |\n" in text
+    assert "Gap on offline corpus, val | Gap on other\\_text |" in text
+    with (tmp_path / "out" / "report.csv").open(newline="") as file:
+        table = {row["name"]: row for row in csv.DictReader(file)}
+    assert float(table["fbi-scratch"]["other_text gap_to_full_precision"]) == 0.25
+    assert table["fbi"]["full_precision"] == str(runs[0]) and table["full"]["full_precision"] == ""
+
+
+def test_names_that_are_shortened_still_tell_rows_apart(run: Run, tmp_path: Path) -> None:
+    names = [f"full_precision_{kind}-lr-0.008" for kind in ("scratch", "equal_bytes", "of_the_teacher")]
+    runs = [run(name, scheme="fp", bits_per_byte=2.0, params=5 + i) for i, name in enumerate(names)]
+    console = Console(width=70, record=True, file=(tmp_path / "terminal").open("w"))
+    print_comparison(compare(runs, tmp_path / "out"), console)
+    console.file.close()
+    shown = [line.split()[0] for line in console.export_text().splitlines() if "lr-0.008" in line]
+    assert len(set(shown)) == 3 and any("…" in name for name in shown)

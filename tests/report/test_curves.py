@@ -5,9 +5,11 @@ from typing import Any
 
 import matplotlib.image
 import pytest
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from bimamba_lit.report import compare
+from bimamba_lit.report import compare, lay_side_by_side
+from bimamba_lit.report.curves import write_curves
 
 Run = Callable[..., Path]
 
@@ -73,3 +75,22 @@ def test_of_many_runs_the_best_are_drawn(run: Run, drawn: Any, tmp_path: Path) -
     compare(runs, tmp_path / "out")
     (names,) = {tuple(lines) for title, lines in drawn.items() if "last log" in title}
     assert names == ("r7", "r6", "r5", "r4", "r3", "r2")
+
+
+def test_those_chosen_are_all_drawn_each_in_a_style_of_its_own(run: Run, drawn: Any, tmp_path: Path) -> None:
+    runs = [
+        log(run(f"r{i}", seed=i, scheme=f"S{i}", bits_per_byte=3 - i / 100), [{"step": 0, "flips/rate": 0.1}])
+        for i in range(20)
+    ]
+    styles = set()
+    plot = Axes.plot
+
+    def keep(axes: Axes, *args: Any, **options: Any) -> Any:
+        styles.add((options["color"], options["linestyle"]))
+        return plot(axes, *args, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Axes, "plot", keep)
+        assert write_curves(lay_side_by_side(runs), tmp_path / "curves.png", set(runs[:15]))
+    (names,) = {tuple(lines) for title, lines in drawn.items() if "last log" in title}
+    assert names == tuple(f"r{i}" for i in reversed(range(15))) and len(styles) == 15

@@ -99,6 +99,7 @@ def test_the_gap_to_full_precision_is_to_a_student_trained_alike_seed_by_seed(ru
     rows = {(row.scheme, row.name): row for row in lay_side_by_side(runs).rows}
     assert len(rows) == 5
     (fbi,) = [row for row in rows.values() if row.scheme == "FBI"]
+    assert fbi.full_precision == tuple(runs[:2])
     gaps = [2.1 - 2.0, 2.4 - 2.2, 2.6 - 2.1]
     assert fbi.gap_to_full_precision == pytest.approx(statistics.mean(gaps))
     assert fbi.gap_spread == pytest.approx(statistics.stdev(gaps))
@@ -113,6 +114,22 @@ def test_other_texts_fold_as_the_first_does(run: Run) -> None:
     comparison = lay_side_by_side([one, two])
     assert comparison.tests == {"0" * 64: "text 0", "1" * 64: "text 1"}
     assert comparison.rows[0].tests == {"0" * 64: (2.25, pytest.approx(statistics.stdev([2.0, 2.5])))}
+
+
+def test_the_gap_on_other_texts_is_to_the_same_student(run: Run) -> None:
+    def student(scheme: str, seed: int, *results: float) -> Path:
+        config = STUDENT.format("ce", "null" if scheme == "fp" else scheme, 0.1, seed)
+        tests = tuple(TextResult(f"text {i}", f"{i}" * 64, value, 9.0) for i, value in enumerate(results))
+        return run(f"{scheme}-{seed}", config, teacher="t", scheme=scheme, seed=seed, tests=tests)
+
+    runs = [student("fp", 0, 2.0), student("fp", 1, 2.4), student("FBI", 0, 2.5, 9.0), student("FBI", 1, 3.5, 9.0)]
+    (fbi,) = [row for row in lay_side_by_side(runs).rows if row.scheme == "FBI"]
+    assert fbi.test_gaps == {"0" * 64: (pytest.approx(0.8), pytest.approx(statistics.stdev([0.5, 1.1])))}
+
+
+def test_a_row_is_not_called_after_what_its_seeds_have_in_common(run: Run) -> None:
+    (row,) = lay_side_by_side([run(f"fbi-seed1{i}", f"seed_everything: 1{i}", seed=10 + i) for i in range(2)]).rows
+    assert row.name == "fbi"
 
 
 def test_spread_of_a_diverged_seed_is_no_number(run: Run) -> None:

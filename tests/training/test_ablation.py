@@ -1,4 +1,5 @@
 import json
+import math
 import os
 import signal
 import sys
@@ -14,9 +15,10 @@ from bimamba_lit.errors import UserError
 from bimamba_lit.interruption import Interrupted, interruption
 from bimamba_lit.report import Summary, write_summary
 from bimamba_lit.training import ablation
+from bimamba_lit.training.ablation_report import command
 from bimamba_lit.training.gpus import VISIBLE, Gpus
 from bimamba_lit.training.grid import Run, find_grid, plan, read_grid
-from bimamba_lit.training.tuning import Tuning, read_tuning
+from bimamba_lit.training.tuning import Trials, Tuning, read_tuning
 
 
 def grid(folder: Path, content: object) -> Path:
@@ -159,11 +161,57 @@ def test_every_setting_is_tuned_with_the_first_seed_and_runs_on_at_its_best(tiny
     rest = [f"scheme-{scheme}-seed{seed}" for scheme in ("a-lr-0.004", "b-lr-0.002") for seed in (6, 7)]
     assert sorted(ran[:9]) == sorted(trials) and sorted(ran[9:]) == rest
     report = (out / "report.md").read_text()
-    assert "| scheme-a | 2.003 | failed | **2.000**\\* |" in report  # at the end of the values
+    assert "| scheme-a | 2.003 | failed | **2.000**\\* |" in report  # at the edge of the values
     assert "| scheme-b | 2.001 | **2.000** | 2.002 |" in report
+    told = "scheme-a: its best lr, 0.004, is the highest of those tried (0.001, 0.002, 0.004), so a higher one may be"
+    assert told in report and told in " ".join(answer.out.split())
+    assert "with seed 5 only" in report and "With the other seeds (6, 7) only the chosen value was run" in report
     assert "| scheme-c | failed | failed | failed |" in report
     assert "| scheme-b-lr-0.002 | b | 2.000 ± 0.000 | 3 |" in report and "scheme-b-lr-0.001 |" not in report
     assert "failed: scheme-c-lr-0.001-seed5: diverged" in answer.out
+    assert "| scheme-c-lr-0.001-seed5 | diverged |" in report
+    assert "| scheme-a-lr-0.004 | `scheme=a` `lr=0.004` |" in report
+    assert f"--grid {content} --seeds 5,6,7 --tune lr=0.001,0.002,0.004 --jobs 2 --out {out}\n" in report
+
+
+@pytest.mark.parametrize(
+    ("results", "edge"),
+    [
+        ({2: 5.0, 1: 4.0, 4: 6.0}, "lowest"),  # not in order
+        ({2: 5.0, 1: 6.0, 4: 4.0}, "highest"),
+        ({2: 4.0, 1: 5.0, 4: 6.0}, None),
+        ({2: 4.0, 1: 4.0, 4: 4.0}, None),  # of no influence
+        ({2: math.inf, 1: 4.0, 4: 6.0}, "lowest"),
+        ({2: math.inf, 1: math.inf, 4: math.inf}, None),
+        ({"tanh": 4.0, "bireal": 5.0}, None),
+    ],
+)
+def test_a_best_value_at_the_edge_of_those_tried_is_told(results, edge):
+    tried = Trials(Tuning("lr", tuple(results)), {"row": results}, [0])
+    assert tried.at_the_edge() == ({} if edge is None else {"row": edge})
+    assert len(tried.warnings()) == (edge is not None)
+
+
+def test_the_settings_to_draw_are_chosen_by_name(tiny, bimamba, tmp_path, monkeypatch):
+    def fake(self, run):
+        write_summary(self.out / run.name, summary(name=run.name, scheme="a", bits_per_byte=run.seed, seed=run.seed))
+        (self.out / run.name / "metrics.csv").write_text("step,flips/rate\n0,0.1\n")
+        (self.out / run.name / "config.yaml").write_text(f"scheme: {run.setting['scheme']}")
+
+    drawn = []
+    monkeypatch.setattr(ablation.Runner, "_one", fake)
+    monkeypatch.setattr("bimamba_lit.report.curves._logged", lambda path: drawn.append(path.parent.name) or [])
+    args = ["ablate", "-c", tiny.distill_recipe, "--seeds=5,6", "--grid", grid(tmp_path, {"scheme": ["a", "b", "c"]})]
+    answer = bimamba(*args, "--out", tmp_path / "out", "--curves", "scheme-b")
+    assert answer.code == 0 and drawn == ["scheme-b-seed5", "scheme-b-seed6"], answer
+    answer = bimamba(*args, "--out", tmp_path / "other", "--curves", "scheme-d")
+    assert answer.code == 1 and "has no setting scheme-d; did you mean" in answer.err
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_grid_that_comes_along_is_told_by_its_name():
+    told = command(["-c", "r.yaml", "--trainer.max_steps=5"], find_grid("schemes"), [], Path("out"), None, 1, ["FBI"])
+    assert told == "bimamba ablate -c r.yaml --grid schemes --curves FBI --out out --set trainer.max_steps=5"
 
 
 def test_jobs_run_at_once(tmp_path, monkeypatch):
