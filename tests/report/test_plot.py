@@ -2,98 +2,126 @@ import math
 import random
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.image import imread
 
 from bimamba_lit.report import lay_side_by_side
-from bimamba_lit.report.label_places import Box, common_area, place_labels
 from bimamba_lit.report.plot import write_plot
 
 Run = Callable[..., Path]
-INSIDE = Box(0, 0, 550, 290)
+Draw = Callable[[list[Path]], Figure]
+MIB = 2**23
 
 
-@pytest.mark.parametrize("seed", range(6))
-def test_labels_of_up_to_eight_points_cover_nothing(seed: int) -> None:
-    draw = random.Random(seed)
-    columns = [draw.uniform(20, 530) for _ in range(2)]  # sizes come in few values
-    points = [(draw.choice(columns) + draw.uniform(0, 10), draw.uniform(20, 270)) for _ in range(2 + seed)]
-    sizes = [(draw.uniform(50, 140), 20.0) for _ in points]
-    line = Box(0, points[0][1] - 1, 550, points[0][1] + 1)
-    places = place_labels(points, sizes, INSIDE, [line])
-    boxes = [place.box for place in places]
-    marks = [Box(x - 6, y - 6, x + 6, y + 6) for x, y in points]
-    for i, box in enumerate(boxes):
-        assert (box.right - box.left, box.top - box.bottom) == pytest.approx(sizes[i])
-        assert common_area(box, INSIDE) == pytest.approx(sizes[i][0] * sizes[i][1])
-        assert not any(common_area(box, other) for other in [*boxes[:i], *boxes[i + 1 :], *marks, line])
+@pytest.fixture
+def draw(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Draw:
+    """Draw runs and return the figure that was written."""
+    drawn: list[Figure] = []
+    save = Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *a, **k: (drawn.append(figure), save(figure, *a, **k)))
+
+    def written(runs: list[Path]) -> Figure:
+        write_plot(lay_side_by_side(runs), tmp_path / "report.png")
+        width, height = drawn[-1].get_size_inches()
+        assert imread(tmp_path / "report.png").shape == (int(150 * height), int(150 * width), 4)
+        return drawn[-1]
+
+    return written
 
 
-def test_a_lone_label_stands_right_beside_its_point() -> None:
-    (place,) = place_labels([(100, 100)], [(60, 20)], INSIDE)
-    assert place.box == Box(110, 90, 170, 110)
-    (at_the_edge,) = place_labels([(540, 100)], [(60, 20)], INSIDE)
-    assert at_the_edge.box.right == 530
+def lines_of(axes: Axes) -> list[str]:
+    return [text.get_text() for text in axes.get_yticklabels()]
 
 
 @pytest.mark.parametrize(
     ("results", "sizes", "spans"),
     [
         ([2.16], [0.9], ("linear", "linear")),
-        ([2.04, 2.16, 2.2], [5.4, 0.9, 0.9], ("linear", "linear")),
-        ([2.04, 2.16, 6.3], [5.4, 0.9, 0.9], ("linear", "log")),
+        ([2.04, 2.16, 2.2], [3.0, 0.9, 0.9], ("linear", "linear")),
+        ([2.04, 2.16, 6.3], [3.0, 0.9, 0.9], ("linear", "log")),
         ([0.9, 1.1, 1.2], [5000.0, 500.0, 20.0], ("log", "linear")),
         ([2.04, math.inf], [5.4, 0.9], ("linear", "linear")),
         ([math.nan], [0.9], ("linear", "linear")),
     ],
 )
-def test_a_picture_is_drawn(
-    run: Run,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    results: list[float],
-    sizes: list[float],
-    spans: tuple[str, str],
+def test_few_runs_are_points_of_a_plane(
+    run: Run, draw: Draw, results: list[float], sizes: list[float], spans: tuple[str, str]
 ) -> None:
-    from matplotlib.figure import Figure
-
-    drawn: list[Any] = []
-    save = Figure.savefig
-    monkeypatch.setattr(Figure, "savefig", lambda figure, *a, **k: (drawn.append(figure), save(figure, *a, **k)))
+    schemes = ["fp", *["ptb.Sign"] * (len(results) - 1)]
     runs = [
-        run(
-            f"run{i}",
-            scheme="fp" if i == 0 else "ptb.Sign",
-            bits_per_byte=result,
-            true_bits=int(size * 2**23),
-            seed=None,
-        )
-        for i, (result, size) in enumerate(zip(results, sizes, strict=True))
+        run(f"run{i}", scheme=scheme, bits_per_byte=result, true_bits=int(size * MIB), seed=None)
+        for i, (result, size, scheme) in enumerate(zip(results, sizes, schemes, strict=True))
     ]
-    write_plot(lay_side_by_side(runs), tmp_path / "report.png")
-    assert imread(tmp_path / "report.png").shape == (750, 1200, 4)
-    (axes,) = drawn[0].axes
+    figure = draw(runs)
+    (axes,) = figure.axes
     assert (axes.get_xscale(), axes.get_yscale()) == spans
     texts = " ".join(text.get_text() for text in axes.texts)
-    title = axes.get_title(loc="left")
     for i, result in enumerate(results):
         assert (f"run{i}\n" in texts) == math.isfinite(result)
-        assert (f"run{i}" in title) != math.isfinite(result)
+        assert (f"run{i}" in figure.get_supxlabel()) != math.isfinite(result)
 
 
-def test_the_labels_of_a_real_plot_do_not_overlap(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from matplotlib.figure import Figure
-
-    drawn: list[Any] = []
-    save = Figure.savefig
-    monkeypatch.setattr(Figure, "savefig", lambda figure, *a, **k: (drawn.append(figure), save(figure, *a, **k)))
-    runs = [run("teacher", scheme="fp", bits_per_byte=2.04, true_bits=int(5.4 * 2**23))]
-    for i, result in enumerate((2.13, 2.145, 2.16, 2.41, 2.64, 6.3)):
-        runs.append(run(f"run{i}", bits_per_byte=result, scheme=f"Scheme{i}", teacher=str(runs[0])))
-    write_plot(lay_side_by_side(runs), tmp_path / "report.png")
-    labels = [text.get_window_extent() for text in drawn[0].axes[0].texts if text.get_text()]
-    assert len(labels) == 7
+@pytest.mark.parametrize("seed", range(6))
+def test_labels_cover_neither_each_other_nor_points(run: Run, draw: Draw, seed: int) -> None:
+    chance = random.Random(seed)
+    runs = [run("teacher", scheme="fp", bits_per_byte=2.04, true_bits=int(5.4 * MIB))]
+    for i in range(2 + seed):
+        size = chance.choice((0.9, 1.3)) + chance.uniform(0, 0.02)
+        result = 2.1 + 0.1 * i + chance.uniform(0, 0.05)
+        runs.append(run(f"run{i}", bits_per_byte=result, true_bits=int(size * MIB), teacher=str(runs[0])))
+    (axes,) = draw(runs).axes
+    labels = [text.get_window_extent() for text in axes.texts]
+    assert len(labels) == len(runs)
+    points = [axes.transData.transform(text.xy) for text in axes.texts]  # type: ignore[attr-defined]
+    (_, teacher), *_ = axes.transData.transform([(0, 2.04)])
     for i, one in enumerate(labels):
-        assert not any(one.overlaps(other) for other in labels[i + 1 :])
+        assert axes.bbox.contains(*one.p0) and axes.bbox.contains(*one.p1)
+        assert not one.count_overlaps(labels[:i])
+        assert not any(one.contains(*point) for point in points)
+        assert not one.y0 < teacher < one.y1
+
+
+def test_where_labels_find_no_room_every_run_is_a_line_the_best_at_the_top(run: Run, draw: Draw) -> None:
+    runs = [run("teacher", scheme="fp", bits_per_byte=2.04, true_bits=int(5.4 * MIB), seed=None)]
+    for i, result in enumerate((2.13, 6.3, 2.131, 2.41, 2.132, 2.16)):
+        runs.append(run(f"run{i}", bits_per_byte=result, scheme=f"Scheme{i}", teacher=str(runs[0])))
+    figure = draw(runs)
+    bits, sizes, figures, of_sizes = figure.axes
+    assert lines_of(bits) == ["teacher", "run0", "run2", "run4", "run5", "run3", "run1"]
+    assert lines_of(figures) == ["2.040", "2.130", "2.131", "2.132", "2.160", "2.410", "6.300"]
+    assert lines_of(sizes) == ["fp", "Scheme0", "Scheme2", "Scheme4", "Scheme5", "Scheme3", "Scheme1"]
+    assert lines_of(of_sizes) == ["5.40", *["1.00"] * 6]
+    assert bits.get_ylim()[0] > bits.get_ylim()[1]
+    # What is far off is told by its figure: drawn to scale, it would push all others into one column.
+    assert bits.get_xlim()[1] < 2.4
+    assert [lines_of(bits)[int(line.get_ydata()[0])] for line in bits.lines if line.get_marker() == ">"] == [
+        "run3",
+        "run1",
+    ]
+    assert "triangles: beyond the axis" in figure.get_supxlabel()
+    assert "dashed: teacher" in figure.get_supxlabel()
+
+
+def test_the_seeds_of_a_setting_are_one_line_with_a_bar(run: Run, draw: Draw) -> None:
+    runs = [
+        run(f"s{i:02}-seed{seed}", f"lr: {i}", bits_per_byte=2.1 + 0.01 * i + 0.002 * (seed - 1), seed=seed)
+        for i in range(20)
+        for seed in range(3)
+    ]
+    figure = draw(runs)
+    bits = figure.axes[0]
+    assert lines_of(bits) == [f"s{i:02}" for i in range(20)]
+    bars = [container.lines[2][0].get_segments()[0] for container in bits.containers]  # type: ignore[attr-defined]
+    for i, bar in enumerate(bars):
+        assert bar.tolist() == [[pytest.approx(2.098 + 0.01 * i), i], [pytest.approx(2.102 + 0.01 * i), i]]
+    assert "bars and ±: standard deviation over 3 seeds" in figure.get_supxlabel()
+    heights = [text.get_window_extent() for text in bits.get_yticklabels()]
+    assert all(above.y0 >= below.y1 for above, below in zip(heights, heights[1:], strict=False))
+
+
+def test_many_runs_that_cannot_be_drawn_are_counted(run: Run, draw: Draw) -> None:
+    runs = [run(f"run{i}", bits_per_byte=math.nan if i else 2.1, seed=None) for i in range(9)]
+    assert draw(runs).get_supxlabel().endswith("not drawn, as not finite: run1, run2, run3 and 5 more")
