@@ -112,7 +112,11 @@ def inputs_to_double(layers: Sequence[str], double_inputs: Mapping[str, float]) 
 def _binary(scheme: Callable[[nn.Linear], LatentLinear | PTBLinear], linear: nn.Linear) -> BinaryLinear:
     layer = scheme(linear)
     if not isinstance(layer, BinaryLinear):
-        raise UserError(f"double_inputs: a {type(layer).__name__} is not trained with one sign a weight")
+        kind = type(layer).__name__
+        raise UserError(
+            f"double_inputs: a {kind} is not trained with one sign a weight, so none of its inputs can have a second: "
+            "set double_inputs to {}"
+        )
     return layer
 
 
