@@ -45,12 +45,7 @@ def _training(model: Model, layers: int) -> Iterator[Case]:
 
     def step(build: Callable[[], nn.Module]) -> Call:
         built = cache(build)
-
-        def run(given: Inputs) -> list[Tensor]:
-            with torch.autocast(shapes.DEVICE, torch.bfloat16):
-                return _with_gradients(built(), given)
-
-        return run
+        return lambda given: _with_gradients(built(), given, mixed=True)
 
     def ours(binary: bool) -> nn.Sequential:
         blocks = nn.Sequential(*_seeded(model, layers).backbone.layers)
@@ -64,7 +59,8 @@ def _training(model: Model, layers: int) -> Iterator[Case]:
     forward, backward = model.scan()
     work = Work(0, layers * (products.flops + forward.flops + backward.flops))
     for name, binary in (("FBI", True), ("dense", False)):
-        calls = {OURS: step(partial(ours, binary))}
+        build = partial(ours, binary)
+        calls = {OURS: step(build)}
         if mamba_ssm("modules.mamba2") is not None:
             calls["mamba_ssm, formed on the fly" if binary else "mamba_ssm"] = step(partial(theirs, binary))
         yield Case(
@@ -74,18 +70,19 @@ def _training(model: Model, layers: int) -> Iterator[Case]:
             inputs,
             calls,
             work,
-            right=partial(_right_step, partial(ours, binary)),
+            right=partial(_right_step, build),
             rotate=False,
         )
 
 
 def _right_step(build: Callable[[], nn.Module], given: Inputs) -> list[Tensor]:
-    return _with_gradients(build(), given)
+    return _with_gradients(build(), given, mixed=False)
 
 
-def _with_gradients(blocks: nn.Module, given: Inputs) -> list[Tensor]:
+def _with_gradients(blocks: nn.Module, given: Inputs, mixed: bool) -> list[Tensor]:
     """Return the blocks' output and the gradient of their input; those of the parameters are computed too."""
-    y = blocks(given["x"])
+    with torch.autocast(shapes.DEVICE, torch.bfloat16, enabled=mixed):
+        y = blocks(given["x"])
     leaves = [given["x"], *blocks.parameters()]
     return [y, torch.autograd.grad(y, leaves, given["direction"].to(y.dtype))[0]]
 
