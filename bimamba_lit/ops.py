@@ -382,6 +382,7 @@ def rms_norm(
     z: Tensor | None = None,
     eps: float = 1e-5,
     groups: int = 1,
+    dtype: torch.dtype | None = None,
     *,
     backend: str = "auto",
 ) -> Tensor:
@@ -396,10 +397,11 @@ def rms_norm(
         z: Gates (..., D).
         eps: Added to the mean square.
         groups: Number of contiguous groups of features, each with a mean square of its own; divides D.
+        dtype: Of the result; None is x's.
         backend: ``"auto"``, ``"naive"``, ``"chunked"`` or ``"triton"``.
 
     Returns:
-        y (..., D) in x's dtype; `x`, `weight` and `z` receive gradients.
+        y (..., D) in `dtype`; `x`, `weight` and `z` receive gradients.
 
     Raises:
         ValueError: If a shape, `groups` or the backend is wrong.
@@ -412,7 +414,7 @@ def rms_norm(
     check_shape("z", z, "... D", tuple(x.shape))
     if groups < 1 or x.shape[-1] % groups:
         raise ValueError(f"groups is {groups}, but must divide the {x.shape[-1]} features.")
-    return _pick(backend, x, naive_norm.rms_norm, chunked_norm.rms_norm)(x, weight, z, eps, groups)
+    return _pick(backend, x, naive_norm.rms_norm, chunked_norm.rms_norm)(x, weight, z, eps, groups, dtype)
 
 
 def pack_signs(w: Tensor, *, backend: str = "auto") -> Tensor:

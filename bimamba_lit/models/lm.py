@@ -12,6 +12,7 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
+from bimamba_lit.binarize.latent import product_dtype
 from bimamba_lit.errors import UserError
 from bimamba_lit.models.config import MambaConfig
 from bimamba_lit.models.linear import Linear
@@ -45,7 +46,8 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, attention_mask: Tensor | None = None, seq_idx: Tensor | None = None) -> Tensor:
         """Add the mixer's output to the residual stream ``x`` (B, L, D)."""
-        return x + self.mixer(self.norm(x), attention_mask, seq_idx)
+        # What the mixer's projection would round to: the norm then writes, and its gradient reads, half the bytes.
+        return x + self.mixer(self.norm(x, product_dtype(x)), attention_mask, seq_idx)
 
     def prefill(self, x: Tensor, state: LayerState) -> tuple[Tensor, LayerState]:
         """Continue from ``state`` with ``x`` (B, L, D)."""

@@ -24,9 +24,9 @@ class RMSNorm(nn.Module):
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(d))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalise ``x`` (..., d) of any float dtype; the result has the dtype of the weight."""
-        return ops.rms_norm(at_least_fp32(x), self.weight, eps=self.eps).to(self.weight.dtype)
+    def forward(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """Normalise ``x`` (..., d) of any float dtype; the result is in ``dtype``, or else in that of the weight."""
+        return ops.rms_norm(at_least_fp32(x), self.weight, eps=self.eps, dtype=dtype or self.weight.dtype)
 
     def extra_repr(self) -> str:
         """Return what ``print(module)`` shows."""

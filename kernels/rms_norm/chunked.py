@@ -36,9 +36,11 @@ def _gated(x_RD: Tensor, z_RD: Tensor | None, wide: torch.dtype) -> tuple[Tensor
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, z: Tensor | None, eps: float, groups: int) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, z: Tensor | None, eps: float, groups: int, dtype: torch.dtype
+    ) -> Tensor:
         ctx.groups = groups
-        y, scale_TG = _forward(x, weight, z, eps, groups)
+        y, scale_TG = _forward(x, weight, z, eps, groups, dtype)
         ctx.save_for_backward(x, weight, z, scale_TG)
         return y
 
@@ -47,15 +49,17 @@ class _RMSNorm(torch.autograd.Function):
     def backward(ctx: Any, gy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, z, scale_TG = ctx.saved_tensors
         gx, gw, gz = _backward(gy, x, weight, z, scale_TG, ctx.groups)
-        return gx, gw, gz, None, None
+        return gx, gw, gz, None, None, None
 
 
-def _forward(x: Tensor, weight: Tensor, z: Tensor | None, eps: float, groups: int) -> tuple[Tensor, Tensor]:
+def _forward(
+    x: Tensor, weight: Tensor, z: Tensor | None, eps: float, groups: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
     wide = accumulator(x)
     features = x.shape[-1]
     x_TD, z_TD = x.reshape(-1, features), None if z is None else z.reshape(-1, features)
     weight = weight.to(wide)
-    y_TD = torch.empty(x_TD.shape, dtype=x.dtype, device=x.device)
+    y_TD = torch.empty(x_TD.shape, dtype=dtype, device=x.device)
     scale_TG = torch.empty(x_TD.shape[0], groups, 1, dtype=wide, device=x.device)
     for rows in _tiles(*x_TD.shape):
         v, _ = _gated(x_TD[rows], None if z_TD is None else z_TD[rows], wide)
@@ -67,15 +71,15 @@ def _forward(x: Tensor, weight: Tensor, z: Tensor | None, eps: float, groups: in
     return y_TD.view(x.shape), scale_TG
 
 
-def _of_few(x: Tensor, weight: Tensor, z: Tensor | None, eps: float, groups: int) -> Tensor:
+def _of_few(x: Tensor, weight: Tensor, z: Tensor | None, eps: float, groups: int, dtype: torch.dtype) -> Tensor:
     wide = accumulator(x)
     v = x.to(wide)
     if z is not None:
         v = v * F.silu(z.to(wide))
     if groups == 1:
-        return F.rms_norm(v, v.shape[-1:], weight.to(wide), eps).to(x.dtype)
+        return F.rms_norm(v, v.shape[-1:], weight.to(wide), eps).to(dtype)
     v_GD = v.unflatten(-1, (groups, -1))
-    return (F.rms_norm(v_GD, v_GD.shape[-1:], None, eps).flatten(-2) * weight.to(wide)).to(x.dtype)
+    return (F.rms_norm(v_GD, v_GD.shape[-1:], None, eps).flatten(-2) * weight.to(wide)).to(dtype)
 
 
 def _backward(
@@ -107,11 +111,19 @@ def _backward(
     return gx.view(x.shape), gw.to(weight.dtype), None if gz is None or z is None else gz.view(z.shape)
 
 
-def rms_norm(x: Tensor, weight: Tensor, z: Tensor | None = None, eps: float = 1e-5, groups: int = 1) -> Tensor:
+def rms_norm(
+    x: Tensor,
+    weight: Tensor,
+    z: Tensor | None = None,
+    eps: float = 1e-5,
+    groups: int = 1,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
     """Compute what `naive.rms_norm` computes."""
+    dtype = dtype or x.dtype
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, z)):
-        y: Tensor = _RMSNorm.apply(x, weight, z, eps, groups)
+        y: Tensor = _RMSNorm.apply(x, weight, z, eps, groups, dtype)
         return y
     if x.numel() <= FEW:
-        return _of_few(x, weight, z, eps, groups)
-    return _forward(x, weight, z, eps, groups)[0]
+        return _of_few(x, weight, z, eps, groups, dtype)
+    return _forward(x, weight, z, eps, groups, dtype)[0]

@@ -10,10 +10,17 @@ from torch import Tensor
 from bimamba_lit.kernels.causal_conv1d.naive import accumulator
 
 
-def rms_norm(x: Tensor, weight: Tensor, z: Tensor | None = None, eps: float = 1e-5, groups: int = 1) -> Tensor:
+def rms_norm(
+    x: Tensor,
+    weight: Tensor,
+    z: Tensor | None = None,
+    eps: float = 1e-5,
+    groups: int = 1,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
     """Return ``v / sqrt(mean(v^2) + eps) * weight`` with ``v = x * silu(z)``, x and z (..., D), a mean a group."""
     wide = accumulator(x)
     v = x.to(wide) if z is None else x.to(wide) * F.silu(z.to(wide))
     v = v.unflatten(-1, (groups, -1))
     normal = v * torch.rsqrt(v.square().mean(-1, keepdim=True) + eps)
-    return (normal.flatten(-2) * weight.to(wide)).to(x.dtype)
+    return (normal.flatten(-2) * weight.to(wide)).to(dtype or x.dtype)

@@ -20,10 +20,17 @@ from bimamba_lit.kernels.configurations import CompileCase, configuration, multi
 from bimamba_lit.kernels.pointwise import sigmoid, silu_slope
 
 
-def rms_norm(x: Tensor, weight: Tensor, z: Tensor | None = None, eps: float = 1e-5, groups: int = 1) -> Tensor:
+def rms_norm(
+    x: Tensor,
+    weight: Tensor,
+    z: Tensor | None = None,
+    eps: float = 1e-5,
+    groups: int = 1,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
     """Compute what `naive.rms_norm` computes."""
     x_TD = x.reshape(-1, x.shape[-1])
-    y: Tensor = _norm(x_TD, weight, None if z is None else z.reshape(x_TD.shape), eps, groups)[0]
+    y: Tensor = _norm(x_TD, weight, None if z is None else z.reshape(x_TD.shape), eps, groups, dtype or x.dtype)[0]
     return y.view(x.shape)
 
 
@@ -90,17 +97,19 @@ def _strides(t: Tensor | None) -> tuple[int, int]:
 
 
 @torch.library.custom_op("bimamba_lit::rms_norm", mutates_args=())
-def _norm(x: Tensor, weight: Tensor, z: Tensor | None, eps: float, groups: int) -> tuple[Tensor, Tensor]:
-    return _forward(x, weight, z, eps, groups)
+def _norm(
+    x: Tensor, weight: Tensor, z: Tensor | None, eps: float, groups: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    return _forward(x, weight, z, eps, groups, dtype)
 
 
 @_norm.register_fake
-def _(x, weight, z, eps, groups):
-    return _outputs(x, groups)
+def _(x, weight, z, eps, groups, dtype):
+    return _outputs(x, groups, dtype)
 
 
-def _outputs(x: Tensor, groups: int) -> tuple[Tensor, Tensor]:
-    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+def _outputs(x: Tensor, groups: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    y = torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
     return y, x.new_empty(x.shape[0], groups, dtype=accumulator(x))
 
 
@@ -108,9 +117,11 @@ def _launch(kernel: str, x: Tensor, width: int) -> dict[str, int]:
     return {"BLOCK_D": triton.next_power_of_2(width), **configuration(kernel, x.dtype, width, x.device).launch()}
 
 
-def _forward(x: Tensor, weight: Tensor, z: Tensor | None, eps: float, groups: int) -> tuple[Tensor, Tensor]:
+def _forward(
+    x: Tensor, weight: Tensor, z: Tensor | None, eps: float, groups: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
     tokens, width = x.shape[0], x.shape[1] // groups
-    y, scale = _outputs(x, groups)
+    y, scale = _outputs(x, groups, dtype)
     if tokens:
         launch = _launch("rms_norm/forward", x, width)
         norm_forward[(math.ceil(tokens / launch["ROWS"]), groups)](
@@ -152,7 +163,7 @@ def _backward(gy: Tensor, x: Tensor, weight: Tensor, z: Tensor | None, scale: Te
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, weight, z, _, _ = inputs
+    x, weight, z, *_ = inputs
     ctx.save_for_backward(x, weight, z, output[1])
     ctx.set_materialize_grads(False)
 
@@ -160,9 +171,9 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> 
 def _gradients(ctx: Any, gy: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
     x, weight, z, scale = ctx.saved_tensors
     if gy is None:
-        return None, None, None, None, None
+        return (None,) * 6
     gx, gz, gw = _norm_backward(gy, x, weight, z, scale)
-    return gx, gw.to(weight.dtype), None if z is None else gz, None, None
+    return gx, gw.to(weight.dtype), None if z is None else gz, None, None, None
 
 
 _norm.register_autograd(_gradients, setup_context=_setup)
@@ -171,14 +182,15 @@ _norm.register_autograd(_gradients, setup_context=_setup)
 def compile_cases() -> list[CompileCase]:
     """Return the calls by which the kernels are compiled without a GPU."""
 
-    def both(features: int, dtype: torch.dtype, gated: bool) -> None:
+    def both(features: int, dtype: torch.dtype, gated: bool, result: torch.dtype) -> None:
         x = torch.empty(16384, features, dtype=dtype, device="meta")
         weight = torch.empty(features, dtype=torch.float32, device="meta")
         z = torch.empty(16384, 2 * features, dtype=dtype, device="meta")[:, features:] if gated else None
-        y, scale = _forward(x, weight, z, 1e-5, 1)
+        y, scale = _forward(x, weight, z, 1e-5, 1, result)
         _backward(y, x, weight, z, scale)
 
     return [
-        CompileCase("gated bf16", lambda: both(5120, torch.bfloat16, True), representative=True),
-        CompileCase("fp32", lambda: both(2560, torch.float32, False)),
+        CompileCase("gated bf16", lambda: both(5120, torch.bfloat16, True, torch.bfloat16), representative=True),
+        CompileCase("fp32", lambda: both(2560, torch.float32, False, torch.float32)),
+        CompileCase("fp32 to bf16", lambda: both(2560, torch.float32, False, torch.bfloat16)),
     ]

@@ -70,6 +70,18 @@ def test_without_gradients_few_tokens_and_many_are_naive(dtype, gated, groups, f
     torch.testing.assert_close(y, naive.rms_norm(**inputs, groups=groups))
 
 
+@pytest.mark.parametrize("few", [0, 1 << 14])
+def test_a_result_in_half_precision_is_that_of_float32_rounded(few, monkeypatch):
+    monkeypatch.setattr(chunked, "FEW", few)
+    x, weight, direction = torch.randn(5, 12), torch.randn(12), torch.randn(5, 12).bfloat16()
+    for form in (naive, chunked):
+        assert torch.equal(form.rms_norm(x, weight, dtype=torch.bfloat16), form.rms_norm(x, weight).bfloat16())
+        leaves = [t.clone().requires_grad_() for t in (x, weight)]
+        found = torch.autograd.grad(form.rms_norm(*leaves, dtype=torch.bfloat16), leaves, direction)
+        right = torch.autograd.grad(form.rms_norm(*leaves), leaves, direction.float())
+        assert all(torch.equal(a, b) for a, b in zip(found, right, strict=True))
+
+
 def test_strided_inputs_are_read_as_they_are_and_left_alone():
     wide = torch.randn(2, 9, 20, dtype=torch.float64)
     x, z, weight = wide[..., 3:11], wide[..., 12:], torch.randn(8, dtype=torch.float64)

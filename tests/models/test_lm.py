@@ -21,6 +21,22 @@ def lm(request, make):
     return lm
 
 
+@pytest.mark.parametrize("mixer", ["mamba2", "mamba"])
+def test_in_mixed_precision_a_block_gives_its_mixer_what_it_would_round_to(mixer, make):
+    """Output and gradients are, bit for bit, those of a norm that writes fp32."""
+    block = binarize_(make(mixer=mixer), FBI).backbone.layers[0]
+    x = torch.randn(2, 21, block.norm.weight.numel(), requires_grad=True)
+    leaves = [x, *block.parameters()]
+
+    def run(forward):
+        with torch.autocast("cpu", torch.bfloat16):
+            y = forward(x)
+        return [y, *torch.autograd.grad(y.square().sum(), leaves)]
+
+    right = run(lambda x: x + block.mixer(block.norm(x)))
+    assert all(torch.equal(a, b) for a, b in zip(run(block), right, strict=True))
+
+
 @pytest.mark.parametrize("pieces", [[21], [1, 20], [8, 1, 2, 10]])
 def test_prefill_in_pieces_equals_the_full_forward(lm, ids, pieces, error):
     state, logits = lm.init_state(2), []

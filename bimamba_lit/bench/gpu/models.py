@@ -4,7 +4,7 @@ Legend: B batch, D model width, V vocabulary.
 """
 
 from collections.abc import Callable, Iterator
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -29,53 +29,69 @@ def model_cases(chosen: Chosen, layers: int) -> Iterator[Case]:
     """
     for model in shapes.MODELS:
         if chosen("training"):
-            yield _training(model, min(layers, model.n_layer))
+            yield from _training(model, min(layers, model.n_layer))
         if chosen("decode"):
             yield from _decoding(model)
 
 
-def _training(model: Model, layers: int) -> Case:
-    """Return a case of the blocks' forward and backward pass, every gradient, in bf16-mixed precision."""
+def _training(model: Model, layers: int) -> Iterator[Case]:
+    """Yield cases of the blocks' forward and backward pass, every gradient, in bf16-mixed precision: binary, dense."""
 
     def inputs() -> Inputs:
         return {
-            "x": randn(shapes.BATCH, shapes.LENGTH, model.d_model),
-            "direction": randn(shapes.BATCH, shapes.LENGTH, model.d_model),
+            "x": randn(shapes.BATCH, shapes.LENGTH, model.d_model, dtype=torch.float32, grad=True),
+            "direction": randn(shapes.BATCH, shapes.LENGTH, model.d_model, dtype=torch.float32),
         }
 
     def step(build: Callable[[], nn.Module]) -> Call:
         built = cache(build)
+        return lambda given: _with_gradients(built(), given, mixed=True)
 
-        def run(given: Inputs) -> list[Tensor]:
-            blocks = built()
-            with torch.autocast(shapes.DEVICE, torch.bfloat16):
-                y = blocks(given["x"])
-            return list(torch.autograd.grad(y, list(blocks.parameters()), given["direction"].to(y.dtype)))
-
-        return run
-
-    def ours(binary: bool) -> nn.Module:
-        with torch.device(shapes.DEVICE):
-            blocks = nn.Sequential(*MambaLM(model.config(layers)).backbone.layers)
+    def ours(binary: bool) -> nn.Sequential:
+        blocks = nn.Sequential(*_seeded(model, layers).backbone.layers)
         return binarize_(blocks, FBI) if binary else blocks
 
-    calls = {f"{OURS}, FBI": step(lambda: ours(True)), f"{OURS}, dense": step(lambda: ours(False))}
-    if mamba_ssm("modules.mamba2") is not None:
-        calls["mamba_ssm, FBI formed on the fly"] = step(lambda: on_the_fly_(PeerBlocks(model.d_model, layers)))
-        calls["mamba_ssm, dense"] = step(lambda: PeerBlocks(model.d_model, layers))
+    def theirs(binary: bool) -> PeerBlocks:
+        blocks = PeerBlocks(model.d_model, layers).take_over(ours(False))
+        return on_the_fly_(blocks) if binary else blocks
+
     products = Work(0, 6 * shapes.TOKENS * sum(i * o for i, o in model.projections))
     forward, backward = model.scan()
-    flops = layers * (products.flops + forward.flops + backward.flops)
-    shape = f"{model.name}: {layers} of {model.n_layer} layers, {shapes.BATCH} x {shapes.LENGTH}"
-    return Case(
-        "training",
-        "blocks, forward + backward",
-        shape,
-        inputs,
-        calls,
-        Work(0, flops),
-        rotate=False,
-    )
+    work = Work(0, layers * (products.flops + forward.flops + backward.flops))
+    for name, binary in (("FBI", True), ("dense", False)):
+        build = partial(ours, binary)
+        calls = {OURS: step(build)}
+        if mamba_ssm("modules.mamba2") is not None:
+            calls["mamba_ssm, formed on the fly" if binary else "mamba_ssm"] = step(partial(theirs, binary))
+        yield Case(
+            "training",
+            f"{name} blocks, forward + backward",
+            f"{model.name}: {layers} of {model.n_layer} layers, {shapes.BATCH} x {shapes.LENGTH}",
+            inputs,
+            calls,
+            work,
+            right=partial(_right_step, build),
+            rotate=False,
+        )
+
+
+def _right_step(build: Callable[[], nn.Module], given: Inputs) -> list[Tensor]:
+    return _with_gradients(build(), given, mixed=False)
+
+
+def _with_gradients(blocks: nn.Module, given: Inputs, mixed: bool) -> list[Tensor]:
+    """Return the blocks' output and the gradient of their input; those of the parameters are computed too."""
+    with torch.autocast(shapes.DEVICE, torch.bfloat16, enabled=mixed):
+        y = blocks(given["x"])
+    leaves = [given["x"], *blocks.parameters()]
+    return [y, torch.autograd.grad(y, leaves, given["direction"].to(y.dtype))[0]]
+
+
+def _seeded(model: Model, layers: int | None = None) -> MambaLM:
+    """Return the model or its first layers with the same weights every time."""
+    torch.manual_seed(0)
+    with torch.device(shapes.DEVICE):
+        return MambaLM(model.config(layers))
 
 
 def _decoding(model: Model) -> Iterator[Case]:
@@ -86,8 +102,7 @@ def _decoding(model: Model) -> Iterator[Case]:
     def ours(packed: bool) -> Call:
         @cache
         def built() -> tuple[MambaLM, list[Any]]:
-            with torch.device(shapes.DEVICE):
-                lm = MambaLM(model.config()).eval()
+            lm = _seeded(model).eval()
             if packed:
                 pack_(binarize_(lm, FBI))
             lm.to(torch.bfloat16)
@@ -101,15 +116,26 @@ def _decoding(model: Model) -> Iterator[Case]:
 
         return run
 
-    makers: list[tuple[str, float, Call]] = [
-        (f"{OURS}, packed FBI", weights / 8 + rest, ours(True)),
-        (f"{OURS}, bf16", 2 * weights + rest, ours(False)),
+    def theirs() -> PeerBlocks:
+        peer = PeerBlocks(model.d_model, model.n_layer, shapes.VOCABULARY).bfloat16().eval()
+        return peer.take_over_all(_seeded(model))
+
+    @torch.no_grad()
+    def right(binary: bool, given: Inputs) -> Tensor:
+        lm = _seeded(model).eval()
+        if binary:
+            binarize_(lm, FBI)
+        return lm.step(given["token"], lm.init_state(1))[0]
+
+    makers: list[tuple[str, float, Call, bool]] = [
+        (f"{OURS}, packed FBI", weights / 8 + rest, ours(True), True),
+        (f"{OURS}, bf16", 2 * weights + rest, ours(False), False),
     ]
     if mamba_ssm("modules.mamba2") is not None:
-        built = cache(lambda: PeerBlocks(model.d_model, model.n_layer, shapes.VOCABULARY).bfloat16().eval())
-        makers.append(("mamba_ssm, bf16", 2 * weights + rest, lambda given: built().step(given["token"])))
+        built = cache(theirs)
+        makers.append(("mamba_ssm, bf16", 2 * weights + rest, lambda given: built().step(given["token"]), False))
     while makers:
-        by, moved, call = makers.pop(0)  # the model before is let go
+        by, moved, call, binary = makers.pop(0)  # the model before is let go
         yield Case(
             "decode",
             "1 token",
@@ -117,6 +143,7 @@ def _decoding(model: Model) -> Iterator[Case]:
             lambda: {"token": torch.tensor([17], device=shapes.DEVICE)},
             {by: call},
             Work(moved),
+            partial(right, binary),
             rotate=False,
             resident=True,
         )

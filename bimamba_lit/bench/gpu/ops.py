@@ -15,6 +15,7 @@ from bimamba_lit.bench.gpu.peers import installed, mamba_ssm
 from bimamba_lit.bench.gpu.shapes import Model, randn, widened
 
 WIDTHS = (1536, 2560)  # of the distillation loss
+CHANNELS = 3072  # of the selective scan
 OURS, PLAIN = "bimamba-lit", "plain PyTorch"
 
 
@@ -30,7 +31,8 @@ def op_cases(chosen: Chosen) -> Iterator[Case]:
         if chosen("steps"):
             yield from _steps(model)
     if chosen("selective_scan"):
-        yield from _selective_scan()
+        for innermost in ("channels", "time"):
+            yield from _selective_scan(innermost)
     if chosen("distillation_loss"):
         yield from _distillation_loss()
 
@@ -124,19 +126,24 @@ def _ssd(model: Model) -> Iterator[Case]:
     yield from both_ways("ssd", shape, inputs, calls, partial(run, backend="chunked"), *model.scan())
 
 
-def _selective_scan() -> Iterator[Case]:
-    channels, size = 3072, 16
+def _selective_scan(innermost: str) -> Iterator[Case]:
+    """Yield the cases of one layout: this project's projections leave channels innermost, mamba_ssm's leave time."""
+    channels, size = CHANNELS, 16
 
     def inputs(grad: bool) -> Inputs:
-        def wide() -> Tensor:
-            return randn(shapes.BATCH, shapes.LENGTH, channels).transpose(1, 2)
+        def laid_out(width: int) -> Tensor:
+            if innermost == "time":
+                return randn(shapes.BATCH, width, shapes.LENGTH)
+            return randn(shapes.BATCH, shapes.LENGTH, width).transpose(1, 2)
+
+        wide = partial(laid_out, channels)
 
         return {
             "u": wide().requires_grad_(grad),
             "delta": (wide() - 3).requires_grad_(grad),
             "A": (-15 * torch.rand(channels, size, device=shapes.DEVICE) - 1).requires_grad_(grad),
-            "B": randn(shapes.BATCH, shapes.LENGTH, size).transpose(1, 2).requires_grad_(grad),
-            "C": randn(shapes.BATCH, shapes.LENGTH, size).transpose(1, 2).requires_grad_(grad),
+            "B": laid_out(size).requires_grad_(grad),
+            "C": laid_out(size).requires_grad_(grad),
             "D": randn(channels, dtype=torch.float32, grad=grad),
             "z": wide().requires_grad_(grad),
             "delta_bias": randn(channels, dtype=torch.float32, grad=grad),
@@ -152,7 +159,7 @@ def _selective_scan() -> Iterator[Case]:
     one, maps = shapes.TOKENS * channels * 2, 2 * shapes.TOKENS * size * 2
     yield from both_ways(
         "selective_scan",
-        f"{channels} channels, {shapes.BATCH} x {shapes.LENGTH}",
+        f"{channels} channels, {shapes.BATCH} x {shapes.LENGTH}, {innermost} innermost",
         inputs,
         calls,
         partial(run, backend="chunked"),

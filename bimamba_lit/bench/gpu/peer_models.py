@@ -1,11 +1,13 @@
 """mamba_ssm's blocks as a user would stack them, dense or with binary weights formed on the fly."""
 
-from typing import Any, cast
+from collections.abc import Iterable
+from typing import Any, Self, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bimamba_lit import MambaLM
 from bimamba_lit.bench.gpu.peers import installed, mamba_ssm
 
 
@@ -29,6 +31,20 @@ class PeerBlocks(nn.Module):
             self.norms = nn.ModuleList(norms.RMSNorm(d_model) for _ in range(layers + bool(vocabulary)))
             self.embedding = nn.Embedding(vocabulary, d_model) if vocabulary else None
         self._states: list[tuple[Tensor, Tensor]] = []
+
+    def take_over(self, blocks: Iterable[Any]) -> Self:
+        """Take the weights of this project's Mamba-2 blocks, whose names are the same, and return these blocks."""
+        for block, norm, mixer in zip(blocks, self.norms, self.mixers, strict=False):
+            norm.load_state_dict(block.norm.state_dict())
+            mixer.load_state_dict(block.mixer.state_dict())
+        return self
+
+    def take_over_all(self, lm: MambaLM) -> Self:
+        """Take the weights of a whole model, and return these blocks."""
+        assert self.embedding is not None
+        self.embedding.load_state_dict({"weight": lm.backbone.embedding.weight[: self.embedding.num_embeddings]})
+        self.norms[-1].load_state_dict(lm.backbone.norm_f.state_dict())
+        return self.take_over(lm.backbone.layers)
 
     def forward(self, x: Tensor) -> Tensor:
         """Mix ``x`` (B, L, D)."""

@@ -112,6 +112,16 @@ def test_precision(case, dtype):
     hold_to_naive(*CASES[case], dtype)
 
 
+def test_a_norm_to_half_precision():
+    x, weight, direction = normal(9, 7).float(), normal(7).float(), normal(9, 7, seed=1).bfloat16()
+    leaves = [t.requires_grad_() for t in (x, weight)]
+    y = ops.rms_norm(x, weight, dtype=torch.bfloat16, backend="triton")
+    right = ops.rms_norm(x, weight, backend="naive")
+    torch.testing.assert_close(y, right.bfloat16())
+    found = torch.autograd.grad(y, leaves, direction)
+    torch.testing.assert_close(found, torch.autograd.grad(right, leaves, direction.float()))
+
+
 @pytest.mark.parametrize("case", ["scan of groups", "conv of many spans", "conv of one token"])
 def test_documents(case):
     op, inputs, options = CASES[case]
@@ -236,7 +246,7 @@ def test_torch_knows_the_operations():
     scanned = (*wanting_gradients(inputs).values(), documents(inputs), True, True)
     opcheck(torch.ops.bimamba_lit.selective_scan, scanned)
     opcheck(torch.ops.bimamba_lit.causal_conv1d, (*wanting_gradients(conv(2, batch=1)).values(), None, True))
-    opcheck(torch.ops.bimamba_lit.rms_norm, (*wanting_gradients(norm(2)).values(), 1e-5, 1))
+    opcheck(torch.ops.bimamba_lit.rms_norm, (*wanting_gradients(norm(2)).values(), 1e-5, 1, torch.float32))
     step = [normal(2, 5, 3), normal(2, 5), normal(2, 5), normal(5, 3), normal(2, 3), normal(2, 3), None, None, None]
     opcheck(torch.ops.bimamba_lit.selective_scan_step, (*step, True))
     opcheck(torch.ops.bimamba_lit.causal_conv1d_step, (normal(2, 5), normal(2, 5, 3), normal(5, 4), None, True))
