@@ -99,22 +99,23 @@ class LastCheckpoint(LinkedCheckpoint):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Save the weights that training ended with, where something else than its length ended it."""
-        interruption.waits = False
         super().on_train_end(trainer, pl_module)
         if self.monitor is None:
             self._save(trainer)
             self._refuse_unwritten(trainer)
+        interruption.waits = False
+        self.stops = self.stops or _asked(trainer)
         if self.stops:
             raise Interrupted
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Save where the run was asked to stop within a validation."""
-        interruption.waits = False
         super().on_exception(trainer, pl_module, exception)
         if isinstance(exception, Interrupted) and self.monitor is None and self.stops and trainer.validating:
             self._writes = True
             self._save(trainer)
             self._writes = False
+        interruption.waits = False
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
