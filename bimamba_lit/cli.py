@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import os
 import shlex
 import sys
 import traceback
@@ -70,7 +71,8 @@ def _again(args: list[str], step: int | None) -> str:
         dropped = {*at, *(i + 1 for i in at)}
         args = [arg for i, arg in enumerate(args) if i not in dropped and not arg.startswith("--ckpt_path=")]
         args = [*args, "--ckpt_path", "last"]
-    return shlex.join(["bimamba", *args])
+    program = "torchrun ... -m bimamba_lit" if "TORCHELASTIC_RUN_ID" in os.environ else "bimamba"
+    return f"{program} {shlex.join(args)}"
 
 
 def _sentence(error: BaseException) -> str:

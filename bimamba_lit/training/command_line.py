@@ -123,6 +123,7 @@ def build(command: str, method: str, args: Sequence[str], kind: type["CommandLin
         "ignore", ".*It is recommended to use `self.log.*sync_dist=True.*"
     )  # summed by torchmetrics
     warnings.filterwarnings("ignore", ".*callbacks used to create the checkpoint need to be provided.*")
+    warnings.filterwarnings("ignore", "`torch._prims_common.check` is deprecated", FutureWarning)  # by torch
     warnings.filterwarnings("ignore", ".*this fit will run with no optimizer.*")  # PTB
     warnings.filterwarnings("ignore", "The dirpath has changed from.*")  # one run's checkpoint, another run's folder
     warnings.filterwarnings("ignore", ".*exists and is not empty.*")  # the run folder is ours: see run_folder

@@ -152,6 +152,10 @@ def test_the_command_tells_the_parts_and_reads_no_weights(tiny, bimamba, teacher
     assert answer.code == 0, answer.err
     assert "16 GPUs, FSDP2" in answer.out and "latent weights" in answer.out and "in all" in answer.out
     assert not list(tmp_path.glob("runs*"))
+    answer = bimamba("estimate", "-c", path, "--trainer.devices=2,3")
+    assert answer.code == 0 and "each of 2 GPUs, FSDP2" in answer.out
+    answer = bimamba("estimate", "-c", path, "--trainer.devices=two")
+    assert answer.code == 1 and "'two' names no devices" in answer.err
     answer = bimamba("estimate", "-c", path, "--model.tempreature=2")
     assert answer.code == 1 and "temperature" in answer.err
     answer = bimamba("estimate", "-c", Path(__file__).parents[2] / "recipes" / "ptb_sign.yaml")
