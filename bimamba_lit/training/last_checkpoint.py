@@ -132,18 +132,17 @@ class LastCheckpoint(LinkedCheckpoint):
 
     def _save_checkpoint(self, trainer: pl.Trainer, filepath: str) -> None:
         super()._save_checkpoint(trainer, filepath)
-        if _failure(trainer) is None:
+        if self._why_unwritten(trainer) is None:
             self.saved_step = trainer.global_step
 
     def _refuse_unwritten(self, trainer: pl.Trainer) -> None:
         """Raise if the weights that training ended with could not be written."""
-        if (failure := trainer.strategy.broadcast(_failure(trainer))) is not None:
+        if (failure := trainer.strategy.broadcast(self._why_unwritten(trainer))) is not None:
             raise UserError(f"{failure}: training is through but not saved; with space, --ckpt_path last goes on")
 
-
-def _failure(trainer: pl.Trainer) -> str | None:
-    io = trainer.strategy.checkpoint_io
-    return io.failure if isinstance(io, WholeCheckpointIO) else None
+    def _why_unwritten(self, trainer: pl.Trainer) -> str | None:
+        io = trainer.strategy.checkpoint_io
+        return self.failure or (io.failure if isinstance(io, WholeCheckpointIO) else None)
 
 
 def _asked(trainer: pl.Trainer) -> bool:

@@ -1,6 +1,7 @@
 """Two processes of a run, both or one of them told to stop, stop after the same step and go on as if they had not."""
 
 import os
+import resource
 import shutil
 import signal
 import socket
@@ -137,6 +138,29 @@ def test_what_is_sharded_stops_and_goes_on_likewise(zygote: Any, ours: Any) -> N
     assert all(torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items())
     logs = [(run / "metrics.csv").read_text().splitlines() for run in (folder, undisturbed)]
     assert len(logs[0]) == len(logs[1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("full", [[0, 1], [1]])
+def test_a_disk_that_is_full_for_one_costs_a_checkpoint_that_is_sharded(
+    zygote: Any, ours: Any, full: list[int]
+) -> None:
+    args, folder = ours(trainer__strategy=SHARDED, seconds=0.1)
+    runs = start(zygote, args)
+    runs[0].until((folder / "checkpoints" / "last.ckpt").exists)
+    limits = resource.prlimit(runs[0].pid, resource.RLIMIT_FSIZE)
+    for rank in full:  # a process has no space for files of more than 30,000 bytes
+        resource.prlimit(runs[rank].pid, resource.RLIMIT_FSIZE, (30_000, limits[1]))
+    runs[0].until(lambda: "cannot write" in runs[0].said())
+    for rank in full:
+        resource.prlimit(runs[rank].pid, resource.RLIMIT_FSIZE, limits)
+    said = end(runs, [0, 0])
+    (told,) = {line for line in said[0].splitlines() if line.startswith("bimamba: ")}
+    assert told.startswith(f"bimamba: cannot write {folder}/checkpoints/last.ckpt: ") and "bimamba: " not in said[1]
+    assert told.endswith("; the last checkpoint stays and training goes on") and ("disk" in told or "large" in told)
+    last = folder / "checkpoints" / "last.ckpt"
+    assert torch.load(last / "meta.pt", weights_only=True)["global_step"] == 8 and MambaLM.from_pretrained(last)
+    assert len(list(last.parent.iterdir())) == 2
 
 
 @pytest.mark.parametrize("later", [0.3, *(pytest.param(later, marks=pytest.mark.slow) for later in (0.0, 0.1, 0.6))])
