@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import os
 import shlex
 import sys
 import traceback
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import bimamba_lit
 from bimamba_lit.errors import UserError, nearest
-from bimamba_lit.interruption import RESUMABLE, interruption
+from bimamba_lit.interruption import interruption
 
 TRAINING = {
     "fit": "train a teacher or distill a student, as a recipe says",
@@ -57,10 +58,10 @@ def _run_resumable(args: list[str]) -> None:
         except BaseException as error:
             if (stop := interruption.stopped(error)) is None:
                 raise
-            by = "a signal" if interruption.asked is None else interruption.asked.name
+            by = "a signal to another process" if interruption.asked is None else interruption.asked.name
             saved = "" if stop.step is None else f", step {stop.step} is saved"
             print(f"bimamba: interrupted by {by}{saved}; go on with: {_again(args, stop.step)}", file=sys.stderr)
-            sys.exit(RESUMABLE)
+            interruption.end()
 
 
 def _again(args: list[str], step: int | None) -> str:
@@ -70,7 +71,8 @@ def _again(args: list[str], step: int | None) -> str:
         dropped = {*at, *(i + 1 for i in at)}
         args = [arg for i, arg in enumerate(args) if i not in dropped and not arg.startswith("--ckpt_path=")]
         args = [*args, "--ckpt_path", "last"]
-    return shlex.join(["bimamba", *args])
+    program = "torchrun ... -m bimamba_lit" if "TORCHELASTIC_RUN_ID" in os.environ else "bimamba"
+    return f"{program} {shlex.join(args)}"
 
 
 def _sentence(error: BaseException) -> str:

@@ -2,17 +2,20 @@
 
 The first one stops what runs as soon as nothing is lost by it: at once while there is nothing to save, and else where
 training looks for it, after the optimizer's step. Another one, a second later or more, ends the process on the spot;
-what comes sooner counts as the same, since `timeout`, Slurm and a parent process tell a process twice.
+what comes sooner counts as the same, since `timeout`, Slurm and a parent process tell a process twice. What comes once
+the run has stopped changes nothing any more: the processes of a run are not told, and do not end, at the same moment.
 """
 
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from time import monotonic
 from types import FrameType
+from typing import NoReturn
 
 RESUMABLE = 75
 """The exit code of a run that was interrupted and can be resumed: EX_TEMPFAIL of sysexits.h."""
@@ -48,8 +51,9 @@ class Interruption:
         self.asked: signal.Signals | None = None
         self.waits = False
         self._raised = False
+        self._over = False
         self._since = 0.0
-        self._process = os.getpid()
+        self._process, self._parent = os.getpid(), os.getppid()
 
     @contextmanager
     def watched(self) -> Iterator[None]:
@@ -64,7 +68,7 @@ class Interruption:
             yield
         finally:
             for number, handler in before.items():
-                signal.signal(number, handler)
+                signal.signal(number, signal.SIG_IGN if self._over else handler)
             self._reset()
             _end_children()
 
@@ -78,6 +82,16 @@ class Interruption:
                 return chained
             chained = chained.__cause__ or chained.__context__
         return Interrupted() if self._raised else None
+
+    def pass_on(self) -> None:
+        """Tell the process that started this one."""
+        if self.asked is not None and os.getppid() == self._parent:  # else it is there no more
+            os.kill(self._parent, self.asked)
+
+    def end(self, code: int = RESUMABLE) -> NoReturn:
+        """Exit from a run that has stopped, whatever signals there are still to come."""
+        self._over = True
+        sys.exit(code)
 
     def _take(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self._process:  # a fork, which is not the run

@@ -6,13 +6,15 @@ from typing import Any
 import lightning.pytorch as pl
 import numpy as np
 import torch
+import torch.distributed as dist
 
 
 class RandomState(pl.Callback):
     """Saves the random state of Python, NumPy, torch and CUDA with a checkpoint and restores it before what comes next.
 
-    Lightning's checkpoints hold none, so a resumed run would draw other numbers than one never stopped. Everything is
-    kept as lists and tensors: NumPy's own state does not load under ``weights_only=True``.
+    Lightning's checkpoints hold none, so a resumed run would draw other numbers than one never stopped. Every process
+    of a run has a state of its own. Everything is kept as lists and tensors: NumPy's own state does not load under
+    ``weights_only=True``.
     """
 
     def __init__(self) -> None:
@@ -20,12 +22,21 @@ class RandomState(pl.Callback):
         self._before_validation: dict[str, Any] | None = None
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the present random state; within a validation, which a resumed run begins anew, that before it."""
-        return self._before_validation or _present()
+        """Return the present random states of all processes, by rank; within a validation, those before it.
+
+        A resumed run begins the validation anew. Every process has to call this at the same point.
+        """
+        state = self._before_validation or _present()
+        states: list[Any] = [state]
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            states *= dist.get_world_size()
+            dist.all_gather_object(states, state)
+        return {"ranks": states}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep a checkpoint's random state for later: building the loaders draws numbers of its own."""
-        self._restored = state_dict
+        states = state_dict["ranks"]
+        self._restored = states[(dist.get_rank() if dist.is_initialized() else 0) % len(states)]
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int

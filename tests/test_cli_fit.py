@@ -194,6 +194,11 @@ def test_the_share_of_a_batch_that_a_device_gets_makes_no_other_run():
 
     same = run_folder._is_same_run
     assert same(config(8, 4), config(4, 8)) and same(config(2, 2, eval_batch_size=4), config(1, 4))
+    assert (
+        same(config(8, 4), config("4", 8))
+        and same(config(2, 4), config([0, 3], 4))
+        and same(config("2,3", 2), config(1, 4))
+    )
     assert same(config(8, 4), config(1, 4)) and same(config("auto", 4), config(1, 4))
     assert not same(config(8, 4), config(4, 4, context=9)) and not same(config(8, 4), config(4, 6))
 

@@ -42,6 +42,19 @@ def test_another_one_later_ends_the_process(monkeypatch):
     assert ended == [75]
 
 
+@pytest.mark.parametrize("number", NUMBERS)
+def test_once_the_run_has_stopped_a_signal_changes_nothing(number):
+    before = [signal.getsignal(one) for one in NUMBERS]
+    try:
+        with pytest.raises(SystemExit) as exited, interruption.watched():
+            interruption.end()
+        signal.raise_signal(number)
+        assert exited.value.code == 75
+    finally:
+        for one, handler in zip(NUMBERS, before, strict=True):
+            signal.signal(one, handler)
+
+
 @pytest.mark.filterwarnings("ignore:This process.*is multi-threaded:DeprecationWarning")
 def test_a_process_forked_off_has_the_usual_handlers():
     with interruption.watched():

@@ -30,11 +30,12 @@ from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
+from torch.distributed import DistError
 
 import bimamba_lit.data  # noqa: F401  (so that its classes can be named in short: --data=TextDataModule)
 from bimamba_lit.callbacks import NonFiniteGuard, ProgressLines, RandomState, StepsBar, Throughput
 from bimamba_lit.errors import UserError
-from bimamba_lit.interruption import RESUMABLE, Interrupted, interruption
+from bimamba_lit.interruption import Interrupted, interruption
 from bimamba_lit.models.checkpoint import read_lightning
 from bimamba_lit.models.sharded_folder import check_sharded, is_sharded
 from bimamba_lit.report.summary import FILE_NAME as SUMMARY
@@ -122,6 +123,7 @@ def build(command: str, method: str, args: Sequence[str], kind: type["CommandLin
         "ignore", ".*It is recommended to use `self.log.*sync_dist=True.*"
     )  # summed by torchmetrics
     warnings.filterwarnings("ignore", ".*callbacks used to create the checkpoint need to be provided.*")
+    warnings.filterwarnings("ignore", "`torch._prims_common.check` is deprecated", FutureWarning)  # by torch
     warnings.filterwarnings("ignore", ".*this fit will run with no optimizer.*")  # PTB
     warnings.filterwarnings("ignore", "The dirpath has changed from.*")  # one run's checkpoint, another run's folder
     warnings.filterwarnings("ignore", ".*exists and is not empty.*")  # the run folder is ours: see run_folder
@@ -214,14 +216,16 @@ class CommandLine(LightningCLI):
         own = own if isinstance(own, list) else [own]
         every = config.log_every_n_steps or 50
         standing: list[pl.Callback] = [SaveConfig(self.recipe), ModelLine(), NonFiniteGuard(), Throughput(every)]
-        standing += [RandomState(), ResumedLogs()]
+        standing.append(ResumedLogs())
         has_bar = any(isinstance(callback, ProgressBar) for callback in own)
         if config.enable_progress_bar is not False and not has_bar:
             terminal = sys.stdout.isatty()
             kwargs["enable_progress_bar"] = terminal
             standing.append(StepsBar() if terminal else ProgressLines(every))
         standing = [one for one in standing if not any(isinstance(callback, type(one)) for callback in own)]
-        trainer = self.make_trainer(callbacks=[*own, *standing], **kwargs)
+        # The random state comes first: it is to be restored before a callback of the recipe draws from it.
+        restored = [] if any(isinstance(callback, RandomState) for callback in own) else [RandomState()]
+        trainer = self.make_trainer(callbacks=[*restored, *own, *standing], **kwargs)
         # Lightning's own handlers stop between any two batches, and Slurm's save in the midst of one.
         trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
         return trainer
@@ -268,6 +272,12 @@ class CommandLine(LightningCLI):
                     f"a data worker ended ({error}), for want of memory or killed: what {LAST_CHECKPOINT} of {folder} "
                     "holds is safe, go on from there with --ckpt_path last, or with fewer data.workers"
                 ) from error
+            if _process_lost(error):
+                told = str(error).partition("] ")[2].partition(". ")[0] or _first_line(error)
+                raise UserError(
+                    f"another process of the run ended or cannot be reached ({told}): look at what it said; "
+                    f"what {LAST_CHECKPOINT} of {folder} holds is safe, go on from there with --ckpt_path last"
+                ) from error
             self._refuse_not_taken_up(error)
             raise
 
@@ -285,15 +295,17 @@ class CommandLine(LightningCLI):
 
     def _tell_what_is_saved(self) -> None:
         """Stop with the step that is saved; quietly on all ranks but the first."""
+        last = next((one for one in self.trainer.checkpoint_callbacks if isinstance(one, LastCheckpoint)), None)
+        together = last is not None and last.stops
         if not self.trainer.is_global_zero:
-            # Lightning kills the first of the processes that it started where another fails.
-            started = isinstance(getattr(self.trainer.strategy, "cluster_environment", None), LightningEnvironment)
-            sys.exit(0 if started else RESUMABLE)
-        found = (one for one in self.trainer.checkpoint_callbacks if isinstance(one, LastCheckpoint))
-        last = next(found, None)
+            if not isinstance(getattr(self.trainer.strategy, "cluster_environment", None), LightningEnvironment):
+                interruption.end()
+            if not together:
+                interruption.pass_on()  # the first of the processes that Lightning started may not have been told
+            interruption.end(0)  # else Lightning kills it
         launcher = self.trainer.strategy.launcher
-        if isinstance(launcher, _SubprocessScriptLauncher) and not (last and last.stops):
-            launcher.kill(signal.SIGKILL)  # the others may not have been told
+        if isinstance(launcher, _SubprocessScriptLauncher) and not together:
+            launcher.kill(signal.SIGKILL)  # likewise the others
         raise Interrupted(last.saved_step if last else None)
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
@@ -359,3 +371,8 @@ def _refuse_unreadable(checkpoint: Path, strategy: Any) -> None:
 def _worker_died(error: BaseException) -> bool:
     """Say whether a process that loads data ended, by a signal for instance; what it raised is another matter."""
     return isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker")
+
+
+def _process_lost(error: BaseException) -> bool:
+    """Say whether this process lost another one of its run, or never found it."""
+    return isinstance(error, DistError) or (isinstance(error, RuntimeError) and "gloo/transport" in str(error))

@@ -28,6 +28,7 @@ from bimamba_lit.training.command_line import CommandLine, build
 from bimamba_lit.training.distill import Distill
 from bimamba_lit.training.language import LanguageModule
 from bimamba_lit.training.pretrain import Pretrain
+from bimamba_lit.training.run_folder import count_devices
 
 _LATENT, _WEIGHTS, _TEACHER = "latent weights", "other weights", "teacher"
 _GRADIENTS, _STATES, _BATCH = "gradients", "optimizer states", "batch"
@@ -268,13 +269,7 @@ class _Recipe(CommandLine):
 
 def _devices(trainer: Any) -> Devices:
     gpu = trainer.accelerator in ("gpu", "cuda") or (trainer.accelerator == "auto" and torch.cuda.is_available())
-    named = trainer.devices
-    if isinstance(named, list):
-        here = len(named)
-    elif named in ("auto", -1, "-1", None):
-        here = max(torch.cuda.device_count(), 1) if gpu else 1
-    else:
-        here = int(named)
+    here = count_devices(trainer.devices) or (max(torch.cuda.device_count(), 1) if gpu else 1)
     strategy = trainer.strategy
     name = strategy if isinstance(strategy, str) else strategy.class_path
     return Devices(gpu, here * (trainer.num_nodes or 1), name.endswith("ModelParallelStrategy"))
@@ -282,14 +277,14 @@ def _devices(trainer: Any) -> Devices:
 
 def print_estimate(found: Estimate) -> None:
     """Print the parts as a table."""
-    table = Table(title=f"Memory of {found.devices}")
-    table.add_column("part")
+    table = Table("part")
     table.add_column("MiB", justify="right")
     for name, size in found.parts.items():
         table.add_row(name, f"{size / 1024**2:,.1f}")
     table.add_section()
     table.add_row("in all", f"{found.total / 1024**2:,.1f}")
     console = Console()
+    console.print(f"Memory of {found.devices}:")
     console.print(table)
     console.print(
         "Not counted: the CUDA context and NCCL (about a gigabyte), and what the allocator leaves unused."

@@ -99,22 +99,23 @@ class LastCheckpoint(LinkedCheckpoint):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Save the weights that training ended with, where something else than its length ended it."""
-        interruption.waits = False
         super().on_train_end(trainer, pl_module)
         if self.monitor is None:
             self._save(trainer)
             self._refuse_unwritten(trainer)
+        interruption.waits = False
+        self.stops = self.stops or _asked(trainer)
         if self.stops:
             raise Interrupted
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Save where the run was asked to stop within a validation."""
-        interruption.waits = False
         super().on_exception(trainer, pl_module, exception)
         if isinstance(exception, Interrupted) and self.monitor is None and self.stops and trainer.validating:
             self._writes = True
             self._save(trainer)
             self._writes = False
+        interruption.waits = False
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
@@ -131,18 +132,17 @@ class LastCheckpoint(LinkedCheckpoint):
 
     def _save_checkpoint(self, trainer: pl.Trainer, filepath: str) -> None:
         super()._save_checkpoint(trainer, filepath)
-        if _failure(trainer) is None:
+        if self._why_unwritten(trainer) is None:
             self.saved_step = trainer.global_step
 
     def _refuse_unwritten(self, trainer: pl.Trainer) -> None:
         """Raise if the weights that training ended with could not be written."""
-        if (failure := trainer.strategy.broadcast(_failure(trainer))) is not None:
+        if (failure := trainer.strategy.broadcast(self._why_unwritten(trainer))) is not None:
             raise UserError(f"{failure}: training is through but not saved; with space, --ckpt_path last goes on")
 
-
-def _failure(trainer: pl.Trainer) -> str | None:
-    io = trainer.strategy.checkpoint_io
-    return io.failure if isinstance(io, WholeCheckpointIO) else None
+    def _why_unwritten(self, trainer: pl.Trainer) -> str | None:
+        io = trainer.strategy.checkpoint_io
+        return self.failure or (io.failure if isinstance(io, WholeCheckpointIO) else None)
 
 
 def _asked(trainer: pl.Trainer) -> bool:

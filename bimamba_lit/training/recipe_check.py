@@ -11,7 +11,7 @@ import inspect
 import types
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Any, Literal, Optional, Union, get_args, get_origin
 
 from jsonargparse import ArgumentError, ArgumentParser
 
@@ -59,12 +59,13 @@ def _check_value(path: str, value: Any, kind: Any) -> None:
             _check_arguments(path, value, dataclass)
             return
     simple = [one for one in kinds if _class_wanted(one) is None]
+    shown = "null" if value is None else repr(value)
     if bases and (isinstance(value, Mapping) or (isinstance(value, str) and not _fits(value, simple))):
         _check_class(path, value, bases, given=max(map(_given, kinds)))
     elif not bases and not _fits(value, kinds):
-        raise UserError(f"{path}: {value!r} is not right, it must be {_told(kinds)}")
+        raise UserError(f"{path}: {shown} is not right, it must be {_told(kinds)}")
     elif bases and not isinstance(value, str | Mapping) and not _fits(value, simple):
-        raise UserError(f"{path}: {value!r} is not right, it must be {_told(kinds)}")
+        raise UserError(f"{path}: {shown} is not right, it must be {_told(kinds)}")
 
 
 def _check_class(path: str, value: Any, bases: tuple[type, ...], given: int = 0) -> None:
@@ -139,7 +140,8 @@ def _parameters(cls: type) -> dict[str, Any] | None:
         signature = inspect.signature(init)
         for parameter in list(signature.parameters.values())[1:]:
             if parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
-                found.setdefault(parameter.name, hints.get(parameter.name, Any))
+                kind = hints.get(parameter.name, Any)
+                found.setdefault(parameter.name, Optional[kind] if parameter.default is None else kind)  # noqa: UP045
         if all(parameter.kind is not parameter.VAR_KEYWORD for parameter in signature.parameters.values()):
             return found
     return None if inits else {}
@@ -192,6 +194,8 @@ def _is_sequence(kind: Any) -> bool:
 def _fits(value: Any, kinds: list[Any]) -> bool:
     if not kinds:
         return False
+    if value is None:  # which jsonargparse takes for a setting that is not there
+        return Any in kinds or type(None) in kinds
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--value", type=Union[tuple(kinds)] if Any not in kinds else Any)  # noqa: UP007
     try:

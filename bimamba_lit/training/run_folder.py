@@ -162,12 +162,32 @@ def _of_all_devices(config: dict[str, Any]) -> Any:
     """Return the data's settings with the sequences of a batch on all devices together."""
     data, trainer = _without_test(config.get("data")), config.get("trainer") or {}
     settings: Any = data.get("init_args") if isinstance(data, dict) else None
-    numbers: list[Any] = [trainer.get("devices"), trainer.get("num_nodes") or 1]
+    numbers: list[Any] = [count_devices(trainer.get("devices")), trainer.get("num_nodes") or 1]
     numbers.append(settings.get("batch_size") if isinstance(settings, dict) else None)
     if not all(isinstance(number, int) and number > 0 for number in numbers):
         return data
     kept = {key: value for key, value in settings.items() if key != "eval_batch_size"}  # which changes no figure
     return {**data, "init_args": kept | {"batch_size": math.prod(numbers)}}
+
+
+def count_devices(setting: Any) -> int | None:
+    """Return how many devices ``trainer.devices`` names, as a number, indices or either as text; None if it names none.
+
+    Raises:
+        UserError: If it is none of these.
+    """
+    if isinstance(setting, list):
+        return len(setting)
+    text = str(setting).strip()
+    try:
+        count = len([int(index) for index in text.split(",") if index.strip()]) if "," in text else int(text)
+    except ValueError:
+        if setting in ("auto", None):
+            return None
+        raise UserError(
+            f"trainer.devices: {setting!r} names no devices: give their number, their indices, or auto"
+        ) from None
+    return count if count > 0 else None
 
 
 def _refuse_finished(folder: Path, config: dict[str, Any]) -> None:

@@ -116,6 +116,18 @@ class Noise(pl.Callback):
     def on_validation_batch_end(self, trainer, pl_module, outputs, batch, batch_idx, dataloader_idx=0) -> None:
         time.sleep(self.validating)
         torch.rand(())
+
+
+class Uneven(pl.Callback):
+    """Random numbers that every process has its own of, in the gradients that are averaged over all."""
+
+    def on_train_start(self, trainer, pl_module) -> None:
+        pl_module.lm.backbone.norm_f.register_forward_hook(lambda *_: _[-1] * self.factor)
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
+        for _ in range(trainer.global_rank):
+            torch.rand(()), random.random(), numpy.random.rand()
+        self.factor = 1 + 1e-2 * (random.random() + numpy.random.rand() + torch.rand(()).item())
 '''
 
 

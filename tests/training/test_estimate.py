@@ -152,6 +152,10 @@ def test_the_command_tells_the_parts_and_reads_no_weights(tiny, bimamba, teacher
     assert answer.code == 0, answer.err
     assert "16 GPUs, FSDP2" in answer.out and "latent weights" in answer.out and "in all" in answer.out
     assert not list(tmp_path.glob("runs*"))
+    answer = bimamba("estimate", "-c", path, "--trainer.devices=2,3")
+    assert answer.code == 0 and "each of 2 GPUs, FSDP2" in answer.out
+    answer = bimamba("estimate", "-c", path, "--trainer.devices=two")
+    assert answer.code == 1 and "'two' names no devices" in answer.err
     answer = bimamba("estimate", "-c", path, "--model.tempreature=2")
     assert answer.code == 1 and "temperature" in answer.err
     answer = bimamba("estimate", "-c", Path(__file__).parents[2] / "recipes" / "ptb_sign.yaml")
@@ -172,16 +176,23 @@ SHARDED = {
 }
 
 
+TWO = {
+    # What DDP first copies to broadcast is let go of by a thread that the profiler does not see: no broadcast here.
+    "DDP": {"class_path": "lightning.pytorch.strategies.DDPStrategy", "dict_kwargs": {"init_sync": False}},
+    "FSDP2": SHARDED | {"init_args": SHARDED["init_args"] | {"data_parallel_size": 2}},
+}
+
+
 @pytest.mark.slow
-def test_each_of_two_processes_that_share_everything_takes_what_is_estimated(tiny, bimamba, tmp_path):
+@pytest.mark.parametrize(("strategy", "within"), [("DDP", 0.01), ("FSDP2", 0.05)])
+def test_each_of_two_processes_takes_what_is_estimated(tiny, bimamba, tmp_path, strategy, within):
     from bimamba_lit import MambaLM
 
     MambaLM(config(d_model=512, n_layer=4, vocab_size=257)).save_pretrained(tmp_path / "teacher")
     recipe = yaml.safe_load(tiny.distill_recipe.read_text())
-    strategy = SHARDED | {"init_args": SHARDED["init_args"] | {"data_parallel_size": 2}}
-    recipe["trainer"] |= {"devices": 2, "strategy": strategy, "gradient_clip_val": 1.0}
+    recipe["trainer"] |= {"devices": 2, "strategy": TWO[strategy], "gradient_clip_val": 1.0}
     recipe["trainer"] |= {"max_steps": 3, "default_root_dir": str(tmp_path / "run")}
-    recipe["model"]["init_args"] |= {"teacher": str(tmp_path / "teacher"), "shard_teacher": True}
+    recipe["model"]["init_args"] |= {"teacher": str(tmp_path / "teacher"), "shard_teacher": strategy == "FSDP2"}
     recipe["data"]["init_args"] |= {"context": 128, "batch_size": 2}
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe))
@@ -193,7 +204,8 @@ def test_each_of_two_processes_that_share_everything_takes_what_is_estimated(tin
     assert done.returncode == 0, done.stderr[-2000:]
     most = int(re.search(r"PEAK (\d+)", done.stdout)[1])
     total = float(re.search(r"in all\D+([\d,.]+)", bimamba("estimate", "-c", path).out)[1].replace(",", "")) * 2**20
-    assert abs(total - most) <= 0.10 * most, (total / most, total, most)
+    print(f"{strategy}: estimated {total / most:.4f} of what was measured")
+    assert abs(total - most) <= within * most, (total / most, total, most)
 
 
 @pytest.mark.gpu

@@ -15,7 +15,7 @@ class Text:
 
 
 class Reader:
-    def __init__(self, train: str | Text | list[str | Text], more: list[Text] | None = None) -> None: ...
+    def __init__(self, train: str | Text | list[str | Text], more: list[Text] | None = None, size: int = 3) -> None: ...
 
 
 GROUPS = {"data": type[Reader]}
@@ -51,6 +51,7 @@ def test_what_fits_passes(train):
         ({"train": [3.5, "a"]}, r"train\[0\]: 3.5 is not right"),
         ({"train": "a", "more": [{"pth": "b"}]}, r"more\[0\] has no key 'pth'; did you mean 'path'\?"),
         ({"train": "a", "more": "b"}, "more"),
+        ({"train": "a", "size": None}, "size: null is not right, it must be a whole number"),
         ({"trian": "a"}, r"data.init_args has no key 'trian'; did you mean 'train'\?"),
     ],
 )
