@@ -19,7 +19,6 @@ LEVELS = [
     {"models"},
     {"binarize"},
     {"ops"},
-    {"op_arguments"},
     {"kernels"},
     {"errors", "files", "hub", "interruption"},
 ]

@@ -10,6 +10,7 @@ import torch
 from bimamba_lit import ops
 from bimamba_lit.bench.ops_accuracy import ops_accuracy
 from bimamba_lit.kernels.signs import naive
+from bimamba_lit.ops import backends
 
 
 def test_importing_ops_imports_no_triton_and_no_trainer():
@@ -17,6 +18,11 @@ def test_importing_ops_imports_no_triton_and_no_trainer():
     program = f"import sys, bimamba_lit.ops; print([n for n in {names} if n in sys.modules])"
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
+
+
+def test_a_name_that_a_file_shares_with_its_op_is_the_op():
+    assert "bimamba_lit.ops.ssd" in sys.modules
+    assert [name for name in ops.__all__ if isinstance(getattr(ops, name), types.ModuleType)] == []
 
 
 def test_the_fast_forms_are_accurate():
@@ -38,7 +44,7 @@ def test_a_backend_must_be_known():
 
 
 def test_triton_is_refused_where_there_is_none(monkeypatch):
-    monkeypatch.setattr(ops, "_importable", lambda module: False)
+    monkeypatch.setattr(backends, "importable", lambda module: False)
     with pytest.raises(ValueError, match="pack_signs has no Triton form"):
         ops.pack_signs(torch.ones(2, 8), backend="triton")
 
@@ -46,7 +52,7 @@ def test_triton_is_refused_where_there_is_none(monkeypatch):
 def test_a_triton_file_is_used_when_asked_for_and_not_for_tensors_of_a_cpu(monkeypatch):
     module = types.ModuleType("triton_form")
     module.pack_signs = lambda w: "by triton"
-    monkeypatch.setattr(ops, "_importable", lambda name: name == "bimamba_lit.kernels.signs.triton")
+    monkeypatch.setattr(backends, "importable", lambda name: name == "bimamba_lit.kernels.signs.triton")
     monkeypatch.setitem(sys.modules, "bimamba_lit.kernels.signs.triton", module)
     w = torch.ones(2, 8)
     with pytest.raises(ValueError, match="backend='triton' needs tensors on a GPU"):

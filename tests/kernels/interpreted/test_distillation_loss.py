@@ -5,8 +5,9 @@ import itertools
 import pytest
 import torch
 
-from bimamba_lit import op_arguments, ops
+from bimamba_lit import ops
 from bimamba_lit.kernels.distillation_loss import triton as fused
+from bimamba_lit.ops import arguments
 
 DIVERGENCES = ["soft_ce", "forward_kl", "reverse_kl"]
 
@@ -139,7 +140,7 @@ def test_float64_is_float64():
 
 
 def test_a_label_outside_the_vocabulary_makes_the_loss_nan(monkeypatch):
-    monkeypatch.setattr(op_arguments, "readable", lambda labels: False)
+    monkeypatch.setattr(arguments, "readable", lambda labels: False)
     inputs = make()
     inputs["labels"][0, 0], inputs["mask"][0, 0] = 75, True
     loss = ops.distillation_loss(**inputs, backend="triton", hard_share=0.5)
