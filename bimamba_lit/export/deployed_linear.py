@@ -76,10 +76,8 @@ class DeployedBinary(nn.Module):
         for name in TERMS:
             self.register_buffer(name, rounded(terms.get(name), dtype))
         self.register_buffer("bias", rounded(layer.bias, dtype))
-        self.weight = torch.empty(0)
+        self.weight = self.integer_scale = self.table = torch.empty(0)  # one tensor takes less of a file than three
         self.integers = torch.empty(0, dtype=torch.int8)
-        self.integer_scale = torch.empty(0)
-        self.table = torch.empty(0)
 
     def prepare(self, mode: str) -> None:
         """Unpack as the mode asks."""
