@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bimamba_lit import ops
 from bimamba_lit.binarize.latent import LatentLinear
 from bimamba_lit.binarize.linear import BinaryLinear
 from bimamba_lit.binarize.packed import PackedLinear
@@ -19,6 +20,7 @@ from bimamba_lit.binarize.ptb.layer import PTBLinear
 from bimamba_lit.binarize.targets import matching
 from bimamba_lit.binarize.wrapper import Wrapper, linear_of
 from bimamba_lit.errors import UserError
+from bimamba_lit.kernels.signs.naive import unpack_signs
 
 _BYTE = 8
 
@@ -42,11 +44,14 @@ class DoubledInputs(Wrapper):
 
     Attributes:
         binary: The layer of the scheme over ``I + k`` inputs; packed, after :func:`bimamba_lit.binarize.pack_`.
-        doubled: ``(k,)`` int64 buffer, the inputs with two signs, rising.
+        bitmap: ``(ceil(I / 8),)`` uint8 buffer, what is saved of the choice: bit i % 8 of byte i // 8 is 1 if input i
+            has two signs.
+        doubled: ``(k,)`` int64, these inputs, rising; see :meth:`read_bitmap_`.
         weight: ``(O, I)``, what the layer multiplies by.
     """
 
     binary: BinaryLinear | PackedLinear
+    bitmap: Tensor
     doubled: Tensor
 
     def __init__(self, whole: nn.Linear, scheme: Callable[[nn.Linear], LatentLinear | PTBLinear], share: float) -> None:
@@ -58,8 +63,10 @@ class DoubledInputs(Wrapper):
         first = _binary(scheme, linear_of(weight))
         with torch.no_grad():
             residual = weight - first.weight
-        worst = residual.square().sum(0).topk(_number(first, share))
-        self.register_buffer("doubled", worst.indices.sort().values)
+        worst = residual.square().sum(0).topk(_number(first, share)).indices
+        chosen = torch.zeros_like(weight[0]).index_fill(0, worst, 1)
+        self.register_buffer("bitmap", ops.pack_signs(chosen[None])[0])
+        self.register_buffer("doubled", worst.sort().values, persistent=False)
         wide = torch.cat([weight, residual.index_select(1, self.doubled)], 1)
         self.binary = _binary(scheme, linear_of(wide, whole.bias))
 
@@ -72,6 +79,25 @@ class DoubledInputs(Wrapper):
     def beside(self) -> str:
         """What it has that a layer of its scheme has not."""
         return f"a second sign for {len(self.doubled)} of its inputs"
+
+    def read_bitmap_(self, name: str = "") -> None:
+        """Set ``doubled`` to what the bitmap says; to be called wherever the bitmap was changed.
+
+        Args:
+            name: The bitmap's own, for the error.
+
+        Raises:
+            UserError: If it does not choose as many inputs as there are second signs.
+        """
+        signs = unpack_signs(self.bitmap, self.in_features)
+        k, number = self.binary.in_features - self.in_features, 0 if signs.is_meta else int((signs > 0).sum())
+        if not signs.is_meta and number != k:
+            raise UserError(f"{name or 'the bitmap'} chooses {number} inputs, and the layer has second signs for {k}")
+        self.doubled = chosen_inputs(self.bitmap, self.in_features, k)
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        self.read_bitmap_(f"{prefix}bitmap")
 
     def _whole(self, binary: Tensor) -> Tensor:
         once, again = binary.split([self.in_features, len(self.doubled)], 1)
@@ -96,6 +122,11 @@ class DoubledInputs(Wrapper):
 def with_doubled(x: Tensor, doubled: Tensor) -> Tensor:
     """Put the doubled inputs behind ``x`` ``(..., I)``: ``(..., I + k)``."""
     return torch.cat([x, x.index_select(-1, doubled)], -1)
+
+
+def chosen_inputs(bitmap: Tensor, inputs: int, k: int) -> Tensor:
+    """Return the ``k`` inputs, rising, whose bits are 1 in a bitmap of ``inputs``: int64."""
+    return unpack_signs(bitmap, inputs, torch.int8).sort(stable=True, descending=True).indices[:k]
 
 
 def inputs_to_double(layers: Sequence[str], double_inputs: Mapping[str, float]) -> dict[str, float]:

@@ -7,10 +7,12 @@ from typing import TypeGuard
 from torch import nn
 
 from bimamba_lit.binarize.latent import LatentLinear
+from bimamba_lit.binarize.wrapper import SchemeLayer, Wrapper, innermost
 from bimamba_lit.errors import UserError, nearest
 
 TARGETS = ("in_proj", "out_proj")
 _NOT = "!"
+_FewBits = SchemeLayer | Wrapper
 
 
 def dense_layers(model: nn.Module, targets: Sequence[str]) -> dict[str, nn.Linear]:
@@ -27,7 +29,7 @@ def dense_layers(model: nn.Module, targets: Sequence[str]) -> dict[str, nn.Linea
         pattern = target.removeprefix(_NOT)
         found = {name for name in linears if matches(name, pattern)}
         if not found:
-            raise UserError(_no_match(pattern, linears))
+            raise UserError(_made_already(model, pattern) or _no_match(pattern, linears))
         (left_out if target.startswith(_NOT) else chosen).update(found)
     if left_out >= chosen and targets:
         raise UserError(
@@ -59,6 +61,20 @@ def matching(layers: Sequence[str], pattern: str, setting: str) -> list[str]:
     if not found:
         raise UserError(f"{setting}: '{pattern}' matches no layer that is made binary{nearest(pattern, layers)}")
     return found
+
+
+def _made_already(model: nn.Module, pattern: str) -> str | None:
+    """Say what to do where the layers of a pattern are of few bits already; None where there are none such."""
+    layers = [layer for name, layer in model.named_modules() if isinstance(layer, _FewBits) and matches(name, pattern)]
+    if not layers:
+        return None
+    schemes = ", ".join(sorted({str(layer.kind()["scheme"]) for layer in layers}))
+    latent = all(isinstance(innermost(layer), LatentLinear) for layer in layers)
+    hint = ", or train this one on as it is with the binarizer null" if latent else ""
+    return (
+        f"target '{pattern}' matches no full-precision Linear layer: those that it names are of few bits already "
+        f"({schemes}); start from a full-precision model{hint}"
+    )
 
 
 def _no_match(pattern: str, linears: dict[str, nn.Linear]) -> str:

@@ -14,13 +14,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bimamba_lit.binarize import BinaryLinear, DoubledInputs, KeptRows, PackedLinear, PTBLinear
-from bimamba_lit.binarize.doubled_inputs import with_doubled
+from bimamba_lit.binarize.doubled_inputs import chosen_inputs, with_doubled
 from bimamba_lit.binarize.kept_rows import in_order
 from bimamba_lit.binarize.linear import TERMS
 from bimamba_lit.errors import UserError
 from bimamba_lit.kernels.binary_linear.naive import add_terms
 from bimamba_lit.kernels.binary_weight.naive import compose
-from bimamba_lit.kernels.signs.chunked import unpack_signs
+from bimamba_lit.kernels.signs.chunked import byte_table, look_up_signs, unpack_signs
 
 
 class DeployedLinear(nn.Module):
@@ -76,16 +76,18 @@ class DeployedBinary(nn.Module):
         for name in TERMS:
             self.register_buffer(name, rounded(terms.get(name), dtype))
         self.register_buffer("bias", rounded(layer.bias, dtype))
-        self.weight = torch.empty(0)
+        self.weight = self.integer_scale = self.table = torch.empty(0)  # one tensor takes less of a file than three
         self.integers = torch.empty(0, dtype=torch.int8)
-        self.integer_scale = torch.empty(0)
 
     def prepare(self, mode: str) -> None:
         """Unpack as the mode asks."""
         self.weight = torch.empty(0)
         self.integers = torch.empty(0, dtype=torch.int8)
+        self.table = torch.empty(0)
         if mode == "exact":
             self.weight = self._dense()
+        elif mode == "small" and torch.jit.is_scripting():  # type: ignore[attr-defined]
+            self.table = byte_table(torch.float32, self.signs.device)  # a graph would hold it in the file
         elif mode == "fast":
             signs = unpack_signs(self.signs, self.in_features)
             if self.group_scale.numel() > 0:
@@ -130,11 +132,12 @@ class DeployedBinary(nn.Module):
 
     def _multiply_packed(self, x: Tensor) -> Tensor:
         rows = self.signs.shape[0]
+        table = self.table if self.table.numel() > 0 else byte_table(torch.float32, self.signs.device)
         y = torch.empty(x.shape[:-1] + (rows,))
         block = rows_unpacked(rows, self.in_features)
         for start in range(0, rows, block):
             some = slice(start, start + block)
-            weight = unpack_signs(self.signs[some], self.in_features)
+            weight = look_up_signs(self.signs[some], self.in_features, table)
             if self.group_scale.numel() > 0:
                 weight = compose(weight, group_scale=self.group_scale[some].float())
             y[..., some] = F.linear(x, weight)
@@ -193,20 +196,28 @@ class DeployedDoubledInputs(nn.Module):
         binary: The deployed form of its signs, which reads those inputs twice.
     """
 
-    doubled: Tensor
+    bitmap: Tensor
 
     def __init__(self, layer: DoubledInputs, binary: "Deployed") -> None:
         super().__init__()
         self.binary = binary
-        self.register_buffer("doubled", layer.doubled.clone())
+        self.in_features, self.k = layer.in_features, len(layer.doubled)
+        self.register_buffer("bitmap", layer.bitmap.clone())
+        self.doubled = torch.empty(0, dtype=torch.int64)
 
     def prepare(self, mode: str) -> None:
         """Unpack as the mode asks."""
         self.binary.prepare(mode)
+        if torch.jit.is_scripting():  # type: ignore[attr-defined]
+            self.doubled = self._chosen()
 
     def forward(self, x: Tensor) -> Tensor:
         """Multiply x (..., I): (..., O)."""
-        return self.binary(with_doubled(x, self.doubled))
+        return self.binary(with_doubled(x, self.doubled if self.doubled.numel() > 0 else self._chosen()))
+
+    def _chosen(self) -> Tensor:
+        """Return the inputs with two signs; a graph finds them in every call, or its file would hold them in int64."""
+        return chosen_inputs(self.bitmap, self.in_features, self.k)
 
 
 Deployed = DeployedBinary | DeployedDoubledInputs | DeployedKeptRows | DeployedLinear

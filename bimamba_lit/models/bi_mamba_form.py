@@ -65,7 +65,7 @@ def to_bi_mamba(lm: MambaLM) -> dict[str, Tensor]:
     state = dict(dense_tensors(lm, leave_out=layers))
     for name, layer in layers.items():
         if isinstance(layer, Wrapper):
-            raise UserError(f"{name} has {layer.beside}, and the Bi-Mamba form has none")
+            raise UserError(f"{name} has {layer.beside}, and the Bi-Mamba form has none: convert to packed or latent")
         scale, shift = _scale_and_shift(name, layer)
         state |= {f"{name}.weight": _latent(layer), name + _SCALE: scale, name + _SHIFT: shift}
         if layer.bias is not None:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch._guards import active_fake_mode
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
-from bimamba_lit.binarize import PTBLinear, apply_binarization_, describe_binarization
+from bimamba_lit.binarize import DoubledInputs, PTBLinear, apply_binarization_, describe_binarization
 from bimamba_lit.errors import UserError, nearest
 from bimamba_lit.files import replacing_all
 from bimamba_lit.models.bi_mamba_form import from_bi_mamba, is_bi_mamba
@@ -306,6 +306,9 @@ def _assemble(description: Mapping[str, Any], readers: Mapping[str, Reader], sou
         raise UserError(f"{source} does not hold the tensors of the model it describes: it {told}")
     kept = _kept_as_stored(lm)
     _fill(lm, {name: _copied(found[name], None if name in kept else dtype) for name in targets})
+    for name, layer in lm.named_modules():
+        if isinstance(layer, DoubledInputs):
+            layer.read_bitmap_(f"{source}: {name}.bitmap")
     return lm
 
 
@@ -369,7 +372,7 @@ def _fill(lm: nn.Module, tensors: Mapping[str, Tensor]) -> None:
             if old is not None:
                 module._parameters[key] = made[id(old)]
         for key, buffer in module._buffers.items():
-            if buffer is not None:
+            if buffer is not None and key not in module._non_persistent_buffers_set:
                 module._buffers[key] = tensors[f"{prefix}.{key}".lstrip(".")]
 
 

@@ -10,6 +10,7 @@ from bimamba_lit.report.summary import Summary, read_summary
 
 CARD = "README.md"
 _MIB = 8 * 1024**2
+_ONE_BIT = 1.5  # with scales and second signs, the most that is called one
 
 
 def share(run: str | Path, out: str | Path, options: dict[str, Any]) -> None:
@@ -40,15 +41,21 @@ def model_card(summary: Summary, folder: Path) -> str:
         summary: The figures.
         folder: The folder that the model lies in, whose file sizes are told.
     """
-    binary = summary.binarized_params / summary.params
-    kind = "in full precision" if not summary.binarized_params else f"with 1-bit weights ({summary.scheme})"
+    kind, weights = "in full precision", f"{summary.params:,}"
+    if summary.binarized_params:
+        bits = (summary.binarized_bits or 0) / summary.binarized_params
+        second = " and second signs" if "doubled" in (summary.storage or {}) else ""
+        width = "1-bit weights" if bits <= _ONE_BIT else f"weights of {bits:.1f} bits"
+        kind = f"with {width} ({summary.scheme})"
+        weights += f", {summary.binarized_params / summary.params:.1%} of them binarized"
+        weights += f": {bits:.2f} bits each, scales{second} counted" if bits else ""
     data = f"{summary.eval_data['name']} (SHA-256 {summary.eval_data['sha256'][:12]}…)"
     rows = {
         "bits per byte": f"{summary.bits_per_byte:.3f}",
         "perplexity a token": f"{summary.perplexity:.2f}",
         "measured on": f"{data}, windows of {summary.context} tokens, {summary.stride} apart",
         "the teacher's likeliest token taken": None if summary.agreement is None else f"{summary.agreement:.1%}",
-        "weights": f"{summary.params:,}, {binary:.1%} of them one bit",
+        "weights": weights,
         "true size": f"{summary.true_bits / _MIB:.2f} MiB, all else at 16 bits",
         "trained on": f"{summary.tokens_seen:,} tokens",
         "teacher": summary.teacher,
@@ -64,7 +71,7 @@ def model_card(summary: Summary, folder: Path) -> str:
     return f"""---
 library_name: bimamba-lit
 pipeline_tag: text-generation
-tags: [mamba, {"1-bit, " if summary.binarized_params else ""}bimamba-lit]
+tags: [mamba, {"1-bit, " if "1-bit" in kind else ""}bimamba-lit]
 ---
 
 # {summary.name}

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 from bimamba_lit.errors import UserError
-from bimamba_lit.models.count import FULL_PRECISION
 from bimamba_lit.report.gap import gaps, students_in_full_precision
 from bimamba_lit.report.summary import Summary, read_summary
 
@@ -262,7 +261,7 @@ def _row(
         perplexity=statistics.fmean(summary.perplexity for summary in ran),
         agreement=_mean(summary.agreement for summary in ran if summary.agreement is not None),
         true_bits=statistics.fmean(summary.true_bits for summary in ran),
-        binarized_bits=_mean(bits for summary in ran if (bits := _binarized_bits(summary)) is not None),
+        binarized_bits=_mean(bits for summary in ran if (bits := summary.binarized_bits) is not None),
         params=ran[0].params,
         binarized_params=ran[0].binarized_params,
         tokens_seen=ran[0].tokens_seen,
@@ -282,12 +281,6 @@ def _tests(ran: list[Summary]) -> dict[str, dict[int | None, float]]:
         for text in texts
         if all(text in results for results in found.values())
     }
-
-
-def _binarized_bits(summary: Summary) -> int | None:
-    if summary.storage is None:
-        return None
-    return sum(bits for part, bits in summary.storage.items() if part != FULL_PRECISION)
 
 
 def _folded(values: list[float]) -> tuple[float, float | None]:

@@ -10,6 +10,7 @@ from typing import Any
 
 from bimamba_lit.errors import UserError, nearest
 from bimamba_lit.files import write_json
+from bimamba_lit.models.count import FULL_PRECISION
 
 FILE_NAME = "summary.json"
 
@@ -76,6 +77,13 @@ class Summary:
     agreement: float | None = None
     storage: Mapping[str, int] | None = None
     tests: Sequence[TextResult] = ()
+
+    @property
+    def binarized_bits(self) -> int | None:
+        """Bits that hold the binary layers, signs, scales, masks and all; None where that was not written down."""
+        if self.storage is None:
+            return None
+        return sum(bits for part, bits in self.storage.items() if part != FULL_PRECISION)
 
 
 def write_summary(run_dir: str | Path, summary: Summary) -> Path:

@@ -14,4 +14,9 @@ def byte_table(dtype: torch.dtype, device: torch.device) -> Tensor:
 
 def unpack_signs(signs: Tensor, in_features: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """Compute what `naive.unpack_signs` computes."""
-    return F.embedding(signs.int(), byte_table(dtype, signs.device)).flatten(-2)[..., :in_features].contiguous()
+    return look_up_signs(signs, in_features, byte_table(dtype, signs.device))
+
+
+def look_up_signs(signs: Tensor, in_features: int, table: Tensor) -> Tensor:
+    """Compute what `naive.unpack_signs` computes by a `byte_table` that was made before."""
+    return F.embedding(signs.int(), table).flatten(-2)[..., :in_features].contiguous()

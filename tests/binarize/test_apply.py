@@ -59,8 +59,11 @@ def test_a_target_that_matches_nothing_names_the_nearest_and_changes_nothing():
 
 def test_twice_is_an_error():
     lm = binarize_(small_lm(), FBI)
-    with pytest.raises(UserError, match="matches no Linear layer"):
+    words = r"of few bits already \(FBI\); start from a full-precision model, or train this one on as it is"
+    with pytest.raises(UserError, match=f"'in_proj' matches no full-precision Linear layer.*{words}"):
         binarize_(lm, Sign)
+    with pytest.raises(UserError, match=r"\(FBI\); start from a full-precision model$"):
+        binarize_(pack_(lm), Sign)
 
 
 @pytest.mark.parametrize("scheme", [nn.Identity, lambda layer: layer], ids=["another module", "the layer itself"])

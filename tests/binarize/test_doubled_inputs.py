@@ -1,5 +1,6 @@
 """A second sign for some inputs: which, the weight, its gradients, its bits, and where it goes."""
 
+import copy
 import json
 
 import pytest
@@ -38,6 +39,7 @@ from bimamba_lit.export.convert import convert
 from bimamba_lit.models.checkpoint import build, copy_in_fp32, describe
 from bimamba_lit.models.count import count_parameters, storage_by_part, true_bits
 from bimamba_lit.models.deployed import deployed_
+from bimamba_lit.ops import pack_signs
 
 IDS = torch.randint(61, (2, 21), generator=torch.Generator().manual_seed(1))
 SHARES = {"in_proj": 0.25, "out_proj": 0.1}
@@ -50,6 +52,14 @@ def linear(inputs: int = 24, bias: bool = True) -> nn.Linear:
     with torch.no_grad():
         layer.weight *= torch.linspace(0.5, 2, inputs)[torch.randperm(inputs)]
     return layer
+
+
+def choose(layer: DoubledInputs, inputs) -> None:
+    """Let a layer have its second signs for other inputs."""
+    chosen = torch.zeros(1, layer.in_features)
+    chosen[0, list(inputs)] = 1
+    layer.bitmap.copy_(pack_signs(chosen)[0])
+    layer.read_bitmap_()
 
 
 def grouped(plain: nn.Linear) -> GroupScale:
@@ -124,6 +134,44 @@ def test_signs_fill_bytes_and_groups(inputs, share, scheme, k):
     assert len(layer.doubled) == k == layer.binary.in_features - inputs
 
 
+@pytest.mark.parametrize("inputs", [24, 20])
+def test_what_is_saved_of_the_choice_is_a_bit_an_input(inputs):
+    layer = DoubledInputs(linear(inputs), FBI, 0.2)
+    state = layer.state_dict()
+    assert state["bitmap"].dtype == torch.uint8 and state["bitmap"].shape == (3,) and "doubled" not in state
+    bits = [int(state["bitmap"][i // 8]) >> i % 8 & 1 for i in range(24)]
+    assert [i for i, bit in enumerate(bits) if bit] == layer.doubled.tolist()
+
+    others = list(range(inputs))[1::2][: len(layer.doubled)]
+    choose(layer, others)
+    x = torch.randn(3, inputs)
+    with torch.device("meta"):
+        empty = DoubledInputs(nn.Linear(inputs, 10), FBI, 0.2)
+    assert empty.doubled.is_meta
+    empty.load_state_dict(layer.state_dict(), assign=True)
+    materialized = DoubledInputs(nn.Linear(inputs, 10, device="meta"), FBI, 0.2).to_empty(device="cpu")
+    materialized.load_state_dict(layer.state_dict())
+    for again in (layer, copy.deepcopy(layer), empty, materialized):
+        assert again.doubled.tolist() == others and again.doubled.device.type == "cpu"
+        assert torch.equal(again(x), layer(x))
+    half = layer.half().double()
+    assert half.doubled.tolist() == others and half.bitmap.dtype == torch.uint8
+    assert layer.to("meta").doubled.is_meta
+
+
+def test_another_number_of_chosen_inputs_than_the_layer_has_is_refused():
+    model = nn.Sequential(DoubledInputs(linear(), FBI, 0.3))
+    state, before = model.state_dict(), model[0].doubled.clone()
+    for number, byte in ((0, 0), (24, 255)):
+        wrong = state | {"0.bitmap": torch.full((3,), byte, dtype=torch.uint8)}
+        for assign in (False, True):
+            again = copy.deepcopy(model)
+            with pytest.raises(UserError, match=rf"0\.bitmap chooses {number} inputs, and the layer has .* for 8"):
+                again.load_state_dict(wrong, assign=assign)
+    model.load_state_dict(state)
+    assert torch.equal(model[0].doubled, before)
+
+
 @pytest.mark.parametrize("bad", [0, -0.1, 1.01, float("nan"), "0.1"])
 def test_what_cannot_be_is_refused_in_a_sentence(make, bad):
     lm = make()
@@ -155,8 +203,7 @@ def test_true_bits_are_those_of_both_planes_scales_and_the_choice(make, tmp_path
     assert count_parameters(pack_(lm)) == counted and storage_by_part(lm) == storage
     deployed_(lm).save_pretrained(tmp_path)
     stored = load_file(tmp_path / "model.safetensors").values()
-    bits = sum(8 * t.nbytes if t.dtype == torch.uint8 else 16 * t.numel() for t in stored if t.dtype != torch.int64)
-    assert bits + storage["doubled"] == true_bits(lm)
+    assert sum(8 * t.nbytes if t.dtype == torch.uint8 else 16 * t.numel() for t in stored) == true_bits(lm)
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -172,7 +219,7 @@ def test_a_saved_model_comes_back(make, tmp_path, mixer, scheme, packed):
     with torch.no_grad():
         for module in lm.modules():  # another choice than a fresh model would make
             if isinstance(module, DoubledInputs):
-                module.doubled.copy_(torch.arange(len(module.doubled)))
+                choose(module, range(len(module.doubled)))
     lm.save_pretrained(tmp_path)
     again = MambaLM.from_pretrained(tmp_path).eval()
     assert describe(again) == describe(lm)
@@ -212,7 +259,7 @@ def test_what_others_read(make, error, tmp_path):
         convert(path, tmp_path / form, form, dtype="float32")
         dense = MambaLM.from_pretrained(tmp_path / form)
         assert not list(quantized_layers(dense)) and error(dense(IDS).logits, lm(IDS).logits) < 1e-5
-    with pytest.raises(UserError, match="in_proj has a second sign for 8 of its inputs, and the Bi-Mamba form"):
+    with pytest.raises(UserError, match="in_proj has a second sign for 8 of its inputs, .* convert to packed"):
         convert(path, tmp_path / "bi", "bi-mamba")
     convert(path, tmp_path / "packed", "packed", dtype="float32")
     packed = MambaLM.from_pretrained(tmp_path / "packed")

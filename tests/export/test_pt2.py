@@ -46,6 +46,11 @@ def test_a_process_without_this_package(tmp_path):
     arguments = [tmp_path / name for name in ("model.pt2", "model.step.pt2", "ids.pt", "logits.pt")]
     done = subprocess.run([sys.executable, "-I", "-c", BARE, *map(str, arguments)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+    for file in arguments[:2]:
+        program = torch.export.load(file)
+        held = [*program.state_dict.values(), *(c for c in program.constants.values() if isinstance(c, torch.Tensor))]
+        whole = sum(value.numel() for value in held if value.dtype == torch.int64)
+        assert whole < 8, "the choice of inputs lies in bits"
     source = pack_(lm)
     for tensor in source.state_dict().values():
         if tensor.is_floating_point():

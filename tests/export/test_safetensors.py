@@ -125,9 +125,10 @@ def test_the_size_of_the_papers_models(d_model, n_layer, vocab_size, one_bit):
     assert stored_bits(lm) == true_bits(lm) == before - 8 * vocab_size * d_model + 16 * vocab_size
 
 
+@pytest.mark.parametrize("double_inputs", [{}, {"out_proj": 0.6}], ids=["one sign", "two signs"])
 @pytest.mark.parametrize("embedding", [None, "int8", "int4"])
-def test_the_file_is_as_long_as_its_true_bits(make, tmp_path, embedding):
-    lm = binary(make, d_model=64, vocab_size=1000)
+def test_the_file_is_as_long_as_its_true_bits(make, tmp_path, embedding, double_inputs):
+    lm = binarize_(make(d_model=64, vocab_size=1000), FBI, double_inputs=double_inputs)
     export_safetensors(lm, tmp_path, None, embedding=embedding)
     file = tmp_path / "model.safetensors"
     header = int.from_bytes(file.read_bytes()[:8], "little") + 8

@@ -117,6 +117,8 @@ def test_the_file_equals_its_source(make, tmp_path):
     model = torch.jit.load(tmp_path / "model.pt")
     stored = {name: value for name, value in model.named_buffers() if name.endswith("signs")}
     assert len(stored) == len(list(binary_layers(lm)))
+    unprepared = torch.jit.load(tmp_path / "model.pt").state_dict().values()
+    assert not any(value.dtype == torch.int64 for value in unprepared), "the choice of inputs lies in bits"
     source = rounded_(lm)
     for (name, layer), signs in zip(binary_layers(source), stored.values(), strict=True):
         assert torch.equal(layer.signs, signs), name

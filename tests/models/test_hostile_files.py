@@ -8,11 +8,13 @@ import zipfile
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from bimamba_lit import MambaLM
 from bimamba_lit.binarize import FBI, binarize_
 from bimamba_lit.errors import UserError
 from bimamba_lit.export.convert import FORMS, convert
+from bimamba_lit.models.weight_files import write_safetensors
 
 LITTLE = 200 << 20  # bytes
 
@@ -78,6 +80,20 @@ def test_a_safetensors_header_that_claims_terabytes(folders):
     text = json.dumps(header).encode()
     file.write_bytes(len(text).to_bytes(8, "little") + text)
     assert "is damaged or cut short" in refused(folders["packed"])
+
+
+def test_a_choice_of_more_or_fewer_inputs_than_there_are_second_signs(make, tmp_path):
+    binarize_(make(), FBI, double_inputs={"out_proj": 0.3}).save_pretrained(tmp_path / "latent")
+    convert(tmp_path / "latent", tmp_path / "packed", "packed")
+    for folder in (tmp_path / "latent", tmp_path / "packed"):
+        file = weights(folder)
+        tensors = load_file(file)
+        name = next(name for name in tensors if name.endswith("out_proj.bitmap"))
+        for byte in (0, 255):
+            write_safetensors(tensors | {name: torch.full_like(tensors[name], byte)}, file)
+            assert f"{name} chooses {8 * len(tensors[name]) if byte else 0} inputs" in refused(folder)
+        write_safetensors(tensors | {name: torch.arange(8)}, file)
+        assert f"{name} (8,) int64 instead of" in refused(folder)
 
 
 CONFIGS = [

@@ -2,6 +2,8 @@
 
 import json
 
+from bimamba_lit.report.share import model_card
+
 
 def test_a_run_is_shared(tiny, bimamba, tmp_path):
     out = tmp_path / "shared"
@@ -19,6 +21,25 @@ def test_a_run_is_shared(tiny, bimamba, tmp_path):
         assert figure in card
     again = bimamba("generate", "--ckpt", out, "--prompt", "The ", "--max_new_tokens", 3)
     assert again.code == 0 and again.out.startswith("The ")
+
+
+def test_a_card_tells_the_bits_of_what_is_binarized(summary, tmp_path):
+    half = 750_000
+    bits = {"signs": 1_500_000, "in_scale": half, "full_precision": 99}
+    for scheme, extra, words in (
+        ("FBI", {}, ["1-bit weights (FBI)", "75.0% of them binarized: 1.50 bits each, scales counted", "1-bit, "]),
+        (
+            "FBI",
+            {"doubled": 16, "in_scale": 16},
+            ["1-bit weights", ": 1.00 bits each, scales and second signs counted"],
+        ),
+        ("ptb.GPTQ", {"signs": 6_000_000}, ["weights of 4.5 bits (ptb.GPTQ)", "tags: [mamba, bimamba-lit]"]),
+    ):
+        card = model_card(summary(scheme=scheme, storage=bits | extra), tmp_path)
+        assert all(word in card for word in words), card
+    unknown, dense = summary(storage=None), summary(scheme="fp", binarized_params=0, storage={"full_precision": 9})
+    assert "75.0% of them binarized |" in model_card(unknown, tmp_path)
+    assert "in full precision" in model_card(dense, tmp_path) and "2,000,000 |" in model_card(dense, tmp_path)
 
 
 def test_what_is_not_shared(tiny, bimamba, tmp_path):

@@ -107,8 +107,13 @@ TRAINED = [
 
 @pytest.mark.parametrize(
     "make",
-    [*(lambda scheme=scheme: binarize_(lm_of(), scheme) for scheme in TRAINED), lambda: fitted(ptb.GPTQ(3, 64)), lm_of],
-    ids=["Sign", "ScaledSign", "FBI", "FBI by row", "FBI single", "ptb.GPTQ", "fp"],
+    [
+        *(lambda scheme=scheme: binarize_(lm_of(), scheme) for scheme in TRAINED),
+        lambda: binarize_(lm_of(), FBI, double_inputs={"out_proj": 0.6}),
+        lambda: fitted(ptb.GPTQ(3, 64)),
+        lm_of,
+    ],
+    ids=["Sign", "ScaledSign", "FBI", "FBI by row", "FBI single", "FBI, second signs", "ptb.GPTQ", "fp"],
 )
 def test_the_bits_of_a_model_are_those_of_a_file(make, tmp_path):
     lm = make()
