@@ -6,7 +6,7 @@ from bimamba_lit.files import replacing
 from bimamba_lit.report.side_by_side import Comparison, Row
 from bimamba_lit.report.table import COLUMNS, NOTHING, Column, columns_of, evaluation
 
-_SHOWN = ("run", "scheme", "bits/byte", "seeds", "gap", "gap fp", "ppl", "MiB", "bits/w", "bits/bin")
+_SHOWN = ("run", "scheme", "bits/byte", "seeds", "gap", "gap fp", "MiB", "bits/w", "bits/bin")
 _SPECIAL = {
     "\\": r"\textbackslash{}",
     "{": r"\{",
@@ -38,7 +38,7 @@ def write_latex(comparison: Comparison, path: Path) -> None:
             texts[place] = rf"\textbf{{{texts[place]}}}"
         return "  " + " & ".join(texts) + r" \\"
 
-    lines = [r"% \usepackage{booktabs}", r"\begin{table}", r"  \centering", rf"  \begin{{tabular}}{{{kinds}}}"]
+    lines = [r"% \usepackage{booktabs}", r"\begin{table}", r"  \centering\small", rf"  \begin{{tabular}}{{{kinds}}}"]
     lines += [
         r"  \toprule",
         "  " + " & ".join(_escaped(_heading(column)) for column in columns) + r" \\",
