@@ -195,7 +195,9 @@ def _evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--task_data", metavar="DIR", help="the folder with a file TASK*.jsonl for each task")
     parser.add_argument("--limit", type=int, help="only the first so many questions of each task")
     parser.add_argument("--batch_size", type=int, default=8, help="windows or answers at a time (default: %(default)s)")
-    parser.add_argument("--tokenizer", help="a tokenizer.json, a folder with one, or bytes (default: the model's own)")
+    parser.add_argument(
+        "--tokenizer", help="a tokenizer.json, a folder with one, a run, or bytes (default: the model's own)"
+    )
     parser.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: a GPU if there is one)")
     parser.add_argument(
         "--import", dest="module", metavar="MODULE", help="import a module first, one that defines the model's scheme"
@@ -319,13 +321,20 @@ def _ablate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--set", nargs="+", default=[], metavar="KEY=VALUE", help="settings of all runs, over those of the recipe"
     )
+    names = ", ".join(sorted(path.stem for path in Path(__file__).with_name("grids").glob("*.yaml")))
     parser.add_argument(
         "--grid",
         required=True,
         metavar="FILE",
-        help="YAML: recipe keys and the values of each; all combinations run. Or a name of those that come along",
+        help=f"YAML: recipe keys and the values of each; all combinations run. Or one that comes along: {names}",
     )
-    parser.add_argument("--seeds", type=_whole_numbers, default=[], metavar="0,1,2", help="(default: the recipe's)")
+    parser.add_argument(
+        "--seeds",
+        type=_whole_numbers,
+        default=[],
+        metavar="0,1,2",
+        help="seeds of every setting; its row is their mean and spread (default: the recipe's)",
+    )
     parser.add_argument(
         "--tune",
         metavar="KEY=V1,V2,V3",
@@ -388,8 +397,10 @@ def _recipes(chosen: argparse.Namespace) -> None:
     if chosen.action == "cp":
         print(f"Copied to {copy_recipe(chosen.name, Path(chosen.dir))}")
         return
-    for name, first_line in list_recipes().items():
-        print(f"{name:28} {first_line}")
+    recipes = list_recipes()
+    width = max(map(len, recipes))
+    for name, first_line in recipes.items():
+        print(f"{name:{width}}  {first_line}")
     _warn_of_another_lightning()
 
 

@@ -23,7 +23,7 @@ def test_a_recipe_is_right(path):
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)
 def test_every_key_of_a_recipe_has_a_comment(path):
     lines = path.read_text().splitlines()
-    assert lines[0].startswith("# ")
+    assert lines[0].startswith("# ") and lines[0].endswith("."), "`bimamba recipes` shows the first line alone"
     for above, line in zip(lines, lines[1:], strict=False):
         is_group = line.rstrip().endswith(":") or line.strip().removeprefix("- ").startswith("class_path:")
         explained = "#" in line or above.strip().startswith("#")

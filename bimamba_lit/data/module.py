@@ -57,8 +57,8 @@ class TextDataModule(LightningDataModule):
             own val files).
         test: Text to test on; none given, there is a test only if train is offline.
         tokenizer: ``bytes``; ``bpe:8192``, a byte-level BPE of so many tokens trained on the training text (its first
-            100 million characters) and kept; the path of a Hugging Face tokenizer.json or of a folder with one; or
-            ``hub:OWNER/NAME``, a model's on the hub.
+            100 million characters) and kept; the path of a Hugging Face tokenizer.json, of a folder with one or of a
+            run, whose tokenizer it is; or ``hub:OWNER/NAME``, a model's on the hub.
         context: Tokens in a sequence.
         stride: Tokens by which evaluation windows advance; each later window counts its last stride tokens. The same as
             context if none is given; smaller is slower and gives every token more to look back on.

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from bimamba_lit.errors import UserError, nearest
 from bimamba_lit.hub import hub_file, hub_name
+from bimamba_lit.models.checkpoint import load_tokenizer_json
 
 _FILE = "tokenizer.json"
 _SEPARATORS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eos|>")
@@ -184,8 +185,8 @@ def load_tokenizer(name: str) -> ByteTokenizer | SubwordTokenizer:
     """Return the tokenizer that a setting names.
 
     Args:
-        name: ``bytes``; the path of a ``tokenizer.json`` or of a folder that holds one; or ``hub:OWNER/NAME``, a model
-            on the Hugging Face hub.
+        name: ``bytes``; the path of a ``tokenizer.json``, of a folder that holds one or of a run of this project; or
+            ``hub:OWNER/NAME``, a model on the Hugging Face hub.
 
     Raises:
         UserError: If the file is missing, unreadable or not a tokenizer.
@@ -196,11 +197,15 @@ def load_tokenizer(name: str) -> ByteTokenizer | SubwordTokenizer:
     path = Path(name).expanduser() if hub is None else hub_file(hub, _FILE)
     if path.is_dir() and (path / _FILE).is_file():
         path = path / _FILE
+    elif (checkpoint := path / "checkpoints" / "last.ckpt").exists():
+        if (own := load_tokenizer_json(checkpoint)) is None:
+            raise UserError(f"tokenizer: the run {name} holds no tokenizer")
+        return tokenizer_from_json(own)
     if not path.is_file():
         siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
         raise UserError(
-            f"tokenizer: '{name}' is neither 'bytes' nor 'bpe:SIZE' nor the path of a tokenizer.json file or of a "
-            f"folder with one{nearest(path.name, [*siblings, 'bytes'])}"
+            f"tokenizer: '{name}' is neither 'bytes' nor 'bpe:SIZE' nor the path of a tokenizer.json file, of a "
+            f"folder with one or of a run{nearest(path.name, [*siblings, 'bytes'])}"
         )
     try:
         return SubwordTokenizer(path.read_text(encoding="utf-8"))

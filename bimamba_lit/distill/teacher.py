@@ -44,7 +44,7 @@ def load_teacher(
     if own is not None and tokenizer_json is not None and not _same_tokenizer(own, tokenizer_json):
         raise UserError(
             f"the teacher {path} was trained with another tokenizer than the data's, though both have "
-            f"{teacher.config.vocab_size} tokens: set data.init_args.tokenizer to the teacher's"
+            f"{teacher.config.vocab_size} tokens: set data.init_args.tokenizer to {path} to take the teacher's"
         )
     return teacher.eval().requires_grad_(False)
 

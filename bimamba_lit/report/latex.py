@@ -4,9 +4,9 @@ from pathlib import Path
 
 from bimamba_lit.files import replacing
 from bimamba_lit.report.side_by_side import Comparison, Row
-from bimamba_lit.report.table import NOTHING, columns_of, evaluation
+from bimamba_lit.report.table import COLUMNS, NOTHING, Column, columns_of, evaluation
 
-_SHOWN = ("run", "scheme", "bits/byte", "seeds", "gap", "gap fp", "ppl", "MiB", "bits/w")
+_SHOWN = ("run", "scheme", "bits/byte", "seeds", "gap", "gap fp", "MiB", "bits/w", "bits/bin")
 _SPECIAL = {
     "\\": r"\textbackslash{}",
     "{": r"\{",
@@ -25,9 +25,11 @@ def write_latex(comparison: Comparison, path: Path) -> None:
     Raises:
         UserError: If the file cannot be written.
     """
-    columns = [column for column in columns_of(comparison) if column.short in _SHOWN]
+    columns = [column for column in columns_of(comparison) if column.short in (*_SHOWN, *comparison.tests.values())]
     kinds = "".join("l" if column.short in ("run", "scheme") else "r" for column in columns)
-    best = min((row for row in comparison.rows if not row.is_teacher), key=_result, default=None)
+    students = [row for row in comparison.rows if not row.is_teacher]
+    binary = [row for row in students if row.binarized_params]
+    best = min(binary or students, key=_result, default=None)
 
     def cells(row: Row) -> str:
         texts = [_escaped(column.text(row)) for column in columns]
@@ -36,10 +38,15 @@ def write_latex(comparison: Comparison, path: Path) -> None:
             texts[place] = rf"\textbf{{{texts[place]}}}"
         return "  " + " & ".join(texts) + r" \\"
 
-    lines = [r"% \usepackage{booktabs}", r"\begin{table}", r"  \centering", rf"  \begin{{tabular}}{{{kinds}}}"]
-    lines += [r"  \toprule", "  " + " & ".join(_escaped(column.title) for column in columns) + r" \\", r"  \midrule"]
+    lines = [r"% \usepackage{booktabs}", r"\begin{table}", r"  \centering\small", rf"  \begin{{tabular}}{{{kinds}}}"]
+    lines += [
+        r"  \toprule",
+        "  " + " & ".join(_escaped(_heading(column)) for column in columns) + r" \\",
+        r"  \midrule",
+    ]
     lines += [cells(row) for row in comparison.rows]
-    caption = _escaped(evaluation(comparison).replace("**", ""))
+    tests = f" Other columns of bits/byte: {'; '.join(comparison.tests.values())}." if comparison.tests else ""
+    caption = _escaped(evaluation(comparison).replace("**", "") + tests)
     lines += [r"  \bottomrule", r"  \end{tabular}", rf"  \caption{{{caption}}}", r"\end{table}", ""]
     with replacing(path) as temporary:
         temporary.write_text("\n".join(lines), encoding="utf-8")
@@ -47,6 +54,11 @@ def write_latex(comparison: Comparison, path: Path) -> None:
 
 def _result(row: Row) -> float:
     return row.bits_per_byte
+
+
+def _heading(column: Column) -> str:
+    """Return the heading; of another text its name alone, without how much of it was read, which the caption tells."""
+    return column.title if column in COLUMNS else column.short.split(",")[0]
 
 
 def _escaped(text: str) -> str:

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from bimamba_lit import binarize
 from bimamba_lit.errors import UserError
 from bimamba_lit.export import export
 from bimamba_lit.files import replacing
@@ -81,7 +82,7 @@ A Mamba language model {kind}, made with bimamba-lit (Bi-Mamba: arXiv 2411.11843
 | | |
 |---|---|
 {table}
-
+{_needs(summary.scheme)}
 ```python
 from bimamba_lit import MambaLM
 
@@ -95,3 +96,11 @@ bimamba export --ckpt path/to/this/folder --format torchscript --out model.pt  #
 
 {files}
 """
+
+
+def _needs(scheme: str) -> str:
+    """Return what loading takes where a scheme is not this project's, and nothing where all are."""
+    names = [] if scheme == "fp" else scheme.split("+")
+    others = [name for name in names if not hasattr(binarize.ptb if "." in name else binarize, name.split(".")[-1])]
+    told = f"\nImport the module that defines {' and '.join(others)} first: with `--import MODULE` in the commands.\n"
+    return told if others else ""

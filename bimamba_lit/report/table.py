@@ -39,7 +39,7 @@ COLUMNS = (
     Column("Scheme", "scheme", lambda row: f"{row.scheme} (teacher)" if row.is_teacher else row.scheme),
     Column("Bits/byte", "bits/byte", lambda row: with_spread(row)),
     Column("Seeds", "seeds", lambda row: str(len(row.runs))),
-    Column("Gap to teacher", "gap", lambda row: NOTHING if row.gap is None else f"{row.gap:+.3f}"),
+    Column("Gap to teacher", "gap", lambda row: gap_text(row.gap, None)),
     Column("Gap to full precision", "gap fp", lambda row: gap_text(row.gap_to_full_precision, row.gap_spread)),
     Column("Perplexity", "ppl", lambda row: figure(row.perplexity)),
     Column("Agreement", "agree", lambda row: NOTHING if row.agreement is None else f"{row.agreement:.1%}"),
@@ -57,8 +57,9 @@ _LONGEST_NAME = 32
 
 def columns_of(comparison: Comparison) -> list[Column]:
     """Return the columns: those there always are, and gaps and other texts where these runs have them."""
-    has_gaps = any(row.gap_to_full_precision is not None for row in comparison.rows)
-    columns = [column for column in COLUMNS if has_gaps or column.short != "gap fp"]
+    gaps = {"gap": [row.gap for row in comparison.rows], "gap fp": [r.gap_to_full_precision for r in comparison.rows]}
+    none = [name for name, values in gaps.items() if all(value is None for value in values)]
+    columns = [column for column in COLUMNS if column.short not in none]
     tests = [Column(f"{name}, bits/byte", name, partial(_test, text)) for text, name in comparison.tests.items()]
     place = [column.short for column in columns].index("ppl")
     return [*columns[:place], *tests, *columns[place:]]
@@ -157,7 +158,7 @@ def with_spread(row: Row) -> str:
 
 def gap_text(gap: float | None, spread: float | None) -> str:
     """Return a gap in bits per byte, of several runs with its spread."""
-    return NOTHING if gap is None else f"{gap:+.3f}{_spread(spread)}"
+    return NOTHING if gap is None else f"{gap:+z.3f}{_spread(spread)}"
 
 
 def _test(text: str, row: Row) -> str:

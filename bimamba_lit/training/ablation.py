@@ -20,6 +20,7 @@ from bimamba_lit.errors import UserError, nearest
 from bimamba_lit.files import replacing
 from bimamba_lit.interruption import RESUMABLE, Interrupted
 from bimamba_lit.report import Comparison, compare, print_comparison
+from bimamba_lit.report.markdown import escaped
 from bimamba_lit.report.summary import FILE_NAME as SUMMARY
 from bimamba_lit.report.summary import read_summary
 from bimamba_lit.training.ablation_report import command, failed_section, settings_section
@@ -75,16 +76,24 @@ def ablate(
         tried = read_trials(tuning, settings, seeds, out)
         settings, drawn = tried.chosen(settings), tried.chosen(drawn)
     runs = plan(settings, seeds)
-    failed |= runner.run([run for run in runs if run.name not in failed])
+    if rest := [run for run in runs if run.name not in failed]:
+        failed |= runner.run(rest)
     finished = [out / run.name for run in runs if run.name not in failed]
     if not finished:
         raise UserError(f"no run of {grid} came to its end; the first failed so: {next(iter(failed.values()))}")
     made_with = command(shared, grid, seeds, out, tuning, jobs, curves)
+    teachers, apart = _teachers(finished)
+    no_row = [
+        f"the teacher {teacher} was measured on another text, context or stride than the runs" for teacher in apart
+    ]
     sections = [*(tried.section() if tried else []), *settings_section(made_with, settings, seeds, jobs)]
+    sections += [line for sentence in no_row for line in (f"Without a row: {escaped(sentence)}.", "")]
     folders = [out / run.name for run in plan(drawn, seeds)]
-    comparison = compare([*finished, *_teachers(finished)], out, [*sections, *failed_section(failed)], folders)
+    comparison = compare([*finished, *teachers], out, [*sections, *failed_section(failed)], folders)
     runner.console.rule(align="left")
     print_comparison(comparison, runner.console)
+    for sentence in no_row:
+        runner.console.print(f"without a row: {sentence}", highlight=False)
     for warning in tried.warnings() if tried else []:
         runner.console.print(f"at the edge: {warning}", highlight=False)
     for name, reason in failed.items():
@@ -93,9 +102,9 @@ def ablate(
 
 
 def _claim(out: Path, base: dict[str, Any]) -> None:
-    """Make ``out`` the folder of this recipe's ablation, or raise if it is another's."""
+    """Make ``out`` the folder of this recipe's ablation, or raise if runs of another's have begun there."""
     record = out / RECORD
-    if record.is_file():
+    if record.is_file() and any(out.glob("*/config.yaml")):
         if yaml.safe_load(record.read_text(encoding="utf-8")) != base:
             raise UserError(f"{out} holds an ablation of another recipe: choose another --out")
         return
@@ -103,18 +112,17 @@ def _claim(out: Path, base: dict[str, Any]) -> None:
         temporary.write_text(yaml.safe_dump(base, sort_keys=False), encoding="utf-8")
 
 
-def _teachers(runs: Sequence[Path]) -> list[Path]:
-    """Return the run folders of the runs' teachers, those that were evaluated as the runs were."""
-    found: dict[Path, None] = {}
+def _teachers(runs: Sequence[Path]) -> tuple[list[Path], list[Path]]:
+    """Return the run folders of the runs' teachers: those that were evaluated as the runs were, and the others."""
+    found: dict[Path, bool] = {}
     for run in runs:
         summary = read_summary(run)
         if summary.teacher is None or not (Path(summary.teacher) / SUMMARY).is_file():
             continue
         teacher = read_summary(summary.teacher)
         of_both = ((one.eval_data["sha256"], one.context, one.stride) for one in (summary, teacher))
-        if len(set(of_both)) == 1:
-            found[Path(summary.teacher)] = None
-    return list(found)
+        found[Path(summary.teacher)] = len(set(of_both)) == 1
+    return [path for path, alike in found.items() if alike], [path for path, alike in found.items() if not alike]
 
 
 class Runner:

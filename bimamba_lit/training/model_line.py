@@ -1,4 +1,4 @@
-"""One line about the model when a run begins."""
+"""One line about the model when a run begins, and one on a schedule that the run is too short for."""
 
 import lightning.pytorch as pl
 
@@ -19,3 +19,14 @@ class ModelLine(pl.Callback):
         scheme = scheme_name(pl_module.lm, trained=True)
         kind = "full precision" if scheme == "fp" else f"{binarized / total:.1%} binary ({scheme})"
         print(f"MambaLM: {total:,} parameters, {kind}, {true_bits(pl_module.lm) / _BITS_PER_MIB:.2f} MiB deployed")
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Say where the learning rate does not come to its highest, as in a short try of a recipe for long runs."""
+        if not (trainer.is_global_zero and trainer.optimizers and isinstance(pl_module, LanguageModule)):
+            return
+        settings = pl_module.optimizer_settings
+        if 0 < trainer.max_steps <= settings.warmup_steps:
+            print(
+                f"the run ends within its warm-up: after {trainer.max_steps} of {settings.warmup_steps} steps the "
+                f"learning rate has not come to {settings.lr:g}; lower model.optimizer.warmup_steps"
+            )

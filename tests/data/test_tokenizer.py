@@ -1,6 +1,8 @@
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from bimamba_lit.data.tokenizer import ByteTokenizer, SubwordTokenizer, load_tokenizer, tokenizer_from_json
 from bimamba_lit.errors import UserError
@@ -106,6 +108,17 @@ def test_a_file_that_is_no_tokenizer(tmp_path: Path, content: str, message: str)
         load_tokenizer(str(path))
     with pytest.raises(UserError, match=message):
         tokenizer_from_json(content)
+
+
+def test_a_run_gives_its_tokenizer(tiny: Any, bpe: Path, tmp_path: Path) -> None:
+    assert load_tokenizer(str(tiny.teacher)).to_json() == ByteTokenizer().to_json()
+    last = tmp_path / "checkpoints" / "last.ckpt"
+    last.parent.mkdir()
+    torch.save({"lm": {}, "state_dict": {}, "tokenizer": bpe.read_text()}, last)
+    assert load_tokenizer(str(tmp_path)).encode("text") == load_tokenizer(str(bpe)).encode("text")
+    torch.save({"lm": {}, "state_dict": {}, "tokenizer": None}, last)
+    with pytest.raises(UserError, match="holds no tokenizer"):
+        load_tokenizer(str(tmp_path))
 
 
 def test_a_missing_tokenizer_names_the_nearest(tmp_path: Path) -> None:

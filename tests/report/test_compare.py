@@ -9,7 +9,7 @@ from rich.console import Console
 
 from bimamba_lit.errors import UserError
 from bimamba_lit.report import TextResult, compare, print_comparison
-from bimamba_lit.report.table import count, duration, figure, shortened
+from bimamba_lit.report.table import count, duration, figure, gap_text, shortened
 
 Run = Callable[..., Path]
 MIB = 8 * 2**20
@@ -79,7 +79,7 @@ def test_the_table_fits_the_terminal(runs: list[Path], run: Run, tmp_path: Path,
 
 def test_one_run_makes_a_report(run: Run, tmp_path: Path) -> None:
     compare([run("one", agreement=None)], tmp_path)
-    assert "| one | FBI | 2.160 | 1 | – |" in (tmp_path / "report.md").read_text()
+    assert "| one | FBI | 2.160 | 1 | 13.4 |" in (tmp_path / "report.md").read_text()
 
 
 def test_the_report_needs_no_lightning_and_matplotlib_only_to_draw() -> None:
@@ -94,6 +94,7 @@ def test_the_report_needs_no_lightning_and_matplotlib_only_to_draw() -> None:
 def test_numbers_for_people() -> None:
     values = [0.0, 0.9, 5.4, 13.44, 152.5, 1204.4, 1.6e8, 1e-4, float("inf")]
     assert [figure(v) for v in values] == ["0.000", "0.900", "5.40", "13.4", "152.5", "1,204", "1.6e8", "1.0e-4", "inf"]
+    assert [gap_text(v, None) for v in (-4e-6, 4e-6, -0.0125, None)] == ["+0.000", "+0.000", "-0.013", "–"]
     assert [count(v) for v in (0, 950, 2_048_000, 102e6, 3.2e9)] == ["0", "950", "2.05M", "102M", "3.20B"]
     assert [duration(v) for v in (4, 119, 1300, 9000, 200_000)] == ["4 s", "119 s", "22 min", "2.5 h", "2.3 d"]
     assert [shortened("fbi-seed12", n) for n in (10, 7)] == ["fbi-seed12", "fbi…d12"]

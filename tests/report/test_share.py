@@ -2,6 +2,8 @@
 
 import json
 
+import pytest
+
 from bimamba_lit.report.share import model_card
 
 
@@ -52,3 +54,12 @@ def test_what_is_not_shared(tiny, bimamba, tmp_path):
         answer = bimamba("share", run, "--out", out)
         assert answer.code == 1 and sentence in answer.err, answer
     assert (tmp_path / "file").read_text() == "old"
+
+
+@pytest.mark.parametrize(
+    ("scheme", "foreign"), [("fp", ""), ("FBI", ""), ("ptb.ARBRC", ""), ("FBI+Mine", "Mine"), ("ptb.Mine", "ptb.Mine")]
+)
+def test_the_card_says_what_a_scheme_of_ones_own_needs(summary, tmp_path, scheme, foreign):
+    card = model_card(summary(scheme=scheme), tmp_path)
+    assert ("--import MODULE" in card) == bool(foreign)
+    assert not foreign or f"defines {foreign} first" in card

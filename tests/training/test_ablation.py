@@ -100,6 +100,7 @@ def test_a_grid_runs_to_one_report_and_is_not_run_again(tiny, bimamba, tmp_path,
     config = yaml.safe_load((out / "binarizer-FBI-seed3" / "config.yaml").read_text())
     assert config["data"]["init_args"]["seed"] == 3 and config["trainer"]["max_steps"] == 2
     assert "failed: binarizer-Sing-seed3" in answer.out and "did you mean" in answer.out
+    assert "teacher |" in report and "without a row" not in answer.out
 
     ran = []
     monkeypatch.setattr(ablation.Runner, "_one", lambda self, run: ran.append(run.name) or "not run")
@@ -110,6 +111,9 @@ def test_a_grid_runs_to_one_report_and_is_not_run_again(tiny, bimamba, tmp_path,
     args[2] = tiny.teacher_recipe
     answer = bimamba(*args)
     assert answer.code == 1 and "holds an ablation of another recipe" in answer.err
+    (out / "binarizer-FBI-seed3" / "config.yaml").unlink()
+    answer = bimamba(*args)  # no run has begun, as after a misspelt setting: the folder is free
+    assert "another recipe" not in answer.err
 
 
 def test_when_nothing_comes_to_its_end_it_is_an_error(tiny, bimamba, tmp_path, monkeypatch):

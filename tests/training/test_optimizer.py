@@ -1,4 +1,5 @@
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,6 +9,8 @@ from bimamba_lit import MambaConfig, MambaLM
 from bimamba_lit.binarize import FBI, binarize_
 from bimamba_lit.errors import UserError
 from bimamba_lit.training import AdamW
+from bimamba_lit.training.language import LanguageModule
+from bimamba_lit.training.model_line import ModelLine
 
 SETTINGS = AdamW(lr=1.0, min_lr=0.1, warmup_steps=4, total_steps=24, weight_decay=0.3)
 
@@ -135,3 +138,10 @@ def test_a_step_moves_the_latent_weights():
     lm(torch.arange(10)[None]).logits.logsumexp(-1).mean().backward()
     optimizer.step()
     assert not torch.equal(before, lm.backbone.layers[0].mixer.in_proj.latent)
+
+
+@pytest.mark.parametrize("steps", [3, 4, 5, -1])
+def test_a_run_that_ends_within_its_warm_up_says_so(capsys, steps):
+    trainer = SimpleNamespace(is_global_zero=True, optimizers=[object()], max_steps=steps)
+    ModelLine().on_train_start(trainer, LanguageModule(SETTINGS))
+    assert ("ends within its warm-up" in capsys.readouterr().out) == (steps in (3, 4))
