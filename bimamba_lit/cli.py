@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if args and args[0] in _RESUMABLE:
             _run_resumable(args)
         else:
-            _dispatch(args)
+            _run(args)
     except KeyboardInterrupt:
         sys.exit("bimamba: interrupted")
     except Exception as error:
@@ -49,6 +49,15 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 _RESUMABLE = ("fit", "ablate", TEACHER_LOGITS)
+
+
+def _run(args: list[str]) -> None:
+    try:
+        _dispatch(args)
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever reads, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
 
 
 def _run_resumable(args: list[str]) -> None:

@@ -123,3 +123,10 @@ def test_a_run_that_is_killed_goes_on(tiny, bimamba, tmp_path, kind):
     assert answer.code == 0, answer.err
     with (folder / "metrics.csv").open() as file:
         assert [int(row["step"]) for row in csv.DictReader(file)] == list(range(step + 3))
+
+
+def test_a_reader_that_has_seen_enough_is_no_error():
+    command = [sys.executable, "-m", "bimamba_lit", "recipes"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT) as running:
+        running.stdout.close()
+        assert running.stderr.read() == "" and running.wait(timeout=60) == 1
