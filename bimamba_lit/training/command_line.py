@@ -287,7 +287,9 @@ class CommandLine(LightningCLI):
 
     def _refuse_not_taken_up(self, error: BaseException) -> None:
         """Raise a sentence on the checkpoint if the error arose before the first batch after it."""
-        if isinstance(error, _DAMAGED) and not isinstance(error, UserError) and self._not_taken_up():
+        resumed = self.run_folder.checkpoint is not None
+        too_large = resumed and isinstance(error, OverflowError)  # an optimizer's setting is first used in its step
+        if too_large or (isinstance(error, _DAMAGED) and not isinstance(error, UserError) and self._not_taken_up()):
             raise UserError(
                 f"{self.run_folder.checkpoint} cannot be taken up by this run: it is damaged, or of another recipe or "
                 f"version ({_first_line(error)})"

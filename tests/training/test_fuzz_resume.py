@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
 
 # A failure is told by its seed; a smaller seed would be no simpler.
@@ -98,11 +98,12 @@ def goes_on_or_tells(checkpoint, bimamba, seed):
     assert answer.code in (0, 1)
     if answer.code:
         said = [line for line in answer.err.splitlines() if line.startswith("bimamba: ")]
-        assert len(said) == 1 and "run again with --debug" not in said[0] and len(said[0]) < 2100, said
+        assert len(said) == 1 and "run again with --debug" not in said[0] and len(said[0]) < 2100, (seed, said)
         assert "Traceback" not in answer.err
 
 
 @settings(**QUIET, max_examples=8, derandomize=True)
+@example(seed=109370)  # a beta of AdamW that is 2**70
 @given(seed=SEEDS)
 def test_training_goes_on_or_one_sentence(checkpoint, bimamba, seed):
     goes_on_or_tells(checkpoint, bimamba, seed)
