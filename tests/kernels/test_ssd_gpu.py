@@ -43,7 +43,7 @@ def run(inputs, backend, **options):
     return dict(zip(("y", "states", *inputs), (*outputs, *gradients), strict=True))
 
 
-def compare(inputs, **options):
+def assert_as_naive(inputs, **options):
     found = run(inputs, "auto", **options)
     right = run({name: t.detach().double().requires_grad_() for name, t in inputs.items()}, "naive", **options)
     for name, b in right.items():
@@ -54,18 +54,18 @@ def compare(inputs, **options):
 @pytest.mark.parametrize("length", [1, 100, 257, 2000])
 @pytest.mark.parametrize("dtype", BOUNDS, ids=str)
 def test_triton_is_the_definition(dtype, length):
-    compare(make(length, dtype))
+    assert_as_naive(make(length, dtype))
 
 
 @pytest.mark.parametrize("dtype", BOUNDS, ids=str)
 def test_gates_documents_groups_and_odd_widths(dtype):
     inputs = make(300, dtype, heads=9, width=40, groups=3, size=24, gated=True)
     seq_idx = (torch.arange(300, device="cuda") // 70).int().expand(2, -1)
-    compare(inputs, seq_idx=seq_idx)
+    assert_as_naive(inputs, seq_idx=seq_idx)
 
 
 def test_the_widest_heads_and_states():
-    compare(make(200, torch.bfloat16, heads=16, width=128, size=256))
+    assert_as_naive(make(200, torch.bfloat16, heads=16, width=128, size=256))
 
 
 def test_repeated_runs_are_equal():

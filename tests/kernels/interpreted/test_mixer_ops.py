@@ -88,7 +88,7 @@ def outputs_and_gradients(op, inputs, options, backend):
     return dict(zip(["y", "states", *inputs], [*outputs, *gradients][-len(inputs) - len(outputs) :], strict=False))
 
 
-def hold_to_naive(op, inputs, options, dtype=torch.float64):
+def assert_as_naive(op, inputs, options, dtype=torch.float64):
     """Compare with the definition in float64 of the same rounded inputs."""
     inputs = {name: t.to(dtype) for name, t in inputs.items()}
     found = outputs_and_gradients(op, inputs, options, "triton")
@@ -103,13 +103,13 @@ def hold_to_naive(op, inputs, options, dtype=torch.float64):
 
 @pytest.mark.parametrize("case", CASES)
 def test_it_is_naive(case):
-    hold_to_naive(*CASES[case])
+    assert_as_naive(*CASES[case])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("case", ["scan of groups", "conv of two taps", "norm of groups"])
 def test_precision(case, dtype):
-    hold_to_naive(*CASES[case], dtype)
+    assert_as_naive(*CASES[case], dtype)
 
 
 def test_a_norm_to_half_precision():
@@ -125,7 +125,7 @@ def test_a_norm_to_half_precision():
 @pytest.mark.parametrize("case", ["scan of groups", "conv of many spans", "conv of one token"])
 def test_documents(case):
     op, inputs, options = CASES[case]
-    hold_to_naive(op, inputs, {**options, "seq_idx": documents(inputs)})
+    assert_as_naive(op, inputs, {**options, "seq_idx": documents(inputs)})
 
 
 def test_documents_and_spans(monkeypatch):
@@ -134,8 +134,8 @@ def test_documents_and_spans(monkeypatch):
 
     op, inputs, options = CASES["scan of groups"]
     monkeypatch.setattr(form, "SPAN", 4)
-    hold_to_naive(op, inputs, options)
-    hold_to_naive(op, inputs, {**options, "seq_idx": documents(inputs)})
+    assert_as_naive(op, inputs, options)
+    assert_as_naive(op, inputs, {**options, "seq_idx": documents(inputs)})
 
 
 @pytest.mark.parametrize("case", ["scan of groups", "conv of two taps", "norm of groups"])
@@ -143,7 +143,7 @@ def test_only_what_is_given_counts(case):
     op, inputs, options = CASES[case]
     needed = {name: inputs[name] for name in ("u", "delta", "A", "B", "C", "x", "weight") if name in inputs}
     options = {name: value for name, value in options.items() if name == "groups"}
-    hold_to_naive(op, needed, options)
+    assert_as_naive(op, needed, options)
 
 
 @pytest.mark.parametrize("case", ["scan of groups", "conv of two taps", "norm of groups"])

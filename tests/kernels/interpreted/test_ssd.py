@@ -50,7 +50,7 @@ def exact(inputs):
     return {name: t.detach().float().requires_grad_() for name, t in inputs.items()}
 
 
-def compare(inputs, bound=None, **options):
+def assert_as_naive(inputs, bound=None, **options):
     bound = bound or BOUNDS[inputs["x"].dtype]
     found, right = run(inputs, "triton", **options), run(exact(inputs), "naive", **options)
     wrong = {}
@@ -64,38 +64,38 @@ def compare(inputs, bound=None, **options):
 
 @pytest.mark.parametrize("length", [1, 63, 100, 257])
 def test_triton_is_naive(length):
-    compare(make(length, batch=1 if length > 100 else 2))
+    assert_as_naive(make(length, batch=1 if length > 100 else 2))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("length", [1, 70])
 def test_half_precision(length, dtype):
     inputs = make(length, heads=8, dtype=dtype)
-    compare({name: t for name, t in inputs.items() if name != "z"})
+    assert_as_naive({name: t for name, t in inputs.items() if name != "z"})
     y, states = ops.ssd(**inputs, return_final_states=True, backend="triton")
     assert (y.dtype, states.dtype) == (dtype, torch.float32)
 
 
 @pytest.mark.parametrize(("heads", "groups", "width", "size"), [(5, 1, 5, 24), (6, 3, 33, 3)])
 def test_odd_widths_and_groups(heads, groups, width, size):
-    compare(make(40, heads, width, groups, size))
+    assert_as_naive(make(40, heads, width, groups, size))
 
 
 @pytest.mark.parametrize("borders", [(32, 64), (15, 17, 31, 33, 63), (1, 2, 3, 50, 69)])
 def test_documents(borders):
-    compare(make(70), seq_idx=documents_at(70, *borders))
+    assert_as_naive(make(70), seq_idx=documents_at(70, *borders))
 
 
 def test_documents_where_the_state_stays_in_registers():
     inputs = make(150, dtype=torch.float16)
-    compare({name: t for name, t in inputs.items() if name != "z"}, seq_idx=documents_at(150, 15, 64, 130))
+    assert_as_naive({name: t for name, t in inputs.items() if name != "z"}, seq_idx=documents_at(150, 15, 64, 130))
 
 
 def test_only_what_is_given_counts():
     inputs = make(40)
     needed = {name: inputs[name] for name in ("x", "dt", "A", "B", "C")}
-    compare(needed)
-    compare(needed | {"D": inputs["D"][:, 0].detach().requires_grad_()}, dt_limit=(0.3, 0.9))
+    assert_as_naive(needed)
+    assert_as_naive(needed | {"D": inputs["D"][:, 0].detach().requires_grad_()}, dt_limit=(0.3, 0.9))
     y = ops.ssd(**needed, dt_softplus=True, backend="triton")
     gradients = torch.autograd.grad(y.sum(), list(needed.values()))
     right = torch.autograd.grad(ops.ssd(**needed, dt_softplus=True, backend="naive").sum(), list(needed.values()))
@@ -124,7 +124,7 @@ def test_views_are_read_as_they_are():
         base[..., 1::2] = t.detach()
         views[name] = base[..., 1::2].requires_grad_()
     views["x"] = inputs["x"].detach().transpose(1, 3).contiguous().transpose(1, 3).requires_grad_()
-    compare(views)
+    assert_as_naive(views)
 
 
 def test_steps_of_zero_and_huge_ones():
@@ -133,7 +133,7 @@ def test_steps_of_zero_and_huge_ones():
         inputs["dt"][:, ::3] = -1e4
         inputs["dt"][:, ::13] = 1e4
         inputs["x"][:, ::13] *= 1e-4
-    compare(inputs, bound=1e-3)
+    assert_as_naive(inputs, bound=1e-3)
 
 
 def test_nan_is_not_hidden():
