@@ -24,6 +24,7 @@ from bimamba_lit.errors import UserError
 from bimamba_lit.kernels.signs.naive import unpack_signs
 
 _WORD = 32
+_ROUNDING = 1e-9  # 0.29 of 100 words are 29, though the product is below
 
 
 class DoubledInputs(Wrapper):
@@ -37,8 +38,8 @@ class DoubledInputs(Wrapper):
     Args:
         whole: The layer whose weights ``(O, I)`` and bias ``(O,)`` are taken over.
         scheme: Makes a :class:`BinaryLinear` of an ``nn.Linear``.
-        share: How many of the inputs get a second sign, above 0 up to 1; rounded to whole words, at least one, and to
-            whole groups of a scheme that has some.
+        share: How many of the inputs get a second sign, above 0 up to 1; rounded down to whole words, but one at least,
+            and to whole groups of a scheme that has some.
 
     Raises:
         UserError: If ``share`` is out of range, the inputs do not fill words and groups, or the scheme is of more than
@@ -162,4 +163,4 @@ def _number(layer: BinaryLinear, share: float) -> int:
             f"double_inputs: second signs go to {unit} inputs at a time, whole words and groups, so a layer must have "
             f"a multiple of {unit} inputs, and {inputs} is none"
         )
-    return max(round(share * inputs / unit), 1) * unit
+    return max(int(share * inputs / unit + _ROUNDING), 1) * unit

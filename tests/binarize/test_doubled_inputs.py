@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import nn
 
-from bimamba_lit import MambaLM
+from bimamba_lit import MambaConfig, MambaLM
 from bimamba_lit.binarize import (
     FBI,
     DoubledInputs,
@@ -74,7 +74,7 @@ def grouped(plain: nn.Linear) -> GroupScale:
 @pytest.mark.parametrize("scheme", [*SCHEMES, grouped], ids=lambda scheme: scheme.__name__)
 def test_weight_and_gradients_are_those_of_two_planes(scheme):
     plain = linear()
-    layer = DoubledInputs(plain, scheme, 0.3)
+    layer = DoubledInputs(plain, scheme, 0.4)
     k = 96 if scheme is grouped else 64
     residual = plain.weight.detach() - scheme(linear()).weight.detach()
     squares = residual.square().sum(0).tolist()
@@ -111,15 +111,15 @@ def test_the_worst_words_count_and_not_the_worst_inputs():
         plain.weight.sign_()  # which leaves no residual, but
         plain.weight[:, 5] *= 4  # one large one
         plain.weight[:, 64:] *= 1.8  # and many small ones, more in all
-    assert DoubledInputs(plain, Sign, 0.3).doubled.tolist() == list(range(64, 96))
+    assert DoubledInputs(plain, Sign, 0.4).doubled.tolist() == list(range(64, 96))
     with torch.no_grad():
         plain.weight[:, 5] *= 2
-    assert DoubledInputs(plain, Sign, 0.3).doubled.tolist() == list(range(32))
-    assert DoubledInputs(plain, Sign, 0.6).doubled.tolist() == [*range(32), *range(64, 96)]
+    assert DoubledInputs(plain, Sign, 0.4).doubled.tolist() == list(range(32))
+    assert DoubledInputs(plain, Sign, 0.7).doubled.tolist() == [*range(32), *range(64, 96)]
 
 
 def test_under_autocast_one_product_has_the_weight_of_both_planes():
-    layer, x = DoubledInputs(linear(), TwoSided, 0.3), torch.randn(3, 192)
+    layer, x = DoubledInputs(linear(), TwoSided, 0.4), torch.randn(3, 192)
     with torch.autocast("cpu", torch.bfloat16):
         y = layer(x)
     assert y.dtype == torch.bfloat16
@@ -140,11 +140,12 @@ def test_a_second_sign_brings_the_weight_nearer():
         (32, 0.001, FBI, 32),
         (192, 0.001, FBI, 32),
         (192, 1, FBI, 192),
-        (512, 0.6, FBI, 320),
-        (1536, 0.6, FBI, 928),
+        (512, 0.6, FBI, 288),
+        (1536, 0.6, FBI, 896),
+        (3200, 0.29, FBI, 928),
         (256, 0.15, FBI, 32),
         (256, 0.15, GroupScale, 128),
-        (256, 0.9, GroupScale, 256),
+        (256, 0.9, GroupScale, 128),
         (192, 0.3, grouped, 96),
         (256, 0.15, lambda plain: GroupScale(plain, None), 32),
     ],
@@ -152,6 +153,18 @@ def test_a_second_sign_brings_the_weight_nearer():
 def test_signs_fill_words_and_groups(inputs, share, scheme, k):
     layer = DoubledInputs(linear(inputs), scheme, share)
     assert len(layer.doubled) == k == layer.binary.in_features - inputs
+
+
+@pytest.mark.parametrize(
+    ("mixer", "share"), [("mamba2", 0.6), ("mamba", 0.45)], ids=["the best recipe", "the best recipe on Mamba-1"]
+)
+def test_it_takes_at_most_a_bit_and_a_quarter_a_weight(mixer, share):
+    config = MambaConfig(vocab_size=257, d_model=256, n_layer=1, mixer=mixer)
+    lm = binarize_(MambaLM(config), FBI, double_inputs={"out_proj": share})
+    layers = [layer for _, layer in quantized_layers(lm)]
+    bits = sum(sum(layer.storage().values()) for layer in layers)
+    weights = sum(layer.weight.numel() for layer in layers)
+    assert 1.2 < bits / weights <= 1.25
 
 
 @pytest.mark.parametrize("inputs", [96, 256, 288])
@@ -183,7 +196,7 @@ def test_what_is_saved_of_the_choice_is_a_bit_a_word(inputs):
 
 
 def test_another_number_of_chosen_inputs_than_the_layer_has_is_refused():
-    model = nn.Sequential(DoubledInputs(linear(), FBI, 0.3))
+    model = nn.Sequential(DoubledInputs(linear(), FBI, 0.4))
     state, before = model.state_dict(), model[0].doubled.clone()
     for number, byte in ((0, 0), (192, 255)):
         wrong = state | {"0.bitmap": torch.full((1,), byte, dtype=torch.uint8)}
