@@ -2,12 +2,11 @@
 
 One sign a weight fits some columns far worse than others, and bits are best spent there: BiLLM (arXiv 2402.04291,
 section 3.1) binarizes what the first signs leave of its salient columns once more, after training. Here both planes are
-one layer of the scheme, over all inputs and over the chosen ones again, and train together. Inputs are chosen by whole
-words: 32 of them that follow one another, whose signs a kernel reads at once.
+one layer of the scheme, over all inputs and over the chosen ones again, and train together.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from math import lcm
+from math import ceil, lcm
 from typing import Any
 
 import torch
@@ -23,32 +22,30 @@ from bimamba_lit.binarize.wrapper import Wrapper, linear_of
 from bimamba_lit.errors import UserError
 from bimamba_lit.kernels.signs.naive import unpack_signs
 
-_WORD = 32
-_ROUNDING = 1e-9  # 0.29 of 100 words are 29, though the product is below
+_BYTE = 8
 
 
 class DoubledInputs(Wrapper):
     """A binary layer whose weight is one sign for most inputs and the sum of two for the others.
 
-    The inputs with two signs are chosen once, a word at a time, inputs 32 j to 32 j + 31: the words whose columns a
-    layer of the scheme leaves the largest squared residual. Their second latent weights start at that residual, so a
-    layer that is not binary yet by ``rows`` or ``mix`` (:class:`~bimamba_lit.binarize.Unfinished`) multiplies them by
-    latent weight and residual added.
+    The inputs with two signs are chosen once: those whose columns a layer of the scheme leaves the largest squared
+    residual. Their second latent weights start at that residual, so a layer that is not binary yet by ``rows`` or
+    ``mix`` (:class:`~bimamba_lit.binarize.Unfinished`) multiplies them by latent weight and residual added.
 
     Args:
         whole: The layer whose weights ``(O, I)`` and bias ``(O,)`` are taken over.
         scheme: Makes a :class:`BinaryLinear` of an ``nn.Linear``.
-        share: How many of the inputs get a second sign, above 0 up to 1; rounded down to whole words, but one at least,
-            and to whole groups of a scheme that has some.
+        share: How many of the inputs get a second sign, above 0 up to 1; rounded so that signs fill whole bytes and
+            whole groups of a scheme that has some.
 
     Raises:
-        UserError: If ``share`` is out of range, the inputs do not fill words and groups, or the scheme is of more than
-            one sign a weight.
+        UserError: If ``share`` is out of range, no number of inputs fills bytes and groups, or the scheme is of more
+            than one sign a weight.
 
     Attributes:
         binary: The layer of the scheme over ``I + k`` inputs; packed, after :func:`bimamba_lit.binarize.pack_`.
-        bitmap: ``(ceil(I / 32 / 8),)`` uint8 buffer, what is saved of the choice: bit j % 8 of byte j // 8 is 1 if the
-            inputs of word j have two signs.
+        bitmap: ``(ceil(I / 8),)`` uint8 buffer, what is saved of the choice: bit i % 8 of byte i // 8 is 1 if input i
+            has two signs.
         doubled: ``(k,)`` int64, these inputs, rising; see :meth:`read_bitmap_`.
         weight: ``(O, I)``, what the layer multiplies by.
     """
@@ -66,11 +63,10 @@ class DoubledInputs(Wrapper):
         first = _binary(scheme, linear_of(weight))
         with torch.no_grad():
             residual = weight - first.weight
-        k = _number(first, share)
-        squared = residual.square().sum(0).unflatten(0, (-1, _WORD)).sum(1)
-        chosen = torch.zeros_like(squared).index_fill(0, squared.topk(k // _WORD).indices, 1)
+        worst = residual.square().sum(0).topk(_number(first, share)).indices
+        chosen = torch.zeros_like(weight[0]).index_fill(0, worst, 1)
         self.register_buffer("bitmap", ops.pack_signs(chosen[None])[0])
-        self.register_buffer("doubled", chosen_inputs(self.bitmap, self.in_features, k), persistent=False)
+        self.register_buffer("doubled", worst.sort().values, persistent=False)
         wide = torch.cat([weight, residual.index_select(1, self.doubled)], 1)
         self.binary = _binary(scheme, linear_of(wide, whole.bias))
 
@@ -93,8 +89,8 @@ class DoubledInputs(Wrapper):
         Raises:
             UserError: If it does not choose as many inputs as there are second signs.
         """
-        signs = unpack_signs(self.bitmap, self.in_features // _WORD)
-        k, number = self.binary.in_features - self.in_features, 0 if signs.is_meta else _WORD * int((signs > 0).sum())
+        signs = unpack_signs(self.bitmap, self.in_features)
+        k, number = self.binary.in_features - self.in_features, 0 if signs.is_meta else int((signs > 0).sum())
         if not signs.is_meta and number != k:
             raise UserError(f"{name or 'the bitmap'} chooses {number} inputs, and the layer has second signs for {k}")
         self.doubled = chosen_inputs(self.bitmap, self.in_features, k)
@@ -111,8 +107,8 @@ class DoubledInputs(Wrapper):
         return self.binary(with_doubled(x, self.doubled))
 
     def storage(self) -> dict[str, int]:
-        """Return the bits this layer needs once deployed, by part: ``doubled`` is one bit a word, in whole bytes."""
-        return {**self.binary.storage(), "doubled": 8 * self.bitmap.numel()}
+        """Return the bits this layer needs once deployed, by part: ``doubled`` is one bit an input, in whole bytes."""
+        return {**self.binary.storage(), "doubled": _BYTE * ceil(self.in_features / _BYTE)}
 
     def kind(self) -> dict[str, Any]:
         """Return what describes a layer of this kind in a file: that of its signs, and ``doubled_inputs``."""
@@ -129,9 +125,8 @@ def with_doubled(x: Tensor, doubled: Tensor) -> Tensor:
 
 
 def chosen_inputs(bitmap: Tensor, inputs: int, k: int) -> Tensor:
-    """Return the ``k`` inputs, rising, whose words' bits are 1 in the bitmap of a layer of ``inputs``: int64."""
-    words = unpack_signs(bitmap, inputs // 32, torch.int8).sort(stable=True, descending=True).indices[: k // 32]
-    return (32 * words[:, None] + torch.arange(32, device=bitmap.device)).flatten()
+    """Return the ``k`` inputs, rising, whose bits are 1 in a bitmap of ``inputs``: int64."""
+    return unpack_signs(bitmap, inputs, torch.int8).sort(stable=True, descending=True).indices[:k]
 
 
 def inputs_to_double(layers: Sequence[str], double_inputs: Mapping[str, float]) -> dict[str, float]:
@@ -157,10 +152,12 @@ def _binary(scheme: Callable[[nn.Linear], LatentLinear | PTBLinear], linear: nn.
 
 
 def _number(layer: BinaryLinear, share: float) -> int:
-    inputs, unit = layer.in_features, lcm(_WORD, layer.options().get("group_size") or 1)
-    if inputs % unit:
+    inputs = layer.in_features
+    unit = lcm(_BYTE, layer.options().get("group_size") or 1)
+    fewest, most = inputs // unit + 1, 2 * inputs // unit
+    if fewest > most:
         raise UserError(
-            f"double_inputs: second signs go to {unit} inputs at a time, whole words and groups, so a layer must have "
-            f"a multiple of {unit} inputs, and {inputs} is none"
+            f"double_inputs: no part of {inputs} inputs beside them makes a multiple of {unit}, which whole bytes and "
+            "groups take"
         )
-    return max(int(share * inputs / unit + _ROUNDING), 1) * unit
+    return min(max(round(inputs * (1 + share) / unit), fewest), most) * unit - inputs

@@ -17,7 +17,7 @@ from bimamba_lit.errors import UserError
 from bimamba_lit.kernels.binary_weight import naive
 
 Way = Literal["rows", "mix", "tanh"]
-STEEPEST = 30.0
+STEEPEST = 100.0
 _LEAST = 1e-5
 
 
@@ -29,7 +29,7 @@ class Unfinished:
         way: ``rows``: the first ``share`` of the rows are binary, the others latent (incremental network quantization,
             arXiv 1702.03044, has it by magnitude). ``mix``: ``(1 - share) latent + share binary``. ``tanh``: in place
             of the sign ``tanh(k v / s)``, v what the sign is taken of, s its row's mean abs(v), and
-            k = 30 ** ``share`` (continuation, as HashNet, arXiv 1702.00758, has it).
+            k = 100 ** ``share`` (continuation, as HashNet, arXiv 1702.00758, has it).
         share: 0 (not begun) to 1.
 
     Raises:

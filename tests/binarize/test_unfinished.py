@@ -51,7 +51,7 @@ def test_the_temperature_goes_from_tanh_to_the_sign():
     layer = layer_of(way="tanh", share=0.5)
     latent, scale, shift = (t.detach() for t in (layer.latent, layer.in_scale, layer.in_shift))
     unit = latent.abs().mean(1, keepdim=True)
-    torch.testing.assert_close(layer.weight.detach(), scale * torch.tanh(30**0.5 * latent / unit) + shift)
+    torch.testing.assert_close(layer.weight.detach(), scale * torch.tanh(10 * latent / unit) + shift)
     layer.unfinished = Unfinished("tanh", 0.0)
     torch.testing.assert_close(layer.weight.detach(), scale * torch.tanh(latent / unit) + shift)
     binary = layer_of().weight.detach()
