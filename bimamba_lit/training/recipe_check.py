@@ -63,9 +63,17 @@ def _check_value(path: str, value: Any, kind: Any) -> None:
     if bases and (isinstance(value, Mapping) or (isinstance(value, str) and not _fits(value, simple))):
         _check_class(path, value, bases, given=max(map(_given, kinds)))
     elif not bases and not _fits(value, kinds):
-        raise UserError(f"{path}: {shown} is not right, it must be {_told(kinds)}")
+        raise UserError(f"{path}: {shown} is not right, it must be {_told(kinds)}{_without_space(value)}")
     elif bases and not isinstance(value, str | Mapping) and not _fits(value, simple):
         raise UserError(f"{path}: {shown} is not right, it must be {_told(kinds)}")
+
+
+def _without_space(value: Any) -> str:
+    """Return what to do about a mapping that YAML read as keys without values, as it does with {in_proj:0.5}."""
+    keys = (
+        [key for key, item in value.items() if item is None and ":" in str(key)] if isinstance(value, Mapping) else []
+    )
+    return f"; YAML wants a space after the colon of {keys[0]}" if keys else ""
 
 
 def _check_class(path: str, value: Any, bases: tuple[type, ...], given: int = 0) -> None:

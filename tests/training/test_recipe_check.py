@@ -15,7 +15,13 @@ class Text:
 
 
 class Reader:
-    def __init__(self, train: str | Text | list[str | Text], more: list[Text] | None = None, size: int = 3) -> None: ...
+    def __init__(
+        self,
+        train: str | Text | list[str | Text],
+        more: list[Text] | None = None,
+        size: int = 3,
+        shares: dict[str, float] | None = None,
+    ) -> None: ...
 
 
 GROUPS = {"data": type[Reader]}
@@ -52,6 +58,10 @@ def test_what_fits_passes(train):
         ({"train": "a", "more": [{"pth": "b"}]}, r"more\[0\] has no key 'pth'; did you mean 'path'\?"),
         ({"train": "a", "more": "b"}, "more"),
         ({"train": "a", "size": None}, "size: null is not right, it must be a whole number"),
+        (
+            {"train": "a", "shares": {"a": 1, "b:0.5": None}},
+            "shares: .* a dict.*; YAML wants a space after the colon of b:0.5",
+        ),
         ({"trian": "a"}, r"data.init_args has no key 'trian'; did you mean 'train'\?"),
     ],
 )
