@@ -196,3 +196,18 @@ def test_a_table_on_a_gpu(bimamba, tmp_path):
     rows = list(csv.DictReader(io.StringIO((tmp_path / "gpu.csv").read_text())))
     ours = [row for row in rows if row["by"] == "bimamba-lit"]
     assert ours and all(float(row["ms"]) > 0 and float(row["error"]) < 0.01 and not row["note"] for row in ours)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_call_that_cannot_be_captured_spoils_no_other():
+    def inputs():
+        return {"x": torch.rand(8, device="cuda")}
+
+    calls = {"waits": lambda given: given["x"] * given["x"].sum().item(), "fails": lambda given: 1 // 0}
+    case = Case("op", "name", "shape", inputs, {**calls, "plain": lambda given: given["x"] * 2})
+    for _ in range(2):
+        waits, fails, plain = timing.measure(case, H200)
+        assert waits.ms > 0 and not waits.graph and not waits.note
+        assert fails.ms is None and "ZeroDivisionError" in fails.note
+        assert plain.ms > 0 and plain.graph and torch.rand(8, device="cuda").unique().numel() > 1

@@ -1,9 +1,14 @@
-"""Timing on a GPU: CUDA graphs, a cold L2 cache, the first call apart."""
+"""Timing on a GPU: CUDA graphs, a cold L2 cache, the first call apart, and turns.
+
+The calls of a case are timed in turns, replay by replay: a GPU at its power limit changes its clock by a tenth within
+tenths of a second, and whoever is timed first, while it is cool, would look faster than it is.
+"""
 
 import gc
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -22,10 +27,10 @@ def machine() -> Machine:
     """Measure the GPU at hand."""
     source = torch.empty(2**30, dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
-    copied = _median_ms(partial(target.copy_, source))
+    (copied,) = _in_turns([partial(target.copy_, source)])
     del source, target
     a, b = (torch.randn(8192, 8192, dtype=torch.bfloat16, device="cuda") for _ in range(2))
-    multiplied = _median_ms(lambda: a @ b)
+    (multiplied,) = _in_turns([lambda: a @ b])
     return Machine(torch.cuda.get_device_name(), 2 * 2**30 / copied * 1e3, 2 * 8192**3 / multiplied * 1e3)
 
 
@@ -38,14 +43,19 @@ def measure(case: Case, at: Machine) -> list[Row]:
         count = min(MAX_SETS, int(COLD_BYTES // max(_bytes(first), 1)) + 1)
         sets += [case.inputs() for _ in range(count - 1)]
     right = None if case.right is None else [t.detach() for t in tensors(case.right(first))]
-    rows = []
-    for by, call in case.calls.items():
+    rows, runs = [], {}
+    for index, (by, call) in enumerate(case.calls.items()):
         try:
-            rows.append(_row(case, by, call, sets, right, floor))
+            row, runs[index] = _row(case, by, call, sets, right, floor)
         except Exception as error:  # a peer's failure, or memory, must not end the run
             note = " ".join(f"{type(error).__name__}: {error}".split())[:120]
-            rows.append(Row(case.op, case.name, case.shape, by, floor_ms=floor, note=note))
+            row = Row(case.op, case.name, case.shape, by, floor_ms=floor, note=note)
+        rows.append(row)
         release()
+    for index, ms in zip(runs, _in_turns(list(runs.values())), strict=True):
+        rows[index] = replace(rows[index], ms=ms / len(sets))
+    runs.clear()
+    release()
     return rows
 
 
@@ -61,7 +71,10 @@ def release() -> None:
     torch.cuda.empty_cache()
 
 
-def _row(case: Case, by: str, call: Call, sets: list[Inputs], right: list[Tensor] | None, floor: float | None) -> Row:
+def _row(
+    case: Case, by: str, call: Call, sets: list[Inputs], right: list[Tensor] | None, floor: float | None
+) -> tuple[Row, Callable[[], Any]]:
+    """Return a row without its time, and what makes one call of every set when run."""
     fresh = _fresh(case)
     torch.cuda.synchronize()
     start = time.perf_counter()
@@ -76,12 +89,12 @@ def _row(case: Case, by: str, call: Call, sets: list[Inputs], right: list[Tensor
     call(sets[0])
     torch.cuda.synchronize()
     peak = (torch.cuda.max_memory_allocated() - before) / 1e6
-    ms, graph = _graphed([partial(call, given) for given in sets])
-    return Row(case.op, case.name, case.shape, by, ms, floor, error, peak, first, graph)
+    run, graph = _graphed([partial(call, given) for given in sets])
+    return Row(case.op, case.name, case.shape, by, None, floor, error, peak, first, graph), run
 
 
-def _graphed(calls: list[Callable[[], Any]]) -> tuple[float, bool]:
-    """Return the median milliseconds of one of the calls, one after the other, and whether a graph was replayed."""
+def _graphed(calls: list[Callable[[], Any]]) -> tuple[Callable[[], Any], bool]:
+    """Return what makes the calls, one after the other, and whether it replays a graph of them."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -94,18 +107,22 @@ def _graphed(calls: list[Callable[[], Any]]) -> tuple[float, bool]:
                 call()
     except Exception:  # the call waits for the device, or its library forbids capture
         torch.cuda.synchronize()
+        # A capture that failed leaves the device's generator waiting for its end, and every draw after it failed.
+        drawn_from = torch.cuda.default_generators[torch.cuda.current_device()]
+        drawn_from.graphsafe_set_state(torch.Generator("cuda").graphsafe_get_state())
         release()
-        return _median_ms(lambda: [call() for call in calls]) / len(calls), False
-    ms = _median_ms(graph.replay) / len(calls)
-    graph.reset()
-    return ms, True
+        return lambda: [call() for call in calls], False
+    return graph.replay, True
 
 
-def _median_ms(run: Callable[[], Any]) -> float:
-    run()
-    once = _elapsed(run)
-    replays = max(3, min(MAX_REPLAYS, int(LONG_ENOUGH_MS / max(once, 1e-3))))
-    return statistics.median(_elapsed(run) for _ in range(replays))
+def _in_turns(runs: list[Callable[[], Any]]) -> list[float]:
+    """Return the median milliseconds of each run."""
+    for run in runs:
+        run()
+    once = sum(_elapsed(run) for run in runs)
+    rounds = max(3, min(MAX_REPLAYS, int(len(runs) * LONG_ENOUGH_MS / max(once, 1e-3))))
+    rows = [[_elapsed(run) for run in runs] for _ in range(rounds)]
+    return [statistics.median(times) for times in zip(*rows, strict=True)]
 
 
 def _elapsed(run: Callable[[], Any]) -> float:
