@@ -95,11 +95,11 @@ def _row(
 
 def _graphed(calls: list[Callable[[], Any]]) -> tuple[Callable[[], Any], bool]:
     """Return what makes the calls, one after the other, and whether it replays a graph of them."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
+    current, side = torch.cuda.current_stream(), torch.cuda.Stream()
+    side.wait_stream(current)
     with torch.cuda.stream(side):
         calls[0]()
-    torch.cuda.current_stream().wait_stream(side)
+    current.wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     try:
         with torch.cuda.graph(graph):
@@ -107,7 +107,8 @@ def _graphed(calls: list[Callable[[], Any]]) -> tuple[Callable[[], Any], bool]:
                 call()
     except Exception:  # the call waits for the device, or its library forbids capture
         torch.cuda.synchronize()
-        # A capture that failed leaves the device's generator waiting for its end, and every draw after it failed.
+        # A capture that fails leaves its stream current and the device's generator in wait for its end.
+        torch.cuda.set_stream(current)
         drawn_from = torch.cuda.default_generators[torch.cuda.current_device()]
         drawn_from.graphsafe_set_state(torch.Generator("cuda").graphsafe_get_state())
         release()
