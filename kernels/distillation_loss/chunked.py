@@ -37,7 +37,7 @@ def distillation_loss(
     for, and ``2 * V * (2 * D_s + D_t)`` more for copies of the heads under bfloat16 autocast. The second term, of
     gradients, is absent where none are wanted, and is held twice for a moment in the backward pass.
     """
-    positions = counted_positions(hidden_s, labels, mask).nonzero().squeeze(1)
+    positions = _positions(hidden_s, labels, mask)
     student = hidden_s.flatten(0, -2)
     teacher = None if hidden_t is None or hard_share == 1.0 else hidden_t.detach().flatten(0, -2)
     flat_labels = None if labels is None else labels.flatten()
@@ -65,13 +65,20 @@ def topk_distillation_loss(
     Memory is that of `distillation_loss` without a teacher's logits and head: ``8 * n * V`` bytes a chunk instead of
     ``16 * n * V``.
     """
-    positions = counted_positions(hidden_s, labels, mask).nonzero().squeeze(1)
+    positions = _positions(hidden_s, labels, mask)
     ids, log_probs = (None, None) if hard_share == 1.0 else (top_ids.flatten(0, -2), top_log_probs.flatten(0, -2))
     flat_labels = None if labels is None else labels.flatten()
     return _loss(
         hidden_s.flatten(0, -2), head_s, None, None, ids, log_probs, flat_labels, positions, divergence, temperature,
         hard_share, chunk_tokens,
     )  # fmt: skip
+
+
+def _positions(hidden_s: Tensor, labels: Tensor | None, mask: Tensor | None) -> Tensor:
+    """Return the counted tokens, flattened; to find some of them is to wait for the device, to count all is not."""
+    if labels is None and mask is None:
+        return torch.arange(hidden_s.shape[:-1].numel(), device=hidden_s.device)
+    return counted_positions(hidden_s, labels, mask).nonzero().squeeze(1)
 
 
 def _loss(hidden_s: Tensor, head_s: Tensor, *options: Any) -> Tensor:
