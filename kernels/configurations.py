@@ -168,7 +168,8 @@ TABLE: dict[str, tuple[Row, ...]] = {
     ),
     "binary_weight/backward": (
         Row(Configuration({"ROWS": 8, "COLUMNS": 16}, num_warps=1), architectures=(INTERPRETER,)),
-        Row(Configuration({"ROWS": 32, "COLUMNS": 128}, num_warps=8)),
+        Row(Configuration({"ROWS": 32, "COLUMNS": 128}, num_warps=8), architectures=("gfx942",)),
+        Row(Configuration({"ROWS": 32, "COLUMNS": 128}, num_warps=4)),
     ),
     "binary_linear/digits": (
         Row(Configuration({"INPUTS": 128}, num_warps=1), architectures=(INTERPRETER,)),
