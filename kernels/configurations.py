@@ -89,6 +89,7 @@ TABLE: dict[str, tuple[Row, ...]] = {
     "ssd/decays": (Row(Configuration({"BLOCK_H": 16})),),
     "ssd/gate": (Row(Configuration({"BLOCK_R": 32})),),
     "ssd/scores": (
+        Row(Configuration({"BLOCK_Q": 64}, 8, 1), architectures=("sm_100",), itemsize=2),
         Row(Configuration({"BLOCK_Q": 64}, 4, 1), itemsize=2),
         Row(Configuration({"BLOCK_Q": 32}, 8, 1)),
     ),

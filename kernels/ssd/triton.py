@@ -4,6 +4,10 @@ The kernels are in `triton_forward` and `triton_backward`. Nothing but the input
 Products take factors of the inputs' dtype; decays, states while they are carried, and all sums are float32. Every sum
 has a fixed order, so repeated runs are equal bit for bit, with or without ``torch.use_deterministic_algorithms``.
 
+The gradient of A is one number a head, a sum that may cancel by chance, and then tells every rounding of a factor. In
+half precision C B^T is therefore float32 in the backward pass. What a gate gives back is of the inputs' dtype, as with
+a gate that is an op of its own, and is the largest error of A's gradient where there is a gate.
+
 Legend: B batch, L length, H heads, P head width, G groups, N state size.
 """
 
@@ -119,32 +123,33 @@ class Prepared(NamedTuple):
     scores: Tensor
 
     @classmethod
-    def of(cls, shape: Shape, call: Call) -> "Prepared":
-        """Launch what makes it."""
+    def of(cls, shape: Shape, call: Call, scores: torch.dtype) -> "Prepared":
+        """Launch what makes it, C B^T in the dtype given."""
         decays = _decays(shape, call)
         before, last = triton_forward.carry(shape, call.x, call.B, decays, call.initial_states)
-        return cls(decays, before, last, _scores(shape, call))
+        return cls(decays, before, last, _scores(shape, call, scores))
 
 
 def _decays(shape: Shape, call: Call) -> Tensor:
     return triton_forward.decays(shape, call.dt, call.A, call.dt_bias, call.documents, call.dt_softplus, call.limit)
 
 
-def _scores(shape: Shape, call: Call) -> Tensor:
-    return triton_forward.scores(shape, call.B, call.C, call.documents, call.x.dtype)
+def _scores(shape: Shape, call: Call, dtype: torch.dtype) -> Tensor:
+    return triton_forward.scores(shape, call.x, call.B, call.C, call.documents, dtype)
 
 
 def forward(call: Call) -> tuple[Tensor, Tensor]:
     """Return y (B, L, H, P) and the final states (B, H, P, N) in float32."""
     shape = Shape.of(call.x, call.B)
+    kept = torch.float32 if call.x.dtype == torch.float32 else torch.bfloat16
     if call.z is None and (walked := shape.walked(call.x)):
-        documents, scores = call.documents is not None, _scores(walked, call)
+        documents, scores = call.documents is not None, _scores(walked, call, kept)
         if documents:
             decays = _decays(walked, call)
         else:
             decays = triton_forward.totals(walked, call.dt, call.A, call.dt_bias, call.dt_softplus, call.limit)
         return walk(walked, call.x, call.B, call.C, call.D, scores, decays, documents, call.initial_states)
-    decays, before, last, scores = Prepared.of(shape, call)
+    decays, before, last, scores = Prepared.of(shape, call, kept)
     return triton_forward.outputs(shape, call.x, call.C, call.D, call.z, scores, decays, before), last
 
 
@@ -153,7 +158,8 @@ def backward(dy: Tensor, dlast: Tensor | None, call: Call) -> dict[str, Tensor]:
     shape = Shape.of(call.x, call.B)
     x, B, C, D, z, documents = call.x, call.B, call.C, call.D, call.z, call.documents
     dy = readable(dy)
-    decays, before, _, scores = Prepared.of(shape, call)
+    # In half precision, C B^T would be the largest error of the gradients of dt, A and the bias.
+    decays, before, _, scores = Prepared.of(shape, call, torch.float32)
     found = {}
     if z is not None:
         y = triton_forward.outputs(shape, x, C, D, None, scores, decays, before)

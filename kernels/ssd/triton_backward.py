@@ -49,8 +49,9 @@ def read_by(
     weights = decay * tl.load(scores_ptr + columns[None, :] * Q)
     flow = products * weights
     tl.store(read_ptr + columns, tl.sum(flow * dt[:, None], 0))
-    dx = product((weights * dt[:, None]).to(x.dtype), dy, dx, PRECISION)
-    return dscores + products * decay * dt[:, None], written + tl.sum(flow, 1), dx
+    dscores += products * decay * dt[:, None]
+    written += tl.sum(flow, 1)
+    return dscores, written, product((weights * dt[:, None]).to(x.dtype), dy, dx, PRECISION)
 
 
 @triton.jit

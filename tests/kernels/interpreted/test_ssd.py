@@ -41,7 +41,7 @@ def run(inputs, backend, **options):
     options = {"dt_softplus": True, "return_final_states": True, **options}
     outputs = ops.ssd(**inputs, **options, backend=backend)
     generator = torch.Generator().manual_seed(1)
-    directions = [torch.randn(t.shape, generator=generator).to(t.dtype) for t in outputs]
+    directions = [torch.randn(t.shape, generator=generator).bfloat16().to(t.dtype) for t in outputs]
     named = dict(zip(("y", "states"), outputs, strict=True))
     return named | dict(zip(inputs, torch.autograd.grad(outputs, list(inputs.values()), directions), strict=True))
 
@@ -74,6 +74,22 @@ def test_half_precision(length, dtype):
     assert_as_naive({name: t for name, t in inputs.items() if name != "z"})
     y, states = ops.ssd(**inputs, return_final_states=True, backend="triton")
     assert (y.dtype, states.dtype) == (dtype, torch.float32)
+
+
+def test_gradients_of_decays_in_bfloat16_over_draws():
+    """C B^T rounded to bfloat16 would be the largest error of all three, and that of dt 0.0015 and more."""
+    bounds = {"dt": 0.001, "A": 0.003, "dt_bias": 0.003}
+    seq_idx = documents_at(130, 70)
+    for seed in range(3):
+        inputs = make(130, heads=6, groups=2, dtype=torch.bfloat16, seed=seed)
+        inputs["dt"] = inputs["dt"].detach().float().requires_grad_()
+        del inputs["z"]
+        found = run(inputs, "triton", seq_idx=seq_idx)
+        wide = {name: t.detach().double().requires_grad_() for name, t in inputs.items()}
+        right = run(wide, "naive", seq_idx=seq_idx)
+        for name, bound in bounds.items():
+            ratio = (found[name].double() - right[name]).norm() / right[name].norm()
+            assert ratio <= bound, (seed, name)
 
 
 @pytest.mark.parametrize(("heads", "groups", "width", "size"), [(5, 1, 5, 24), (6, 3, 33, 3)])
