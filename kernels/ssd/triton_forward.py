@@ -101,8 +101,8 @@ def block(width: int) -> int:
 
 
 def readable(t: Tensor) -> Tensor:
-    """Return the tensor, copied where a tile of it would span more than 32-bit offsets."""
-    return t if all(stride < 2**22 for stride in t.stride()) else t.contiguous()
+    """Return the tensor (B, ...), copied where a tile of a sequence would span more than 32-bit offsets."""
+    return t if all(stride < 2**22 for stride in t.stride()[1:]) else t.contiguous()
 
 
 @triton.jit
