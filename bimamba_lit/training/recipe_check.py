@@ -101,19 +101,22 @@ def _check_arguments(path: str, arguments: Mapping[str, Any], cls: type, given: 
     parameters = _parameters(cls)
     if parameters is None:
         return
-    _check_keys(path, arguments, parameters)
-    for key in _required(cls)[given:]:
+    required = _required(cls)
+    of_the_program = required[:given]
+    _check_keys(path, arguments, {key: kind for key, kind in parameters.items() if key not in of_the_program}, cls)
+    for key in required[given:]:
         if key not in arguments:
             raise UserError(f"{path} has no '{key}', which {cls.__name__} needs")
     for key, value in arguments.items():
         _check_value(f"{path}.{key}", value, parameters[key])
 
 
-def _check_keys(path: str, settings: Mapping[str, Any], known: Mapping[str, Any]) -> None:
+def _check_keys(path: str, settings: Mapping[str, Any], known: Mapping[str, Any], cls: type | None = None) -> None:
     for key in settings:
         if key not in known:
             place = f"{path} has no key '{key}'" if path else f"there is no key '{key}'"
-            raise UserError(f"{place}{nearest(str(key), known) or '; it has ' + ', '.join(known)}")
+            those = f"it has {', '.join(known)}" if known or cls is None else f"{cls.__name__} takes none"
+            raise UserError(f"{place}{nearest(str(key), known) or f'; {those}'}")
 
 
 def _find_class(path: str, name: str, bases: tuple[type, ...]) -> type:

@@ -1,9 +1,12 @@
 """Settings inside lists and unions are checked like any others."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import pytest
+from torch import nn
 
+from bimamba_lit.binarize import LatentLinear
 from bimamba_lit.errors import UserError
 from bimamba_lit.training.recipe_check import check_settings
 
@@ -68,3 +71,15 @@ def test_what_fits_passes(train):
 def test_what_does_not_is_named(settings, told):
     with pytest.raises(UserError, match=told):
         check(**settings)
+
+
+class Student:
+    def __init__(self, binarizer: Callable[[nn.Linear], LatentLinear]) -> None: ...
+
+
+@pytest.mark.parametrize("key", ["straight_through", "linear"])  # the second is what the program gives
+def test_a_scheme_without_options_says_so(key):
+    scheme = {"class_path": "bimamba_lit.binarize.ParetoQ", "init_args": {key: "tanh"}}
+    student = {"class_path": f"{__name__}.Student" if "." in __name__ else "Student", "init_args": {"binarizer": scheme}}
+    with pytest.raises(UserError, match=f"binarizer.init_args has no key '{key}'; ParetoQ takes none$"):
+        check_settings({"model": student}, {"model": type[Student]})
