@@ -35,7 +35,7 @@ class AnnealedGradient(pl.Callback):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Check that there is something to narrow."""
-        self._steps.begin(trainer)
+        self._steps.begin(trainer, pl_module)
         for layer in latent_layers(pl_module):
             if layer.reach is None or layer.straight_through == "identity":
                 raise UserError(

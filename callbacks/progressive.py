@@ -18,8 +18,10 @@ class Progressive(pl.Callback):
       weights;
     * ``rows``, ``mix``, ``tanh``: every layer as far as :class:`bimamba_lit.binarize.Unfinished` has it.
 
-    Give the scheme a ``reach``: without one the gradients of latent weights shrink to the size of the weights as layers
-    become binary, and AdamW, whose averages remember the larger ones, all but stops for a while.
+    With ``layers``, ``rows`` and ``mix`` give the scheme a ``reach``: without one the gradients of latent weights
+    shrink to the size of the weights as layers become binary, and AdamW, whose averages remember the larger ones, all
+    but stops for a while. The best recipe of RESULTS.md, by ``tanh``, has none: its signs stand still from
+    ``end_step`` on.
 
     From ``end_step`` on all layers are binary and cost what they would without this callback. What a layer multiplies
     by is what validation, samples and a saved checkpoint have too; ``bimamba export`` refuses to pack a model whose
@@ -43,8 +45,8 @@ class Progressive(pl.Callback):
         self._steps = StepRange(self, start_step, end_step)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Say so where the model will not be binary at the end."""
-        self._steps.begin(trainer)
+        """Say so where the model will not be binary at the end, or there is nothing to make binary."""
+        self._steps.begin(trainer, pl_module)
 
     def on_sanity_check_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Set the layers to where the run is."""

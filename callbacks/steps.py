@@ -67,8 +67,8 @@ class StepRange:
         if not 0 < end < 1:
             self._check()
 
-    def begin(self, trainer: pl.Trainer) -> None:
-        """Find the end in this run, and say so where the run, or this part of it, stops before.
+    def begin(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Find the end in this run, and say so where there is nothing to change, or the run stops before the end.
 
         Raises:
             UserError: If the end is a share of a run that has no ``max_steps``, or not after the start.
@@ -78,9 +78,11 @@ class StepRange:
                 raise UserError(f"{self._owner}: end_step is {self._given}, a share of trainer.max_steps: set that too")
             self._end = round(self._given * trainer.max_steps)
         self._check()
-        if 0 <= trainer.max_steps < self._end:
+        if not latent_layers(pl_module):
+            rank_zero_info(f"{self._owner}: the model has no layer of one sign a weight, so it changes nothing")
+        elif 0 <= trainer.max_steps < self._end:
             rank_zero_info(
-                f"{self._owner}: end_step is {self._end}, after this run's last step, {trainer.max_steps}: "
+                f"{self._owner}: end_step is {self._end:g}, after this run's last step, {trainer.max_steps}: "
                 "the schedule does not reach its end"
             )
 
@@ -90,7 +92,7 @@ class StepRange:
 
     def _check(self) -> None:
         if not 0 <= self._start < self._end:
-            given = f"start_step is {self._start} and end_step {self._end}"
+            given = f"start_step is {self._start} and end_step {self._end:g}"
             raise UserError(f"{self._owner}: {given}, and must be 0 <= start < end")
 
 

@@ -53,11 +53,10 @@ class KeptRows(Wrapper):
         super().__init__(whole)
         self.names = [name for name in rows if name in keep]
         if unknown := [name for name in keep if name not in rows]:
-            raise UserError(
-                f"there are no rows {unknown[0]!r}{nearest(str(unknown[0]), rows)}; rows are {', '.join(rows)}"
-            )
+            hint = f"{nearest(str(unknown[0]), rows)}; rows are {', '.join(rows)}"
+            raise UserError(f"keep_rows: there are no rows {unknown[0]!r}{hint}")
         if len(self.names) == len(rows):
-            raise UserError("all of its rows are kept: leave the layer out of the targets instead")
+            raise UserError("keep_rows: all of its rows are kept: leave the layer out of the targets instead")
         self.spans = _spans(rows, self.names)
         edges = [0, *(edge for span in self.spans for edge in span), self.out_features]
         weight = whole.weight.detach().to(torch.float32)
@@ -122,9 +121,11 @@ def rows_to_keep(
         for layer in matching(layers, pattern, "keep_rows"):
             parent, _, last = layer.rpartition(".")
             block = model.get_submodule(parent)
-            rows = getattr(block, "projection_rows", {}).get(last)
+            named = getattr(block, "projection_rows", {})
+            rows = named.get(last)
             if rows is None:
-                raise UserError(f"keep_rows: a {type(block).__name__} does not tell what the rows of {layer} are")
+                told = f"has some for {', '.join(named)}" if named else "gives its rows none"
+                raise UserError(f"keep_rows: rows of {layer} have no names: a {type(block).__name__} {told}")
             wanted = [names] if isinstance(names, str) else names
             if wanted:
                 kept[layer] = rows, [*kept.get(layer, (rows, []))[1], *wanted]

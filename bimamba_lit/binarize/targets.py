@@ -59,7 +59,9 @@ def matching(layers: Sequence[str], pattern: str, setting: str) -> list[str]:
     """
     found = [layer for layer in layers if matches(layer, pattern)]
     if not found:
-        raise UserError(f"{setting}: '{pattern}' matches no layer that is made binary{nearest(pattern, layers)}")
+        parts = sorted({layer.rpartition(".")[2] for layer in layers})
+        hint = nearest(pattern, [*parts, *layers]) or f", which end in {', '.join(parts)}"
+        raise UserError(f"{setting}: '{pattern}' matches no layer that is made binary{hint}")
     return found
 
 

@@ -58,6 +58,8 @@ def write_curves(comparison: Comparison, path: Path, chosen: Set[Path] = frozens
             curve = quantity(metrics)
             axes.plot(list(curve), list(curve.values()), label=shortened(name, _LONGEST_LABEL), **style)
         _set_axes(axes, title)
+        if not any(line.get_xdata().size for line in axes.get_lines()):
+            axes.text(0.5, 0.5, "not logged", transform=axes.transAxes, ha="center", fontsize=9, color="#555555")
     flips, since_start, scales, near_zero = figure.axes
     flips.set_yscale("log")
     for axes in (since_start, near_zero):

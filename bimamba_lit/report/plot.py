@@ -32,6 +32,8 @@ _BITS, _SIZE = "bits per byte (lower is better)", "true size (MiB)"
 _MOST_IN_THE_PLANE = 12
 _LOG_SIZES_FROM = 4.0
 _LOG_BITS_FROM = 2.0
+# Marks of a decade of sizes that have room where the largest is up to so many times the smallest.
+_TICKS_OF_SIZES = ((15.0, (1, 2, 5)), (100.0, (1, 3)), (math.inf, (1,)))
 _LONGEST_LABEL, _LONGEST_NAME = 36, 64  # beside a point and of a line, in characters
 _MOST_NAMED = 3
 # Where a label may stand, the best first: right of its point, left, at the corners, above, below.
@@ -174,10 +176,11 @@ def _dot(row: Row, size: float) -> dict[str, Any]:
 
 def _set_sizes(axes: "Axes", rows: list[Row]) -> None:
     sizes = [row.size_mib for row in rows]
-    if max(sizes) > _LOG_SIZES_FROM * min(sizes):
+    span = max(sizes) / min(sizes)
+    if span > _LOG_SIZES_FROM:
         axes.set_xscale("log")
         axes.set_xlim(min(sizes) / 2, max(sizes) * 2)
-        _set_ticks(axes.xaxis, (1, 2, 5))
+        _set_ticks(axes.xaxis, next(ticks for most, ticks in _TICKS_OF_SIZES if span <= most))
     else:
         axes.set_xlim(0, max(sizes) * 1.25)
 

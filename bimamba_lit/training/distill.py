@@ -1,5 +1,6 @@
 """Autoregressive distillation: a 1-bit student learns the next-token distributions of a frozen teacher."""
 
+import math
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -76,8 +77,13 @@ class Distill(LanguageModule):
         stored = is_stored_teacher(teacher)
         super().__init__(optimizer, None if stored else teacher, activation_checkpointing, compile)
         self.stored = StoredTeacher(teacher) if stored else None
-        if hidden_weight < 0:
-            raise UserError(f"model.hidden_weight: {hidden_weight} is out of range, it must be 0 or more")
+        for name, value, fits, right in (
+            ("temperature", temperature, 0 < temperature < math.inf, "above 0"),
+            ("hard_share", hard_share, 0 <= hard_share <= 1, "0 to 1"),
+            ("hidden_weight", hidden_weight, 0 <= hidden_weight < math.inf, "0 or more"),
+        ):
+            if not fits:
+                raise UserError(f"model.{name}: {value} is out of range, it must be {right}")
         self.shard_teacher = shard_teacher
         self.binarizer = binarizer
         self.student = student

@@ -17,7 +17,7 @@ class ModelLine(pl.Callback):
             return
         total, binarized = count_parameters(pl_module.lm)
         scheme = scheme_name(pl_module.lm, trained=True)
-        kind = "full precision" if scheme == "fp" else f"{binarized / total:.1%} binary ({scheme})"
+        kind = "full precision" if scheme == "fp" else f"{binarized / total:.1%} in {scheme} layers"
         print(f"MambaLM: {total:,} parameters, {kind}, {true_bits(pl_module.lm) / _BITS_PER_MIB:.2f} MiB deployed")
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -48,6 +48,10 @@ class AdamW:
                 raise UserError(f"optimizer: {name} is {rate}; it must be 0 or more, or null for lr")
         if self.warmup_steps < 0:
             raise UserError(f"optimizer: warmup_steps is {self.warmup_steps}; it must be 0 or more")
+        if self.weight_decay < 0:
+            raise UserError(f"optimizer: weight_decay is {self.weight_decay}; it must be 0 or more")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise UserError(f"optimizer: betas are {list(self.betas)}; both must be 0 or more and below 1")
         if self.schedule not in ("cosine", "linear"):
             raise UserError(f"optimizer: schedule is {self.schedule!r}; it must be cosine or linear")
 

@@ -123,11 +123,12 @@ def test_a_mixer_names_its_rows(make, kind):
 @pytest.mark.parametrize(
     ("options", "keep", "told"),
     [
-        ({}, {"in_porj": ["dt"]}, "'in_porj' matches no layer that is made binary"),
-        ({}, {"in_proj": ["DT"]}, r"layers.0.mixer.in_proj: there are no rows 'DT'.*rows are z, x, B, C, dt"),
-        ({"mixer": "mamba"}, {"in_proj": ["dt"]}, r"layers.0.mixer.in_proj: there are no rows 'dt'.*rows are x, z"),
-        ({}, {"out_proj": ["x"]}, "a Mamba2 does not tell what the rows of .*out_proj are"),
-        ({}, {"in_proj": ["z", "x", "B", "C", "dt"]}, "all of its rows are kept"),
+        ({}, {"in_porj": ["dt"]}, "'in_porj' matches no layer that is made binary; did you mean 'in_proj'"),
+        ({}, {"q": ["dt"]}, "'q' matches no layer that is made binary, which end in in_proj, out_proj$"),
+        ({}, {"in_proj": ["DT"]}, r"in_proj: keep_rows: there are no rows 'DT'.*rows are z, x, B, C, dt"),
+        ({"mixer": "mamba"}, {"in_proj": ["dt"]}, "in_proj: keep_rows: there are no rows 'dt'.*rows are x, z"),
+        ({}, {"out_proj": ["x"]}, "rows of .*out_proj have no names: a Mamba2 has some for in_proj"),
+        ({}, {"in_proj": ["z", "x", "B", "C", "dt"]}, "keep_rows: all of its rows are kept"),
     ],
 )
 def test_rows_that_are_not_there_are_refused_in_a_sentence(make, options, keep, told):

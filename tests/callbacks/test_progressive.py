@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from bimamba_lit.binarize import FBI, BinaryLinear, Unfinished
+from bimamba_lit.binarize import FBI, BinaryLinear, Ternary, Unfinished
 from bimamba_lit.callbacks import AnnealedGradient, BitFlips, Progressive
 from bimamba_lit.errors import UserError
 
@@ -101,7 +101,7 @@ def test_the_gradient_narrows_by_the_same_ratio_every_step(tiny: SimpleNamespace
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: Progressive("mix", end_step=2, start_step=2), "start_step is 2 and end_step 2, and must be"),
+        (lambda: Progressive("mix", end_step=2.0, start_step=2), "start_step is 2 and end_step 2, and must be"),
         (lambda: AnnealedGradient(end_step=2, start_step=-1), "start_step is -1"),
         (lambda: AnnealedGradient(end_step=2, softest=1.0), "softest is 1.0, and must be above 1"),
         (lambda: Progressive("mix", end_step=2.5), "end_step is 2.5; it must be a whole step, or a share"),
@@ -130,13 +130,19 @@ def test_a_run_too_short_for_its_schedule_is_told(
 ) -> None:
     module = tiny.module()
     with caplog.at_level("INFO"):
-        tiny.trainer(tmp_path, [Progressive("mix", end_step=4)], max_steps=2).fit(module, tiny.data())
+        tiny.trainer(tmp_path, [Progressive("mix", end_step=4.0)], max_steps=2).fit(module, tiny.data())
     assert "Progressive: end_step is 4, after this run's last step, 2: the schedule does not reach" in caplog.text
     assert layers(module)[0].unfinished == Unfinished("mix", 0.5)
 
 
-def test_a_model_in_full_precision_is_left_alone(tiny: SimpleNamespace, tmp_path: Path) -> None:
-    module = tiny.module(None)
+@pytest.mark.parametrize("scheme", [None, Ternary])
+def test_layers_that_are_not_one_sign_a_weight_are_left_alone_and_that_is_told(
+    tiny: SimpleNamespace, tmp_path: Path, caplog: pytest.LogCaptureFixture, scheme: Any
+) -> None:
+    module = tiny.module(scheme)
     trainer = tiny.trainer(tmp_path, [Progressive("rows", end_step=2), AnnealedGradient(end_step=2)], max_steps=2)
-    trainer.fit(module, tiny.data())
+    with caplog.at_level("INFO"):
+        trainer.fit(module, tiny.data())
     assert trainer.global_step == 2 and not layers(module)
+    for name in ("Progressive", "AnnealedGradient"):
+        assert f"{name}: the model has no layer of one sign a weight, so it changes nothing" in caplog.text

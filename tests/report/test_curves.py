@@ -67,6 +67,20 @@ def test_without_logged_signs_there_is_no_picture_not_even_an_old_one(run: Run, 
     assert "curves.png" not in (tmp_path / "out" / "report.md").read_text()
 
 
+def test_a_panel_of_what_was_not_logged_says_so(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """As the flips of a run that is shorter than BitFlips waits."""
+    saved: list[Figure] = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path, **_: (saved.append(figure), Path(path).touch()))
+    write_curves(lay_side_by_side([log(run("fbi"), [{"step": 1, "scales/a/mean": 1.0}])]), tmp_path / "curves.png")
+    told = {axes.get_title(loc="left"): [text.get_text() for text in axes.texts] for axes in saved[0].axes}
+    assert told == {
+        "signs changed since the last log, share": ["not logged"],
+        "signs changed since the start, share": ["not logged"],
+        "mean scale, share of the first logged": [],
+        "scales near zero, share": ["not logged"],
+    }
+
+
 def test_of_many_runs_the_best_are_drawn(run: Run, drawn: Any, tmp_path: Path) -> None:
     runs = [
         log(run(f"r{i}", seed=i, scheme=f"S{i}", bits_per_byte=3 - i / 10), [{"step": 0, "flips/rate": 0.1}])

@@ -105,6 +105,22 @@ def test_where_labels_find_no_room_every_run_is_a_line_the_best_at_the_top(run: 
     assert "dashed: teacher" in figure.get_supxlabel()
 
 
+@pytest.mark.parametrize("largest", [1.0, 3.7, 40.0, 900.0])
+def test_sizes_below_the_dot_plot_do_not_touch(run: Run, draw: Draw, largest: float) -> None:
+    runs = [
+        run(f"run{i}", bits_per_byte=2.1 + i / 1000, true_bits=int((0.15 if i else largest) * MIB), seed=None)
+        for i in range(14)
+    ]
+    figure = draw(runs)
+    figure.draw_without_rendering()
+    sizes = figure.axes[1]
+    low, high = sizes.get_xlim()
+    labels = [label for at, label in zip(sizes.get_xticks(), sizes.get_xticklabels(), strict=True) if low <= at <= high]
+    boxes = sorted((label.get_window_extent() for label in labels), key=lambda box: box.x0)
+    assert len(boxes) >= 2
+    assert all(left.x1 + 2 < right.x0 for left, right in zip(boxes, boxes[1:], strict=False))
+
+
 def test_the_seeds_of_a_setting_are_one_line_with_a_bar(run: Run, draw: Draw) -> None:
     runs = [
         run(f"s{i:02}-seed{seed}", f"lr: {i}", bits_per_byte=2.1 + 0.01 * i + 0.002 * (seed - 1), seed=seed)

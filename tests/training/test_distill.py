@@ -188,11 +188,16 @@ def test_hidden_states_of_other_shapes_are_refused(path, monkeypatch):
     other = MambaConfig(d_model=16, n_layer=2, headdim=8, d_state=8, chunk_size=8)
     with pytest.raises(UserError, match="2 blocks of width 16 and the teacher 1 of width 32"):
         built(path, student=other, hidden_weight=1.0)
-    with pytest.raises(UserError, match="hidden_weight: -1.0 is out of range"):
-        Distill(path, FBI, hidden_weight=-1.0)
     monkeypatch.setattr("bimamba_lit.training.distill.load_teacher", lambda *_: OtherTeacher(256))
     with pytest.raises(UserError, match="no Mamba model"):
         built(path, student=other, hidden_weight=1.0)
+
+
+@pytest.mark.parametrize("wrong", [{"hidden_weight": -1.0}, {"hard_share": 1.5}, {"temperature": 0.0}])
+def test_a_loss_that_cannot_be_is_refused_before_anything_is_loaded(path, wrong):
+    ((name, value),) = wrong.items()
+    with pytest.raises(UserError, match=f"model.{name}: {value} is out of range, it must be"):
+        Distill(path, FBI, **wrong)
 
 
 def test_a_wider_and_deeper_teacher_teaches(path, batch, large):

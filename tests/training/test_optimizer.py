@@ -122,6 +122,9 @@ WRONG = [
     {"latent_lr": -1.0},
     {"scale_lr": -1.0},
     {"schedule": "step"},
+    {"weight_decay": -0.1},
+    {"betas": (0.9, 1.0)},
+    {"betas": (-0.1, 0.9)},
 ]
 
 

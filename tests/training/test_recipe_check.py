@@ -80,6 +80,7 @@ class Student:
 @pytest.mark.parametrize("key", ["straight_through", "linear"])  # the second is what the program gives
 def test_a_scheme_without_options_says_so(key):
     scheme = {"class_path": "bimamba_lit.binarize.ParetoQ", "init_args": {key: "tanh"}}
-    student = {"class_path": f"{__name__}.Student" if "." in __name__ else "Student", "init_args": {"binarizer": scheme}}
+    name = f"{__name__}.Student" if "." in __name__ else "Student"
+    student = {"class_path": name, "init_args": {"binarizer": scheme}}
     with pytest.raises(UserError, match=f"binarizer.init_args has no key '{key}'; ParetoQ takes none$"):
         check_settings({"model": student}, {"model": type[Student]})
