@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
+from bimamba_lit.binarize.formats import check_format
 from bimamba_lit.export.deployable import deployable, extra_files
 from bimamba_lit.export.deployed_model import DeployedLM
 from bimamba_lit.export.options import check_is_file
@@ -55,11 +56,13 @@ def export_pt2(
         embedding: ``int8`` stores the embedding and the head as 8-bit integers with a scale a row.
 
     Raises:
-        UserError: If an option is wrong, a weight does not fit ``dtype``, or the files cannot be written.
+        UserError: If the format cannot hold the model, an option is wrong, a weight does not fit ``dtype``, or the
+            files cannot be written.
     """
     files = [out, out.with_name(f"{out.stem}.step.pt2")]
     for file in files:
         check_is_file(file, "pt2")
+    check_format(lm, "pt2")
     model = deployable(lm, dtype, embedding)
     model.prepare("small")
     shapes_of_state = [list(memory.shape[1:]) for memory in model.init_state(1)]

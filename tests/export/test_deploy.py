@@ -8,7 +8,7 @@ import yaml
 from bimamba_lit import MambaConfig, MambaLM
 from bimamba_lit.binarize import FBI, ScaledSign, binarize_
 from bimamba_lit.errors import UserError
-from bimamba_lit.export import FORMATS
+from bimamba_lit.export import FORMATS, export
 from bimamba_lit.export.deploy import check_deploy
 
 
@@ -41,6 +41,14 @@ def test_what_fits():
 def test_what_does_not_fit(scheme, formats, sentence):
     with pytest.raises(UserError, match=sentence):
         check_deploy(model(scheme), formats)
+
+
+@pytest.mark.parametrize("format", ["pt2", "safetensors", "transformers"])
+def test_exporting_what_does_not_fit_names_the_format_that_was_asked_for(tmp_path, format):
+    model(ForScriptsOnly).save_pretrained(tmp_path / "model")
+    with pytest.raises(UserError, match=f"^{format} cannot hold ForScriptsOnly"):
+        export(tmp_path / "model", format, tmp_path / "out", {})
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_recipe_says_where_it_must_fit(tiny, bimamba, tmp_path):
