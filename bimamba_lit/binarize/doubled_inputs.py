@@ -29,8 +29,8 @@ class DoubledInputs(Wrapper):
     """A binary layer whose weight is one sign for most inputs and the sum of two for the others.
 
     The inputs with two signs are chosen once: those whose columns a layer of the scheme leaves the largest squared
-    residual. Their second latent weights start at that residual, so a layer that is not binary yet by ``rows`` or
-    ``mix`` (:class:`~bimamba_lit.binarize.Unfinished`) multiplies them by latent weight and residual added.
+    residual. Their second latent weights start at that residual, and count for nothing where the layer is not binary
+    yet by ``rows`` or ``mix`` (:class:`~bimamba_lit.binarize.Unfinished`): there the first ones are the weight.
 
     Args:
         whole: The layer whose weights ``(O, I)`` and bias ``(O,)`` are taken over.
@@ -69,6 +69,7 @@ class DoubledInputs(Wrapper):
         self.register_buffer("doubled", worst.sort().values, persistent=False)
         wide = torch.cat([weight, residual.index_select(1, self.doubled)], 1)
         self.binary = _binary(scheme, linear_of(wide, whole.bias))
+        self.binary.second_signs = len(self.doubled)
 
     @property
     def bias(self) -> Tensor | None:  # type: ignore[override]

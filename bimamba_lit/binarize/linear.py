@@ -46,6 +46,8 @@ class BinaryLinear(LatentLinear):
         weight: ``(O, I)`` fp32 binary weight, differentiable to ``latent`` and to the scales.
         widening: ``reach`` is multiplied by it; 1 unless a callback anneals the gradient.
         unfinished: How far the layer has come on its way to binary; None once, or where always, it is.
+        second_signs: How many of its last inputs are others once more, for their second signs; see
+            :class:`~bimamba_lit.binarize.doubled_inputs.DoubledInputs`.
         formats: What ``bimamba export`` can write of the scheme. All that :meth:`terms` can say fits every format, but
             ``gguf``, which looks at the terms themselves; a scheme whose layer does more than its terms names fewer.
     """
@@ -67,6 +69,7 @@ class BinaryLinear(LatentLinear):
         self.scaled_gradients = scaled_gradients
         self.reach = reach
         self.widening = 1.0
+        self.second_signs = 0
 
     @abstractmethod
     def terms(self) -> dict[str, Tensor]:
@@ -97,7 +100,13 @@ class BinaryLinear(LatentLinear):
         if self.unfinished is None:
             return ops.binary_weight(centred, self.straight_through, dtype=dtype, reach=reach, **terms)
         binary = ops.binary_weight(centred, self.straight_through, reach=reach, **terms)
-        return self.unfinished.weight(self.latent, centred, binary, terms).to(dtype or binary.dtype)
+        return self.unfinished.weight(self._dense(), centred, binary, terms).to(dtype or binary.dtype)
+
+    def _dense(self) -> Tensor:
+        """Return the weight ``(O, I)`` that the layer has before it is binary."""
+        if not self.second_signs:
+            return self.latent
+        return nn.functional.pad(self.latent[:, : -self.second_signs], (0, self.second_signs))
 
     def _reach_of(self, centred: Tensor) -> Tensor | None:
         if self.reach is None or not torch.is_grad_enabled():

@@ -239,6 +239,19 @@ def test_a_wrong_description_is_refused(make):
             apply_binarization_(make(), [entry | {"doubled_inputs": wrong}, *rest])
 
 
+@pytest.mark.parametrize("scheme", [FBI, ScaledSign, TwoSided])
+@pytest.mark.parametrize("way", ["rows", "mix"])
+def test_before_anything_is_binary_the_weight_is_what_it_was(scheme, way):
+    whole = linear(32)
+    layer = DoubledInputs(whole, scheme, 0.5)
+    layer.binary.unfinished = Unfinished(way, 0.0)
+    torch.testing.assert_close(layer.weight, whole.weight)
+    layer.binary.unfinished = Unfinished(way, 1.0)
+    end = layer.weight
+    layer.binary.unfinished = None
+    torch.testing.assert_close(end, layer.weight)
+
+
 @pytest.mark.parametrize("way", ["rows", "mix", "tanh"])
 def test_a_layer_on_its_way_to_binary_comes_back_there(make, way):
     lm = binarize_(make(), TwoSided, double_inputs=SHARES)
