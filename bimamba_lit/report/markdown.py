@@ -88,7 +88,8 @@ def _notes(comparison: Comparison) -> list[str]:
     rows = comparison.rows
     told = [
         "True size counts everything it takes to store the model: signs, scales, bitmaps, and what is left in full "
-        "precision. Bits/weight is over the whole model, bits/binarized weight over its binary layers.",
+        "precision. Bits/weight is over the whole model, bits/binarized weight over its binary layers; Binarized is "
+        "their share of the weights. Rows that such a layer keeps in full precision count in both.",
         "Perplexity is a token's, so it compares under one tokenizer only; bits per byte compares always.",
     ]
     if any(row.spread is not None for row in rows):
