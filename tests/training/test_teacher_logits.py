@@ -205,8 +205,12 @@ def test_what_does_not_fit_is_told(tiny, written, bimamba, recipe, tmp_path, mon
     assert "holds a teacher's logits of another top_k" in refused(bimamba, *store, "--out", out, "--top_k=3")
     assert "out of range, it must be 1 to the 257" in refused(bimamba, *store, "--out", tmp_path, "--top_k=300")
     assert "is there already and holds no teacher's" in refused(bimamba, *store, "--out", tiny.folder)
-    assert "must be Distill" in refused(bimamba, "teacher-logits", "-c", tiny.teacher_recipe, "--out", tmp_path / "o")
-    assert "holds logits already" in refused(bimamba, *store, "--out", tmp_path / "o", f"--model.teacher={out}")
+    assert "must be Distill, whose teacher is asked, not Pretrain" in refused(
+        bimamba, "teacher-logits", "-c", tiny.teacher_recipe, "--out", tmp_path / "o"
+    )
+    assert f"model.teacher: {out} holds logits already" in refused(
+        bimamba, *store, "--out", tmp_path / "o", f"--model.teacher={out}"
+    )
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(store_teacher.shutil, "disk_usage", lambda _: usage(0, 0, 10_000))
     assert "the disk has 1e-05 GB left" in refused(bimamba, *store, "--out", tmp_path / "full")
