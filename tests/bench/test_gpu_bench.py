@@ -211,4 +211,7 @@ def test_a_call_that_cannot_be_captured_spoils_no_other():
         assert waits.ms > 0 and not waits.graph and not waits.note
         assert fails.ms is None and "ZeroDivisionError" in fails.note
         assert plain.ms > 0 and plain.graph
-        assert torch.cuda.current_stream() == torch.cuda.default_stream() and torch.rand(8, device="cuda").unique().numel() > 1
+        assert (
+            torch.cuda.current_stream() == torch.cuda.default_stream()
+            and torch.rand(8, device="cuda").unique().numel() > 1
+        )
