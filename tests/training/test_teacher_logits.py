@@ -128,7 +128,8 @@ def test_killed_and_started_again_it_ends_the_same(tiny, written, bimamba, tmp_p
     shards = sorted(again.glob("*.arrow"))
     for shard in shards[1::2]:
         shard.unlink()
-    (again / ".shard-000001.arrow.xyz").write_bytes(b"cut off")  # what a killed process leaves
+    left = again / ".shard-000001.arrow.xyz.partial"  # by a killed process
+    left.write_bytes(b"cut off")
     answer = bimamba("teacher-logits", "-c", tiny.distill_recipe, "--out", again, f"--top_k={VOCABULARY}")
     assert answer.code == 1 and "another sequences_a_shard" in answer.err  # of another size in this process
     with pytest.MonkeyPatch.context() as patch:
@@ -137,6 +138,7 @@ def test_killed_and_started_again_it_ends_the_same(tiny, written, bimamba, tmp_p
     assert answer.code == 0 and f"has {len(shards[::2])} of {len(shards)} shards: going on" in answer.out
     for shard in shards:
         assert shard.read_bytes() == (out / shard.name).read_bytes()
+    assert not left.exists()
 
 
 def test_processes_share_the_shards(tiny, written, bimamba, tmp_path, monkeypatch):
