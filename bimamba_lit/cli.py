@@ -11,7 +11,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 
 import bimamba_lit
-from bimamba_lit.errors import UserError, nearest
+from bimamba_lit.errors import UserError, causes, nearest
 from bimamba_lit.interruption import interruption
 
 TRAINING = {
@@ -85,20 +85,13 @@ def _again(args: list[str], step: int | None) -> str:
 
 
 def _sentence(error: BaseException) -> str:
-    inner = error.__cause__ or error.__context__
-    if not isinstance(error, UserError) and inner is not None and _user_error(inner):
-        return _sentence(inner)
+    error = next((cause for cause in causes(error) if isinstance(cause, UserError)), error)  # which a library wrapped
     text = " ".join(str(error).split())
     if isinstance(error, UserError):
         return text.rpartition("bimamba_lit.errors.UserError: ")[2]  # from a data worker it comes with a traceback
     if isinstance(error, argparse.ArgumentError):
         return f"{text}; see --help"
     return f"{type(error).__name__}: {text} (run again with --debug for where it came from)"
-
-
-def _user_error(error: BaseException | None) -> bool:
-    """Say whether an error of ours is what another library wrapped in its own."""
-    return error is not None and (isinstance(error, UserError) or _user_error(error.__cause__ or error.__context__))
 
 
 def _dispatch(args: list[str]) -> None:

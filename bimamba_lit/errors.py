@@ -1,6 +1,6 @@
 """The one exception that speaks to the user."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from difflib import get_close_matches
 
 _LONGEST = 2000  # characters
@@ -16,6 +16,15 @@ class UserError(ValueError):
     def __init__(self, sentence: str) -> None:
         line = " ".join(sentence.split())
         super().__init__(line if len(line) <= _LONGEST else f"{line[: _LONGEST - 500]} … {line[-400:]}")
+
+
+def causes(error: BaseException | None) -> Iterator[BaseException]:
+    """Yield an error and what it came from, each once: an error that is raised again may be among its own causes."""
+    seen: list[int] = []
+    while error is not None and id(error) not in seen:
+        yield error
+        seen.append(id(error))
+        error = error.__cause__ or error.__context__
 
 
 def nearest(word: str, choices: Iterable[str]) -> str:

@@ -63,9 +63,9 @@ def _without_nonfinite(value: Any) -> Any:
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def remove_partial(folder: Path) -> None:
-    """Remove what a process that was killed while it wrote has left in a folder."""
-    for path in folder.glob(f".*{_PARTIAL}"):
+def remove_partial(folder: Path, name: str = "*") -> None:
+    """Remove what a process that was killed while it wrote, a file of that name or any, has left in a folder."""
+    for path in folder.glob(f".{name}.*{_PARTIAL}"):
         with suppress(OSError):
             path.unlink()
 

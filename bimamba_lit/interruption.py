@@ -17,6 +17,8 @@ from time import monotonic
 from types import FrameType
 from typing import NoReturn
 
+from bimamba_lit.errors import causes
+
 RESUMABLE = 75
 """The exit code of a run that was interrupted and can be resumed: EX_TEMPFAIL of sysexits.h."""
 
@@ -74,13 +76,11 @@ class Interruption:
 
     def stopped(self, error: BaseException) -> Interrupted | None:
         """Return what stopped a run, where ``error`` is it or what failed on its way out; else None."""
-        chained: BaseException | None = error
-        while chained is not None:
-            if isinstance(chained, SystemExit):
+        for cause in causes(error):
+            if isinstance(cause, SystemExit):
                 return None
-            if isinstance(chained, Interrupted):
-                return chained
-            chained = chained.__cause__ or chained.__context__
+            if isinstance(cause, Interrupted):
+                return cause
         return Interrupted() if self._raised else None
 
     def pass_on(self) -> None:

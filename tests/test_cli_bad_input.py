@@ -215,6 +215,12 @@ def test_debug_shows_where_an_error_arose(bimamba, tiny):
 def test_settings_of_the_trainer_that_do_not_fit_the_machine_or_each_other(refused):
     assert refused("--trainer.devices=0").startswith("trainer: ")
     assert refused("--trainer.accelerator=tpu").startswith("trainer: ")
+    sharded = "--trainer.strategy=lightning.pytorch.strategies.ModelParallelStrategy"
+    parts = ["--trainer.strategy.data_parallel_size=3", "--trainer.strategy.tensor_parallel_size=1"]
+    told = refused(sharded, *parts)
+    assert "data_parallel_size is 3" in told and "set data_parallel_size to 1" in told
+    twice = ["--trainer.callbacks+=bimamba_lit.callbacks.BitFlips"] * 2
+    assert refused(*twice).startswith("trainer.callbacks: BitFlips is there 2 times")
 
 
 def test_a_checkpoint_that_training_cannot_go_on_from(refused, tiny, tmp_path):

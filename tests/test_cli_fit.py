@@ -1,5 +1,6 @@
 import csv
 import errno
+import io
 import json
 from pathlib import Path
 
@@ -236,6 +237,25 @@ def test_a_run_folder_that_cannot_be_made_or_written(tiny, bimamba, tmp_path, mo
     answer = bimamba(*args, f"--trainer.default_root_dir={locked / 'run'}")
     assert answer.code == 1 and f"{locked / 'run'} cannot be written to (Read-only" in answer.err
     assert not list(locked.iterdir())
+
+    class Full(io.BytesIO):
+        def write(self, content):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(run_folder, "TemporaryFile", lambda dir: Full())
+    answer = bimamba(*args, f"--trainer.default_root_dir={locked / 'run'}")
+    assert answer.code == 1 and f"{locked / 'run'} cannot be written to (No space left on device)" in answer.err
+    assert not list(locked.iterdir())
+
+
+def test_every_checkpoint_that_is_kept_is_named_by_its_step(tiny, bimamba, tmp_path):
+    folder = tmp_path / "run"
+    answer = bimamba(
+        "fit", "-c", tiny.teacher_recipe, f"--trainer.default_root_dir={folder}", "--trainer.max_steps=3",
+        "--checkpoint.every_n_train_steps=2", "--checkpoint.save_top_k=-1", "--checkpoint.filename=at-{step}",
+    )  # fmt: skip
+    assert answer.code == 0, answer.err
+    assert {path.name for path in (folder / "checkpoints").iterdir()} == {"at-step=2.ckpt", "at-step=3.ckpt"}
 
 
 def test_validate_measures_again_and_touches_nothing_else(tiny, bimamba):

@@ -1,6 +1,6 @@
 import pickle
 
-from bimamba_lit.errors import UserError
+from bimamba_lit.errors import UserError, causes
 
 
 def test_a_sentence_is_one_line_whatever_it_quotes():
@@ -16,3 +16,10 @@ def test_a_sentence_stays_readable():
     told = str(UserError(f"there is no class '{'a' * 9000}'; name another"))
     assert len(told) < 2001 and told.startswith("there is no class 'aaa") and told.endswith("'; name another")
     assert str(UserError("short \n as it is")) == "short as it is"
+
+
+def test_causes_that_go_in_a_circle_end():
+    told, cause, first = UserError("told"), OSError("inner"), RuntimeError("outer")
+    told.__cause__, cause.__context__, first.__context__ = cause, first, told
+    assert list(causes(first)) == [first, told, cause]
+    assert list(causes(None)) == []

@@ -30,6 +30,7 @@ SIDEWAYS = {
     ("quickstart", "report"),
     ("files", "errors"),
     ("hub", "errors"),
+    ("interruption", "errors"),
 }
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
 FILES = [path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py"] + [

@@ -63,3 +63,11 @@ def test_a_process_forked_off_has_the_usual_handlers():
             signal.raise_signal(signal.SIGTERM)
             os._exit(0)
         assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGTERM
+
+
+def test_an_error_among_its_own_causes_is_looked_at_once():
+    first, second = OSError("first"), OSError("second")
+    first.__cause__, second.__context__ = second, first  # as where an error is kept and raised again
+    assert interruption.stopped(first) is None
+    second.__cause__ = stop = Interrupted(3)
+    assert interruption.stopped(first) is stop

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from bimamba_lit.distill.stored_teacher import Manifest, is_stored_teacher, read_manifest, shard_file, write_shard
 from bimamba_lit.errors import UserError
-from bimamba_lit.files import replacing
+from bimamba_lit.files import remove_partial, replacing
 
 SHARD_BYTES = 64 << 20
 """Bytes of a shard before compression, which a killed command may have to do again."""
@@ -107,6 +107,7 @@ def store_teacher(
             with FileLock(folder / f".{file.name}.lock", blocking=False):
                 if file.is_file():  # another process has just written it
                     continue
+                remove_partial(folder, file.name)
                 stored = _stored(teacher, batches(manifest.sequences_of(shard)), manifest, precision)
                 first = next(stored)
                 if not space_is_checked:

@@ -11,6 +11,7 @@ from lightning.fabric.plugins.io import TorchCheckpointIO
 
 from bimamba_lit.errors import UserError
 from bimamba_lit.files import replacing
+from bimamba_lit.models.sharded_folder import check_sharded, load_meta
 
 EXACT = "resumes_exactly"
 """The key of a checkpoint that training goes on from as if it had never stopped."""
@@ -92,14 +93,23 @@ def newest_whole(folder: Path, last: str) -> tuple[Path | None, list[str]]:
 
 
 def _newest_first(folder: Path, last: str) -> Iterator[Path]:
-    found = sorted(folder.glob("*.ckpt"), key=lambda path: (path.stat().st_mtime_ns, path.name == last))
+    there = (path for path in folder.glob("*.ckpt") if path.exists())  # a link may lead nowhere
+    found = sorted(there, key=lambda path: (path.stat().st_mtime_ns, path.name == last))
     yield from reversed(found)
+
+
+def _read_sharded(path: Path) -> tuple[str | None, dict[str, Any]]:
+    try:
+        check_sharded(path)
+        return None, load_meta(path)
+    except UserError as error:
+        return str(error).partition("; ")[0], {}
 
 
 def _read(path: Path) -> tuple[str | None, dict[str, Any]]:
     """Return why a checkpoint is not whole, or None, and what it holds."""
-    if path.is_dir():  # sharded: what reads it tells more
-        return None, {}
+    if path.is_dir():
+        return _read_sharded(path)
     if not path.stat().st_size:
         return "it is empty", {}
     try:

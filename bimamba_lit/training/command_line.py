@@ -17,6 +17,7 @@ import shutil
 import signal
 import sys
 import warnings
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger
+from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from torch.distributed import DistError
 
@@ -217,6 +219,7 @@ class CommandLine(LightningCLI):
         every = config.log_every_n_steps or 50
         standing: list[pl.Callback] = [SaveConfig(self.recipe), ModelLine(), NonFiniteGuard(), Throughput(every)]
         standing.append(ResumedLogs())
+        _refuse_twice(own)
         has_bar = any(isinstance(callback, ProgressBar) for callback in own)
         if config.enable_progress_bar is not False and not has_bar:
             terminal = sys.stdout.isatty()
@@ -240,9 +243,11 @@ class CommandLine(LightningCLI):
             UserError: If its settings do not fit each other or the machine.
         """
         try:
-            return super().instantiate_trainer(**settings)
+            trainer: pl.Trainer = super().instantiate_trainer(**settings)
         except (MisconfigurationException, ImportError, TypeError, ValueError) as error:
             raise UserError(f"trainer: {_first_line(error)}") from error
+        _refuse_other_spread(trainer)
+        return trainer
 
     def _loggers(self, configured: Any) -> list[Logger] | bool:
         """Return the loggers: ``metrics.csv`` always, beside it those of the recipe or else TensorBoard."""
@@ -355,6 +360,31 @@ class CommandLine(LightningCLI):
         write_run_summary(self.trainer, self.model, self.datamodule, folder, self.recipe, tests)
         if self.trainer.is_global_zero:
             print(f"{folder}: {self.model.evaluated['bits_per_byte']:.3f} bits per byte{when}; see {folder / SUMMARY}")
+
+
+def _refuse_twice(callbacks: list[pl.Callback]) -> None:
+    """Raise where two callbacks would keep their state in one place of a checkpoint."""
+    kept = Counter(one.state_key for one in callbacks if type(one).state_dict is not pl.Callback.state_dict)
+    for key, times in kept.items():
+        if times > 1:
+            raise UserError(
+                f"trainer.callbacks: {key} is there {times} times, with a recipe's own and those added by +=: name it "
+                "once, with all its settings"
+            )
+
+
+def _refuse_other_spread(trainer: pl.Trainer) -> None:
+    """Raise where sharded weights would be spread over more or fewer devices than there are."""
+    strategy = trainer.strategy
+    if not isinstance(strategy, ModelParallelStrategy):
+        return
+    devices = trainer.num_devices * trainer.num_nodes
+    data, tensor = strategy._data_parallel_size, strategy._tensor_parallel_size
+    if isinstance(data, int) and isinstance(tensor, int) and data * tensor != devices:
+        raise UserError(
+            f"trainer.strategy: data_parallel_size is {data} and tensor_parallel_size {tensor}, where the run has "
+            f"{devices} devices in all: set data_parallel_size to {devices} and tensor_parallel_size to 1"
+        )
 
 
 def _refuse_unreadable(checkpoint: Path, strategy: Any) -> None:

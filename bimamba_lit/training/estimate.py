@@ -42,9 +42,11 @@ _ORDER = [
     _GATHERED, _BUCKETS, _WORKSPACES,
 ]  # fmt: skip
 _WORKSPACE_BYTES = 64 << 20  # 32 MiB, Hopper's, for each of the threads of the forward and the backward pass
+_HALF = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16, "bf16": torch.bfloat16, "16": torch.float16}
+_PRECISIONS = ("32-true", "32", *_HALF)
+_STRATEGIES = ("auto", "DDPStrategy", "SingleDeviceStrategy", "ModelParallelStrategy")
 _LOSSES = ("distillation_loss", "topk_distillation_loss")
 _BLOCKS_GATHERED = 3
-_HALF = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16, "bf16": torch.bfloat16, "16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -101,6 +103,7 @@ def estimate(args: Sequence[str]) -> Estimate:
         raise UserError(
             f"model: estimate is for recipes that train a Pretrain or a Distill, not a {type(module).__name__}"
         )
+    _refuse_unknown(trainer)
     return estimate_step(module, data, _devices(trainer), trainer)
 
 
@@ -267,12 +270,30 @@ class _Recipe(CommandLine):
         """Run nothing."""
 
 
+def _refuse_unknown(trainer: Any) -> None:
+    """Raise for what a step is not counted for, or what no training could start with."""
+    if trainer.precision is not None and str(trainer.precision) not in _PRECISIONS:
+        raise UserError(
+            f"trainer.precision: {trainer.precision} is not one that estimate counts: {', '.join(_PRECISIONS)}"
+        )
+    if not (_strategy(trainer) in _STRATEGIES or _strategy(trainer).startswith("ddp")):
+        raise UserError(
+            f"trainer.strategy: {_strategy(trainer)} is not one that estimate counts: auto, ddp, ModelParallelStrategy"
+        )
+    if str(trainer.devices) == "0" or trainer.num_nodes < 1:
+        raise UserError(f"trainer: devices is {trainer.devices} and num_nodes {trainer.num_nodes}, the least is 1")
+
+
+def _strategy(trainer: Any) -> str:
+    strategy = trainer.strategy
+    return str(strategy if isinstance(strategy, str) else strategy.class_path).rpartition(".")[2]
+
+
 def _devices(trainer: Any) -> Devices:
     gpu = trainer.accelerator in ("gpu", "cuda") or (trainer.accelerator == "auto" and torch.cuda.is_available())
     here = count_devices(trainer.devices) or (max(torch.cuda.device_count(), 1) if gpu else 1)
-    strategy = trainer.strategy
-    name = strategy if isinstance(strategy, str) else strategy.class_path
-    return Devices(gpu, here * (trainer.num_nodes or 1), name.endswith("ModelParallelStrategy"))
+    name = _strategy(trainer)
+    return Devices(gpu, here * trainer.num_nodes, name == "ModelParallelStrategy")
 
 
 def print_estimate(found: Estimate) -> None:

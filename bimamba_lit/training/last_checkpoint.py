@@ -127,8 +127,9 @@ class LastCheckpoint(LinkedCheckpoint):
 
     def _save(self, trainer: pl.Trainer) -> None:
         if not self._should_skip_saving_checkpoint(trainer):
-            self._save_topk_checkpoint(trainer, {})
-            self._save_last_checkpoint(trainer, {})
+            named = self._monitor_candidates(trainer)  # what a file name may hold: step and epoch
+            self._save_topk_checkpoint(trainer, named)
+            self._save_last_checkpoint(trainer, named)
 
     def _save_checkpoint(self, trainer: pl.Trainer, filepath: str) -> None:
         super()._save_checkpoint(trainer, filepath)

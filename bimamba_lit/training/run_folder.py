@@ -23,6 +23,9 @@ from bimamba_lit.training.checkpoint_file import newest_whole
 CONFIG = "config.yaml"
 LAST_CHECKPOINT = Path("checkpoints") / "last.ckpt"
 
+_LEAST_SPACE = 1 << 16
+"""Bytes that the files of a run that has just begun take at most."""
+
 _RESULT_KEYS = ("seed_everything", "model", "data")
 _TRAINER_RESULT_KEYS = (
     "precision",
@@ -120,8 +123,9 @@ def _refuse_unwritable(folder: Path) -> None:
     if not there.is_dir():
         raise UserError(f"trainer.default_root_dir: {folder} cannot be made, since {there} is a file, not a folder")
     try:
-        with TemporaryFile(dir=there):  # tells more than the access rights, which a full or special disk ignores
-            return
+        with TemporaryFile(dir=there) as file:  # tells more than the access rights
+            file.write(bytes(_LEAST_SPACE))
+            file.flush()
     except OSError as error:
         raise UserError(
             f"trainer.default_root_dir: {folder} cannot be written to ({error.strerror}): "

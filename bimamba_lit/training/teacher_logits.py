@@ -41,11 +41,13 @@ def run(args: Sequence[str]) -> None:
     command_line = build(COMMAND, "fit", recipe, _Built)
     model, data = command_line.model, command_line.datamodule
     if not isinstance(model, Distill):
-        raise UserError(f"{COMMAND}: the recipe's model must be Distill, whose teacher is asked, not {type(model)}")
+        raise UserError(
+            f"{COMMAND}: the recipe's model must be Distill, whose teacher is asked, not {type(model).__name__}"
+        )
     if not isinstance(data, TextDataModule):
         raise UserError(f"{COMMAND}: the recipe's data must be a TextDataModule, whose sequences have numbers")
-    if model.stored is not None or model.teacher_path is None:
-        raise UserError(f"model.teacher: {own.out} holds logits already: give the teacher itself")
+    if model.stored is not None:
+        raise UserError(f"model.teacher: {model.stored.folder} holds logits already: give the teacher itself")
     _write(model, data, command_line.trainer, Path(own.out), own.top_k)
 
 

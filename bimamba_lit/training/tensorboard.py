@@ -5,14 +5,31 @@ import threading
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
+
+from bimamba_lit.errors import UserError, causes
 
 
 class TensorBoard(TensorBoardLogger):
     """TensorBoardLogger, but a file that cannot be written ends neither training nor, with space, the next file."""
 
     _failed = False
+
+    @property
+    @rank_zero_experiment
+    def experiment(self) -> Any:
+        """The writer.
+
+        Raises:
+            UserError: If its file cannot be begun.
+        """
+        threading.excepthook = _quiet
+        try:
+            return super().experiment
+        except OSError as error:
+            raise UserError(f"cannot write {self.log_dir}: {error.strerror or error}") from error
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
@@ -30,10 +47,12 @@ class TensorBoard(TensorBoardLogger):
         self._try(lambda: super(TensorBoard, self).finalize(status))
 
     def _try(self, write: Callable[[], None]) -> None:
-        threading.excepthook = _quiet
         try:
             write()
-        except OSError as error:
+        except (OSError, ValueError) as raised:  # Lightning takes any error for a figure of the wrong type
+            error = next((cause for cause in causes(raised) if isinstance(cause, OSError)), None)
+            if error is None:
+                raise
             self._experiment = None  # the writer is of no more use; the next figures open another file
             if not self._failed:
                 print(f"bimamba: cannot write {self.log_dir}: {error.strerror or error}; going on", file=sys.stderr)

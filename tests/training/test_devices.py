@@ -15,6 +15,7 @@ import yaml
 from bimamba_lit.errors import UserError
 from bimamba_lit.models import MambaLM
 from bimamba_lit.models.sharded_folder import check_sharded
+from bimamba_lit.training.checkpoint_file import newest_whole
 
 CALLBACKS = [
     {"class_path": f"bimamba_lit.callbacks.{name}", "init_args": {"every_n_steps": 2}}
@@ -157,6 +158,19 @@ def test_a_sharded_checkpoint_that_is_not_whole_or_no_data_is_refused(two, tmp_p
         with pytest.raises(UserError, match=told):
             read(folder)
     assert not (tmp_path / "stolen").exists()
+
+
+def test_last_passes_over_a_sharded_checkpoint_that_is_not_whole(two, tmp_path):
+    whole, newest = tmp_path / "at-step=4.ckpt", tmp_path / "last.ckpt"
+    for moment, path in enumerate((whole, newest)):
+        shutil.copytree(last(two), path)
+        os.utime(path, (moment, moment))
+    (tmp_path / "lost.ckpt").symlink_to("lost.0.shards")
+    assert newest_whole(tmp_path, newest.name) == (newest, [])
+    _shorten(newest)
+    found, (told,) = newest_whole(tmp_path, newest.name)
+    assert found == whole
+    assert told.startswith(f"{newest} is broken (") and "missing or cut short" in told
 
 
 MODULE = '''

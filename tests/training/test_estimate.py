@@ -156,6 +156,9 @@ def test_the_command_tells_the_parts_and_reads_no_weights(tiny, bimamba, teacher
     assert answer.code == 0 and "each of 2 GPUs, FSDP2" in answer.out
     answer = bimamba("estimate", "-c", path, "--trainer.devices=two")
     assert answer.code == 1 and "'two' names no devices" in answer.err
+    for setting in ("devices=0", "num_nodes=0", "strategy=fsdp", "strategy=nonsense", "precision=bf16-true"):
+        answer = bimamba("estimate", "-c", path, f"--trainer.{setting}")
+        assert answer.code == 1 and setting.partition("=")[0] in answer.err and not answer.out, setting
     answer = bimamba("estimate", "-c", path, "--model.tempreature=2")
     assert answer.code == 1 and "temperature" in answer.err
     answer = bimamba("estimate", "-c", Path(__file__).parents[2] / "recipes" / "ptb_sign.yaml")

@@ -128,7 +128,8 @@ def test_killed_and_started_again_it_ends_the_same(tiny, written, bimamba, tmp_p
     shards = sorted(again.glob("*.arrow"))
     for shard in shards[1::2]:
         shard.unlink()
-    (again / ".shard-000001.arrow.xyz").write_bytes(b"cut off")  # what a killed process leaves
+    left = again / ".shard-000001.arrow.xyz.partial"  # by a killed process
+    left.write_bytes(b"cut off")
     answer = bimamba("teacher-logits", "-c", tiny.distill_recipe, "--out", again, f"--top_k={VOCABULARY}")
     assert answer.code == 1 and "another sequences_a_shard" in answer.err  # of another size in this process
     with pytest.MonkeyPatch.context() as patch:
@@ -137,6 +138,7 @@ def test_killed_and_started_again_it_ends_the_same(tiny, written, bimamba, tmp_p
     assert answer.code == 0 and f"has {len(shards[::2])} of {len(shards)} shards: going on" in answer.out
     for shard in shards:
         assert shard.read_bytes() == (out / shard.name).read_bytes()
+    assert not left.exists()
 
 
 def test_processes_share_the_shards(tiny, written, bimamba, tmp_path, monkeypatch):
@@ -205,8 +207,12 @@ def test_what_does_not_fit_is_told(tiny, written, bimamba, recipe, tmp_path, mon
     assert "holds a teacher's logits of another top_k" in refused(bimamba, *store, "--out", out, "--top_k=3")
     assert "out of range, it must be 1 to the 257" in refused(bimamba, *store, "--out", tmp_path, "--top_k=300")
     assert "is there already and holds no teacher's" in refused(bimamba, *store, "--out", tiny.folder)
-    assert "must be Distill" in refused(bimamba, "teacher-logits", "-c", tiny.teacher_recipe, "--out", tmp_path / "o")
-    assert "holds logits already" in refused(bimamba, *store, "--out", tmp_path / "o", f"--model.teacher={out}")
+    assert "must be Distill, whose teacher is asked, not Pretrain" in refused(
+        bimamba, "teacher-logits", "-c", tiny.teacher_recipe, "--out", tmp_path / "o"
+    )
+    assert f"model.teacher: {out} holds logits already" in refused(
+        bimamba, *store, "--out", tmp_path / "o", f"--model.teacher={out}"
+    )
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(store_teacher.shutil, "disk_usage", lambda _: usage(0, 0, 10_000))
     assert "the disk has 1e-05 GB left" in refused(bimamba, *store, "--out", tmp_path / "full")

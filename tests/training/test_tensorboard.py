@@ -1,0 +1,34 @@
+"""TensorBoard's files where they cannot be written."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bimamba_lit.errors import UserError
+from bimamba_lit.training.tensorboard import TensorBoard
+
+
+@pytest.mark.parametrize("call", [lambda log: log.log_metrics({"loss": 1.0}, 2), lambda log: log.save()])
+def test_a_folder_that_is_lost_ends_nothing_whichever_call_meets_it(
+    call: Callable[[Any], None], tmp_path: Path, capfd: Any
+) -> None:
+    log = TensorBoard(tmp_path, name="", version="")
+    log.log_metrics({"loss": 1.0}, 0)
+    log.save()
+    writer = log.experiment._get_file_writer().event_writer._async_writer
+    shutil.rmtree(tmp_path)
+    log.log_metrics({"loss": 1.0}, 1)
+    writer._worker.join(10)  # it meets the loss at its own time
+    for _ in range(2):
+        call(log)
+    assert capfd.readouterr().err == f"bimamba: cannot write {log.log_dir}: No such file or directory; going on\n"
+    log.finalize("success")
+
+
+def test_a_file_that_cannot_be_begun_is_told(tmp_path: Path) -> None:
+    (tmp_path / "tensorboard").write_text("in the way")
+    with pytest.raises(UserError, match="cannot write .*tensorboard.*: File exists"):
+        TensorBoard(tmp_path, name="tensorboard", version="").experiment  # noqa: B018
