@@ -3,6 +3,8 @@
 import copy
 import math
 import shutil
+from dataclasses import dataclass
+from pathlib import Path
 from random import Random
 from typing import Any
 
@@ -74,27 +76,34 @@ def changed(draw: Random, value: Any) -> Any:
     return other(draw)
 
 
+@dataclass(frozen=True, repr=False)  # a failure's report would print all that it holds
+class Run:
+    folder: Path
+    checkpoint: dict[str, Any]
+    args: list[str]
+
+
 @pytest.fixture(scope="module")
-def checkpoint(tiny, bimamba, tmp_path_factory):
+def run(tiny, bimamba, tmp_path_factory):
     """A student's checkpoint, with every callback's state in it."""
     folder = tmp_path_factory.mktemp("resume")
     watch = "[bimamba_lit.callbacks.BitFlips,bimamba_lit.callbacks.WeightScales,bimamba_lit.callbacks.LossSpikeGuard]"
     args = ["fit", "-c", tiny.distill_recipe, f"--trainer.callbacks={watch}", "--trainer.max_steps=3"]
     answer = bimamba(*args, f"--trainer.default_root_dir={folder / 'first'}")
     assert answer.code == 0, answer
-    return folder, torch.load(folder / "first" / "checkpoints" / "last.ckpt", weights_only=True), [*args[:-1]]
+    checkpoint = torch.load(folder / "first" / "checkpoints" / "last.ckpt", weights_only=True)
+    return Run(folder, checkpoint, [*args[:-1]])
 
 
-def goes_on_or_tells(checkpoint, bimamba, seed):
-    folder, whole, args = checkpoint
+def goes_on_or_tells(run, bimamba, seed):
     draw = Random(seed)
-    mutated = copy.deepcopy(whole)
+    mutated = copy.deepcopy(run.checkpoint)
     for _ in range(draw.choice([1, 1, 2])):
         mutated = changed(draw, mutated)
-    run, file = folder / "run", folder / "changed.ckpt"
-    shutil.rmtree(run, ignore_errors=True)
+    folder, file = run.folder / "run", run.folder / "changed.ckpt"
+    shutil.rmtree(folder, ignore_errors=True)
     torch.save(mutated, file)
-    answer = bimamba(*args, "--trainer.max_steps=5", f"--trainer.default_root_dir={run}", "--ckpt_path", file)
+    answer = bimamba(*run.args, "--trainer.max_steps=5", f"--trainer.default_root_dir={folder}", "--ckpt_path", file)
     assert answer.code in (0, 1)
     if answer.code:
         said = [line for line in answer.err.splitlines() if line.startswith("bimamba: ")]
@@ -105,12 +114,12 @@ def goes_on_or_tells(checkpoint, bimamba, seed):
 @settings(**QUIET, max_examples=8, derandomize=True)
 @example(seed=109370)  # a beta of AdamW that is 2**70
 @given(seed=SEEDS)
-def test_training_goes_on_or_one_sentence(checkpoint, bimamba, seed):
-    goes_on_or_tells(checkpoint, bimamba, seed)
+def test_training_goes_on_or_one_sentence(run, bimamba, seed):
+    goes_on_or_tells(run, bimamba, seed)
 
 
 @pytest.mark.slow
 @settings(**QUIET, max_examples=500)
 @given(seed=SEEDS)
-def test_training_goes_on_or_one_sentence_at_length(checkpoint, bimamba, seed):
-    goes_on_or_tells(checkpoint, bimamba, seed)
+def test_training_goes_on_or_one_sentence_at_length(run, bimamba, seed):
+    goes_on_or_tells(run, bimamba, seed)
