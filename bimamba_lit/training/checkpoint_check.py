@@ -47,6 +47,10 @@ def check_optimizers(trainer: pl.Trainer, fresh: Mapping[str, Any]) -> None:
         for one in (fresh["optimizer"], optimizer)
     ]
     _compare("optimizer_states.param_groups", *settings)
+    for fresh_group, group in zip(*settings, strict=True):
+        for key, switch in fresh_group.items():
+            if isinstance(switch, bool) and group[key] is not switch:
+                _refuse(f"optimizer_states.param_groups.{key}", f"is {group[key]} where {switch} belongs")
     for parameter, state in optimizer.state.items():
         expected = {"step": torch.zeros(()), "exp_avg": parameter, "exp_avg_sq": parameter}
         _compare("optimizer_states.state", expected, state)

@@ -3,7 +3,6 @@
 import copy
 import math
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -76,11 +75,9 @@ def changed(draw: Random, value: Any) -> Any:
     return other(draw)
 
 
-@dataclass(frozen=True, repr=False)  # a failure's report would print all that it holds
-class Run:
-    folder: Path
-    checkpoint: dict[str, Any]
-    args: list[str]
+class Run:  # no dataclass: a failure's report would print all that it holds
+    def __init__(self, folder: Path, checkpoint: dict[str, Any], args: list[str]) -> None:
+        self.folder, self.checkpoint, self.args = folder, checkpoint, args
 
 
 @pytest.fixture(scope="module")
@@ -113,6 +110,7 @@ def goes_on_or_tells(run, bimamba, seed):
 
 @settings(**QUIET, max_examples=8, derandomize=True)
 @example(seed=109370)  # a beta of AdamW that is 2**70
+@example(seed=679)  # AdamW's amsgrad turned on, without its averages
 @given(seed=SEEDS)
 def test_training_goes_on_or_one_sentence(run, bimamba, seed):
     goes_on_or_tells(run, bimamba, seed)
