@@ -111,7 +111,7 @@ class BinaryLinear(LatentLinear):
     def _reach_of(self, centred: Tensor) -> Tensor | None:
         if self.reach is None or not torch.is_grad_enabled():
             return None
-        return self.widening * self.reach * row_scale(centred.detach()).squeeze(1)
+        return self.widening * self.reach * row_scale(centred).squeeze(1)
 
     def packed_signs(self) -> Tensor:
         """Return the signs as bits, ``(O, ceil(I / 8))`` uint8, as :func:`bimamba_lit.ops.pack_signs` lays them.

@@ -17,7 +17,7 @@ from bimamba_lit.errors import UserError
 from bimamba_lit.kernels.binary_weight import naive
 
 Way = Literal["rows", "mix", "tanh"]
-STEEPEST = 100.0
+STEEPEST = 30.0
 _LEAST = 1e-5
 
 
@@ -29,7 +29,7 @@ class Unfinished:
         way: ``rows``: the first ``share`` of the rows are binary, the others latent (incremental network quantization,
             arXiv 1702.03044, has it by magnitude). ``mix``: ``(1 - share) latent + share binary``. ``tanh``: in place
             of the sign ``tanh(k v / s)``, v what the sign is taken of, s its row's mean abs(v), and
-            k = 100 ** ``share`` (continuation, as HashNet, arXiv 1702.00758, has it).
+            k = 30 ** ``share`` (continuation, as HashNet, arXiv 1702.00758, has it); no gradient flows through s.
         share: 0 (not begun) to 1.
 
     Raises:
@@ -69,5 +69,6 @@ class Unfinished:
 
 
 def row_scale(centred: Tensor) -> Tensor:
-    """Return the mean abs of each row of what the sign is taken of, ``(O, 1)``, to divide by: 1e-5 at least."""
+    """Return the mean abs of each row of what the sign is taken of, detached, ``(O, 1)``: 1e-5 at least."""
+    centred = centred.detach()
     return (torch.linalg.vector_norm(centred, ord=1, dim=1, keepdim=True) / centred.shape[1]).clamp(min=_LEAST)
