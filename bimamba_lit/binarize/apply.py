@@ -43,8 +43,8 @@ def binarize_(
             ``projection_rows``: z, x, B, C and dt of Mamba-2's ``in_proj``; x and z of Mamba-1's, dt, B and C of its
             ``x_proj``.
         double_inputs: The share of the inputs of these layers, above 0 up to 1, whose weights are the sum of two signs,
-            for patterns likewise: ``{"in_proj": 0.15}``. Those whose columns one sign fits worst; see
-            :class:`DoubledInputs`.
+            for patterns likewise: ``{"in_proj": 0.15}``. Whole words of 32 inputs, those whose columns one sign fits
+            worst; see :class:`DoubledInputs`.
 
     Returns:
         ``model``.

@@ -2,11 +2,12 @@
 
 One sign a weight fits some columns far worse than others, and bits are best spent there: BiLLM (arXiv 2402.04291,
 section 3.1) binarizes what the first signs leave of its salient columns once more, after training. Here both planes are
-one layer of the scheme, over all inputs and over the chosen ones again, and train together.
+one layer of the scheme, over all inputs and over the chosen ones again, and train together. Inputs are chosen by whole
+words: 32 of them that follow one another, whose signs a kernel reads at once.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from math import ceil, lcm
+from math import lcm
 from typing import Any
 
 import torch
@@ -22,30 +23,31 @@ from bimamba_lit.binarize.wrapper import Wrapper, linear_of
 from bimamba_lit.errors import UserError
 from bimamba_lit.kernels.signs.naive import unpack_signs
 
-_BYTE = 8
+_WORD = 32
 
 
 class DoubledInputs(Wrapper):
     """A binary layer whose weight is one sign for most inputs and the sum of two for the others.
 
-    The inputs with two signs are chosen once: those whose columns a layer of the scheme leaves the largest squared
-    residual. Their second latent weights start at that residual, and count for nothing where the layer is not binary
-    yet by ``rows`` or ``mix`` (:class:`~bimamba_lit.binarize.Unfinished`): there the first ones are the weight.
+    The inputs with two signs are chosen once, a word at a time, inputs 32 j to 32 j + 31: the words whose columns a
+    layer of the scheme leaves the largest squared residual. Their second latent weights start at that residual, and
+    count for nothing where the layer is not binary yet by ``rows`` or ``mix``
+    (:class:`~bimamba_lit.binarize.Unfinished`): there the first ones are the weight.
 
     Args:
         whole: The layer whose weights ``(O, I)`` and bias ``(O,)`` are taken over.
         scheme: Makes a :class:`BinaryLinear` of an ``nn.Linear``.
-        share: How many of the inputs get a second sign, above 0 up to 1; rounded so that signs fill whole bytes and
-            whole groups of a scheme that has some.
+        share: How many of the inputs get a second sign, above 0 up to 1; rounded to the nearest number of words, but
+            one at least, and of whole groups of a scheme that has some.
 
     Raises:
-        UserError: If ``share`` is out of range, no number of inputs fills bytes and groups, or the scheme is of more
-            than one sign a weight.
+        UserError: If ``share`` is out of range, the inputs do not fill words and groups, or the scheme is of more than
+            one sign a weight.
 
     Attributes:
         binary: The layer of the scheme over ``I + k`` inputs; packed, after :func:`bimamba_lit.binarize.pack_`.
-        bitmap: ``(ceil(I / 8),)`` uint8 buffer, what is saved of the choice: bit i % 8 of byte i // 8 is 1 if input i
-            has two signs.
+        bitmap: ``(ceil(I / 32 / 8),)`` uint8 buffer, what is saved of the choice: bit j % 8 of byte j // 8 is 1 if the
+            inputs of word j have two signs.
         doubled: ``(k,)`` int64, these inputs, rising; see :meth:`read_bitmap_`.
         weight: ``(O, I)``, what the layer multiplies by.
     """
@@ -63,13 +65,14 @@ class DoubledInputs(Wrapper):
         first = _binary(scheme, linear_of(weight))
         with torch.no_grad():
             residual = weight - first.weight
-        worst = residual.square().sum(0).topk(_number(first, share)).indices
-        chosen = torch.zeros_like(weight[0]).index_fill(0, worst, 1)
+        k = _number(first, share)
+        squared = residual.square().sum(0).unflatten(0, (-1, _WORD)).sum(1)
+        chosen = torch.zeros_like(squared).index_fill(0, squared.topk(k // _WORD).indices, 1)
         self.register_buffer("bitmap", ops.pack_signs(chosen[None])[0])
-        self.register_buffer("doubled", worst.sort().values, persistent=False)
+        self.register_buffer("doubled", chosen_inputs(self.bitmap, self.in_features, k), persistent=False)
         wide = torch.cat([weight, residual.index_select(1, self.doubled)], 1)
         self.binary = _binary(scheme, linear_of(wide, whole.bias))
-        self.binary.second_signs = len(self.doubled)
+        self.binary.take_second_signs_(self.doubled)
 
     @property
     def bias(self) -> Tensor | None:  # type: ignore[override]
@@ -90,8 +93,8 @@ class DoubledInputs(Wrapper):
         Raises:
             UserError: If it does not choose as many inputs as there are second signs.
         """
-        signs = unpack_signs(self.bitmap, self.in_features)
-        k, number = self.binary.in_features - self.in_features, 0 if signs.is_meta else int((signs > 0).sum())
+        signs = unpack_signs(self.bitmap, self.in_features // _WORD)
+        k, number = self.binary.in_features - self.in_features, 0 if signs.is_meta else _WORD * int((signs > 0).sum())
         if not signs.is_meta and number != k:
             raise UserError(f"{name or 'the bitmap'} chooses {number} inputs, and the layer has second signs for {k}")
         self.doubled = chosen_inputs(self.bitmap, self.in_features, k)
@@ -108,8 +111,8 @@ class DoubledInputs(Wrapper):
         return self.binary(with_doubled(x, self.doubled))
 
     def storage(self) -> dict[str, int]:
-        """Return the bits this layer needs once deployed, by part: ``doubled`` is one bit an input, in whole bytes."""
-        return {**self.binary.storage(), "doubled": _BYTE * ceil(self.in_features / _BYTE)}
+        """Return the bits this layer needs once deployed, by part: ``doubled`` is one bit a word, in whole bytes."""
+        return {**self.binary.storage(), "doubled": 8 * self.bitmap.numel()}
 
     def kind(self) -> dict[str, Any]:
         """Return what describes a layer of this kind in a file: that of its signs, and ``doubled_inputs``."""
@@ -126,8 +129,9 @@ def with_doubled(x: Tensor, doubled: Tensor) -> Tensor:
 
 
 def chosen_inputs(bitmap: Tensor, inputs: int, k: int) -> Tensor:
-    """Return the ``k`` inputs, rising, whose bits are 1 in a bitmap of ``inputs``: int64."""
-    return unpack_signs(bitmap, inputs, torch.int8).sort(stable=True, descending=True).indices[:k]
+    """Return the ``k`` inputs, rising, whose words' bits are 1 in the bitmap of a layer of ``inputs``: int64."""
+    words = unpack_signs(bitmap, inputs // 32, torch.int8).sort(stable=True, descending=True).indices[: k // 32]
+    return (32 * words[:, None] + torch.arange(32, device=bitmap.device)).flatten()
 
 
 def inputs_to_double(layers: Sequence[str], double_inputs: Mapping[str, float]) -> dict[str, float]:
@@ -153,12 +157,10 @@ def _binary(scheme: Callable[[nn.Linear], LatentLinear | PTBLinear], linear: nn.
 
 
 def _number(layer: BinaryLinear, share: float) -> int:
-    inputs = layer.in_features
-    unit = lcm(_BYTE, layer.options().get("group_size") or 1)
-    fewest, most = inputs // unit + 1, 2 * inputs // unit
-    if fewest > most:
+    inputs, unit = layer.in_features, lcm(_WORD, layer.options().get("group_size") or 1)
+    if inputs % unit:
         raise UserError(
-            f"double_inputs: no part of {inputs} inputs beside them makes a multiple of {unit}, which whole bytes and "
-            "groups take"
+            f"double_inputs: second signs go to {unit} inputs at a time, whole words and groups, so a layer must have "
+            f"a multiple of {unit} inputs, and {inputs} is none"
         )
-    return min(max(round(inputs * (1 + share) / unit), fewest), most) * unit - inputs
+    return max(round(share * inputs / unit), 1) * unit

@@ -46,6 +46,13 @@ class FBI(BinaryLinear):
         for name, values in terms.items():
             self.register_parameter(name, no_decay(values.reshape(-1)))
 
+    def take_second_signs_(self, inputs: Tensor) -> None:
+        """Take the last inputs for second signs; they share the shift of their first ones, as two would only add up."""
+        super().take_second_signs_(inputs)
+        if "in_shift" in self._terms:
+            first, second = self.get_parameter("in_shift").detach().split([self.in_features - len(inputs), len(inputs)])
+            self.in_shift = no_decay(first.index_add(0, inputs, second))
+
     def terms(self) -> dict[str, Tensor]:
         """Return scale and shift: ``in_`` ``(I,)``, ``out_`` ``(O,)`` or ``(1,)``; for ``two_sided`` both scales."""
         return {name: self.get_parameter(name) for name in self._terms}

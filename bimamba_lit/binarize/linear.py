@@ -47,7 +47,7 @@ class BinaryLinear(LatentLinear):
         widening: ``reach`` is multiplied by it; 1 unless a callback anneals the gradient.
         unfinished: How far the layer has come on its way to binary; None once, or where always, it is.
         second_signs: How many of its last inputs are others once more, for their second signs; see
-            :class:`~bimamba_lit.binarize.doubled_inputs.DoubledInputs`.
+            :meth:`take_second_signs_` and :class:`~bimamba_lit.binarize.doubled_inputs.DoubledInputs`.
         formats: What ``bimamba export`` can write of the scheme. All that :meth:`terms` can say fits every format, but
             ``gguf``, which looks at the terms themselves; a scheme whose layer does more than its terms names fewer.
     """
@@ -76,8 +76,17 @@ class BinaryLinear(LatentLinear):
         """Return the terms of the formula that this scheme uses, differentiable.
 
         Keys are among ``in_scale`` ``(I,)``, ``out_scale`` ``(O,)``, ``group_scale`` ``(O, G)``, ``in_shift`` ``(I,)``
-        and ``out_shift`` ``(O,)``; a vector may also have one element that serves all.
+        and ``out_shift`` ``(O,)``; a vector may also have one element that serves all, and ``in_shift`` be that of the
+        first inputs alone.
         """
+
+    def take_second_signs_(self, inputs: Tensor) -> None:
+        """Take the last inputs for second signs of the first ones, in place.
+
+        Args:
+            inputs: ``(k,)`` int64, the inputs that the last k are once more.
+        """
+        self.second_signs = len(inputs)
 
     def centred(self) -> Tensor:
         """Return what the sign is taken of, ``(O, I)``: the latent weights, unless a scheme shifts them first."""
@@ -88,7 +97,7 @@ class BinaryLinear(LatentLinear):
         return self.latent.numel() // scale.numel()
 
     def _weight_in(self, dtype: torch.dtype | None) -> Tensor:
-        terms: dict[str, Any] = {**self.terms()}
+        terms: dict[str, Any] = whole_terms(self)
         if self.scaled_gradients:
             terms |= {
                 name: scaled_gradient(term, self.served(term) ** -0.5)
@@ -147,6 +156,20 @@ def no_decay(values: Tensor) -> nn.Parameter:
 def compose(signs: Tensor, terms: dict[str, Tensor]) -> Tensor:
     """Return the dense weight ``(O, I)`` that signs ``(O, I)`` and the terms of the formula stand for."""
     return naive.compose(signs, **terms)
+
+
+def whole_terms(layer: Any) -> dict[str, Tensor]:
+    """Return the terms of a latent or packed binary layer for all of its inputs, as the formula takes them."""
+    terms = {**layer.terms()}
+    if "in_shift" in terms:
+        terms["in_shift"] = whole_shift(terms["in_shift"], layer.in_features)
+    return terms
+
+
+def whole_shift(in_shift: Tensor, inputs: int) -> Tensor:
+    """Return the shift ``(I,)`` of all inputs, 0 after the first ones that have some; one for all stays as it is."""
+    missing = inputs - in_shift.shape[0]
+    return in_shift if missing == 0 or in_shift.shape[0] == 1 else nn.functional.pad(in_shift, [0, missing])
 
 
 def storage(layer: Any) -> dict[str, int]:

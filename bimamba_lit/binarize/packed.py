@@ -5,7 +5,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from bimamba_lit import ops
-from bimamba_lit.binarize.linear import TERMS, BinaryLinear, compose, storage
+from bimamba_lit.binarize.linear import TERMS, BinaryLinear, compose, storage, whole_terms
 from bimamba_lit.binarize.ptb.layer import PTBLinear
 from bimamba_lit.errors import UserError
 
@@ -58,11 +58,11 @@ class PackedLinear(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The binary weight ``(O, I)``, dense."""
-        return compose(ops.unpack_signs(self.signs, self.in_features), self.terms())
+        return compose(ops.unpack_signs(self.signs, self.in_features), whole_terms(self))
 
     def forward(self, x: Tensor) -> Tensor:
         """Multiply ``x`` ``(..., I)`` by the binary weight: ``(..., O)``."""
-        terms: dict[str, Any] = {**self.terms()}
+        terms: dict[str, Any] = whole_terms(self)
         y = ops.binary_linear(
             x, self.signs, self.in_features, bias=self.bias, activation_bits=self.activation_bits, **terms
         )

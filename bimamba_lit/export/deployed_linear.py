@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from bimamba_lit.binarize import BinaryLinear, DoubledInputs, KeptRows, PackedLinear, PTBLinear
 from bimamba_lit.binarize.doubled_inputs import chosen_inputs, with_doubled
 from bimamba_lit.binarize.kept_rows import in_order
-from bimamba_lit.binarize.linear import TERMS
+from bimamba_lit.binarize.linear import TERMS, whole_shift
 from bimamba_lit.errors import UserError
 from bimamba_lit.kernels.binary_linear.naive import add_terms
 from bimamba_lit.kernels.binary_weight.naive import compose
@@ -153,7 +153,7 @@ class DeployedBinary(nn.Module):
         if self.group_scale.numel() > 0:
             terms["group_scale"] = self.group_scale.float()
         if self.in_shift.numel() > 0:
-            terms["in_shift"] = self.in_shift.float()
+            terms["in_shift"] = whole_shift(self.in_shift.float(), self.in_features)
         if self.out_shift.numel() > 0:
             terms["out_shift"] = self.out_shift.float()
         return terms

@@ -39,7 +39,7 @@ class Distill(LanguageModule):
         keep_rows: Rows of these layers that stay in full precision, by patterns of layers, such as
             ``{in_proj: [B, C, dt]}``; see :func:`bimamba_lit.binarize.binarize_`.
         double_inputs: Share of the inputs of these layers, above 0 up to 1, whose weights are the sum of two signs, by
-            patterns of layers, such as ``{in_proj: 0.15}``: those that one sign fits worst.
+            patterns of layers, such as ``{in_proj: 0.15}``: whole words of 32 inputs, those that one sign fits worst.
         divergence: ``soft_ce``, the paper's cross-entropy against the teacher's distribution; ``forward_kl`` or
             ``reverse_kl``, the divergence from the teacher to the student or back.
         temperature: Divides both models' logits; the loss is multiplied by its square.

@@ -104,6 +104,7 @@ MODELS = {
         {"*.1.*.in_proj": ["B"]},
         {"*_proj": 0.3, "lm_head": 0.3},
         tie_embeddings=False,
+        d_model=64,
     ),
     "both mixers": partial(small, Sign, mixer=["mamba", "mamba2"]),
     "full precision, untied": partial(small, None, tie_embeddings=False),

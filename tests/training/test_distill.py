@@ -288,17 +288,17 @@ def test_a_run_with_two_signs_for_some_inputs(tiny, bimamba, tmp_path):
     scheme += ["--model.binarizer.straight_through=tanh", "--model.double_inputs={in_proj: 0.15, out_proj: 0.1}"]
     command = ["fit", "-c", tiny.distill_recipe, f"--trainer.default_root_dir={run}", *scheme, *callbacks]
     answer = bimamba(*command, "--trainer.max_steps=6", "--model.deploy=[gguf]")
-    assert answer.code == 1 and "a second sign for 8 of its inputs" in answer.err.replace("\n", " "), answer
+    assert answer.code == 1 and "a second sign for 32 of its inputs" in answer.err.replace("\n", " "), answer
     answer = bimamba(*command, "--trainer.max_steps=6", "--model.deploy=[torchscript]")
     assert answer.code == 0, answer
     assert "flips/rate/backbone.layers.0.mixer.in_proj.binary" in (run / "metrics.csv").read_text()
     found = json.loads((run / "summary.json").read_text())
-    signs, scales, choice = 164 * 40 + 32 * 72, 16 * (164 + 40 + 32 + 72), 32 + 64
+    signs, scales, choice = 164 * 64 + 32 * 96, 16 * (164 + 64 + 32 + 96), 8 + 8
     assert found["binarized_params"] == 164 * 32 + 32 * 64
     assert found["storage"]["signs"] == signs and found["storage"]["doubled"] == choice
     assert sum(found["storage"].values()) - found["storage"]["full_precision"] == signs + scales + choice
     layer = load_lm(run / "checkpoints" / "last.ckpt").backbone.layers[0].mixer.in_proj
-    assert layer.binary.unfinished is None and len(layer.doubled) == 8
+    assert layer.binary.unfinished is None and len(layer.doubled) == 32
     answer = bimamba("export", "--ckpt", run, "--format", "safetensors", "--out", tmp_path / "out")
     assert answer.code == 0, answer
     packed = load_lm(tmp_path / "out").backbone.layers[0].mixer.in_proj
