@@ -99,7 +99,21 @@ class DoubledInputs(Wrapper):
             raise UserError(f"{name or 'the bitmap'} chooses {number} inputs, and the layer has second signs for {k}")
         self.doubled = chosen_inputs(self.bitmap, self.in_features, k)
 
+    def check_bitmap(self, bitmap: Tensor, name: str) -> None:
+        """Refuse the bitmap of a model that chose single inputs, as this project did before it chose words.
+
+        Raises:
+            UserError: If it has a bit an input and not a bit a word.
+        """
+        single = (-(-self.in_features // 8),)
+        if bitmap.dtype == torch.uint8 and bitmap.shape == single != self.bitmap.shape:
+            raise UserError(
+                f"{name} chooses single inputs, as models of earlier versions do, and second signs go to whole words "
+                "of 32: train the model again"
+            )
+
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
+        self.check_bitmap(state_dict.get(f"{prefix}bitmap", self.bitmap), f"{prefix}bitmap")
         super()._load_from_state_dict(state_dict, prefix, *args)
         self.read_bitmap_(f"{prefix}bitmap")
 

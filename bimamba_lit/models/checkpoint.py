@@ -291,6 +291,9 @@ def _assemble(description: Mapping[str, Any], readers: Mapping[str, Reader], sou
             raise UserError(
                 f"{source} says that {name} is tied to {aliases.get(name, 'another')} and holds both, unequal"
             )
+    doubled = {f"{name}.bitmap": layer for name, layer in lm.named_modules() if isinstance(layer, DoubledInputs)}
+    for name in doubled.keys() & found.keys():
+        doubled[name].check_bitmap(found[name], f"{source}: {name}")
     wrong = [
         f"{name} {_kind(found[name])} instead of {_kind(target)}"
         for name, target in targets.items()
@@ -306,9 +309,8 @@ def _assemble(description: Mapping[str, Any], readers: Mapping[str, Reader], sou
         raise UserError(f"{source} does not hold the tensors of the model it describes: it {told}")
     kept = _kept_as_stored(lm)
     _fill(lm, {name: _copied(found[name], None if name in kept else dtype) for name in targets})
-    for name, layer in lm.named_modules():
-        if isinstance(layer, DoubledInputs):
-            layer.read_bitmap_(f"{source}: {name}.bitmap")
+    for name, layer in doubled.items():
+        layer.read_bitmap_(f"{source}: {name}")
     return lm
 
 

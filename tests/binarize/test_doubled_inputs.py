@@ -41,6 +41,7 @@ from bimamba_lit.export.convert import convert
 from bimamba_lit.models.checkpoint import build, copy_in_fp32, describe
 from bimamba_lit.models.count import count_parameters, storage_by_part, true_bits
 from bimamba_lit.models.deployed import deployed_
+from bimamba_lit.models.weight_files import write_safetensors
 from bimamba_lit.ops import pack_signs
 
 IDS = torch.randint(61, (2, 21), generator=torch.Generator().manual_seed(1))
@@ -229,6 +230,18 @@ def test_another_number_of_chosen_inputs_than_the_layer_has_is_refused():
                 again.load_state_dict(wrong, assign=assign)
     model.load_state_dict(state)
     assert torch.equal(model[0].doubled, before)
+
+
+def test_a_model_that_chose_single_inputs_is_refused_in_a_sentence(make, tmp_path):
+    lm = binarize_(make(d_model=WIDTH), FBI, double_inputs=SHARES)
+    lm.save_pretrained(tmp_path)
+    name, file = "backbone.layers.0.mixer.in_proj.bitmap", tmp_path / "model.safetensors"
+    single = {name: torch.tensor([255] * 4 + [0] * 4, dtype=torch.uint8)}
+    with pytest.raises(UserError, match=rf"^{name} chooses single inputs, .* whole words of 32: train the model again"):
+        lm.load_state_dict(lm.state_dict() | single)
+    write_safetensors(load_file(file) | single, file)
+    with pytest.raises(UserError, match=rf": {name} chooses single inputs"):
+        MambaLM.from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize("bad", [0, -0.1, 1.01, float("nan"), "0.1"])

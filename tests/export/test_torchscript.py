@@ -18,7 +18,6 @@ from bimamba_lit.binarize import (
     BinaryLinear,
     ScaledSign,
     Sign,
-    TwoSided,
     binarize_,
     binary_layers,
     no_decay,
@@ -99,7 +98,7 @@ MODELS = {
     "rows in full precision": partial(small, keep_rows={"in_proj": ["x", "dt"], "*.1.mixer.in_proj": ["B"]}),
     "inputs with two signs, head": partial(
         small,
-        TwoSided,
+        partial(FBI, pattern="two_sided"),
         ("*_proj", "lm_head"),
         {"*.1.*.in_proj": ["B"]},
         {"*_proj": 0.3, "lm_head": 0.3},
