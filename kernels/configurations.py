@@ -168,9 +168,8 @@ TABLE: dict[str, tuple[Row, ...]] = {
         Row(Configuration({"ROWS": 4, "BYTES": 64}, num_warps=4)),
     ),
     "binary_weight/backward": (
-        Row(Configuration({"ROWS": 8, "COLUMNS": 16}, num_warps=1), architectures=(INTERPRETER,)),
-        Row(Configuration({"ROWS": 32, "COLUMNS": 128}, num_warps=8), architectures=("gfx942",)),
-        Row(Configuration({"ROWS": 32, "COLUMNS": 128}, num_warps=4)),
+        Row(Configuration({"ROWS": 4, "COLUMNS": 16, "TILES": 2}, num_warps=1), architectures=(INTERPRETER,)),
+        Row(Configuration({"ROWS": 16, "COLUMNS": 64, "TILES": 8}, num_warps=4)),
     ),
     "binary_linear/digits": (
         Row(Configuration({"INPUTS": 128}, num_warps=1), architectures=(INTERPRETER,)),
@@ -199,14 +198,36 @@ TABLE: dict[str, tuple[Row, ...]] = {
         Row(Configuration({"WORDS": 1}, num_warps=16), up_to=1),
         Row(Configuration({"WORDS": 16}, num_warps=4)),
     ),
+    # the size is the number of inputs
+    "binary_linear/operands8": (
+        Row(Configuration({"INPUTS": 64, "ROWS": 4, "BYTES": 2}, num_warps=1), architectures=(INTERPRETER,)),
+        Row(Configuration({"INPUTS": 4096, "ROWS": 16, "BYTES": 64}, num_warps=8), up_to=4096),
+        Row(Configuration({"INPUTS": 8192, "ROWS": 32, "BYTES": 64}, num_warps=16)),
+    ),
+    # the size is the number of products of the whole
     "binary_linear/gemm8": (
-        Row(Configuration({"TOKENS": 16, "ROWS": 16, "INPUTS": 32, "NEAR": 2}), architectures=(INTERPRETER,)),
-        Row(Configuration({"TOKENS": 64, "ROWS": 64, "INPUTS": 64, "NEAR": 8}), architectures=("gfx942",)),
         Row(
-            Configuration({"TOKENS": 128, "ROWS": 128, "INPUTS": 64, "NEAR": 8}, num_warps=8, num_stages=3),
-            architectures=("sm_80", "sm_120"),
+            Configuration({"TOKENS": 16, "ROWS": 16, "INPUTS": 32, "NEAR": 2, "DESCRIPTORS": 0}),
+            architectures=(INTERPRETER,),
         ),
-        Row(Configuration({"TOKENS": 128, "ROWS": 128, "INPUTS": 128, "NEAR": 8}, num_warps=4, num_stages=3)),
+        Row(
+            Configuration({"TOKENS": 64, "ROWS": 64, "INPUTS": 64, "NEAR": 8, "DESCRIPTORS": 0}),
+            architectures=("gfx942",),
+        ),
+        Row(
+            Configuration({"TOKENS": 128, "ROWS": 128, "INPUTS": 128, "NEAR": 8, "DESCRIPTORS": 1}, 4, 3),
+            architectures=("sm_90",),
+            up_to=120 * 10**9,
+        ),
+        Row(
+            Configuration({"TOKENS": 128, "ROWS": 256, "INPUTS": 128, "NEAR": 8, "DESCRIPTORS": 1}, 8, 4),
+            architectures=("sm_90",),
+        ),
+        Row(
+            Configuration({"TOKENS": 128, "ROWS": 128, "INPUTS": 128, "NEAR": 8, "DESCRIPTORS": 0}, 4, 3),
+            architectures=("sm_100",),
+        ),
+        Row(Configuration({"TOKENS": 128, "ROWS": 128, "INPUTS": 64, "NEAR": 8, "DESCRIPTORS": 0}, 8, 3)),
     ),
     # packed_blocks: the size is the number of words of a row, or that of a head's state
     "packed_blocks/project": (

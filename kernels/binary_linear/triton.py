@@ -154,5 +154,6 @@ def compile_cases() -> list[CompileCase]:
         CompileCase("8 tokens fp32 groups", partial(call, 8, 2560, 5120, fp32, 40, None)),
         CompileCase("2048 tokens bf16", partial(call, 2048, 10576, 2560, bf16, 1, None)),
         CompileCase("2048 tokens bf16 8-bit", partial(call, 2048, 10576, 2560, bf16, 1, 8)),
+        CompileCase("4096 tokens bf16 8-bit", partial(call, 4096, 8192, 8192, bf16, 1, 8)),
         CompileCase("300 tokens fp32 8-bit odd", partial(call, 300, 1001, 2048, fp32, 1, 8)),
     ]

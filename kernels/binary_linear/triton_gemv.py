@@ -61,7 +61,7 @@ def write_digits(
 ) -> Tensor:
     """Write the digits of x (M, I) times `in_scale` to `planes`, and their sums to `totals` (G, columns).
 
-    `planes` is (8, columns, padded), or (M, I) for one digit by token.
+    `planes` is (8, columns, padded).
 
     Returns:
         (3, M): steps, sums of x, and sums of `in_shift` times x.
@@ -74,7 +74,7 @@ def write_digits(
         x, in_scale, in_shift, planes, totals, scales, in_features, in_features // groups, planes.shape[-1], groups,
         tokens, x.stride(0), x.stride(1), step_of(in_scale), step_of(in_shift),
         COLUMNS=totals.shape[1], DIGITS=digits, SINGLE=groups == 1 and in_features <= chosen.blocks["INPUTS"],
-        PLAIN=planes.ndim == 2, **_overlap(x.device), **chosen.launch(),
+        **_overlap(x.device), **chosen.launch(),
     )  # fmt: skip
     return scales
 
@@ -92,7 +92,8 @@ def _overlap(device: torch.device) -> dict[str, bool]:
 
 
 @triton.jit
-def _merge(largest, total, shift, other_largest, other_total, other_shift):
+def merge(largest, total, shift, other_largest, other_total, other_shift):
+    """Merge two stretches of a token: the largest input, the sum of all, and that of shifts."""
     return tl.maximum(largest, other_largest), total + other_total, shift + other_shift
 
 
@@ -102,7 +103,7 @@ def _add(low, middle, high, other_low, other_middle, other_high):
 
 
 @triton.jit
-def _scaled(x, in_scale, i, inside, stride_i, in_scale_step):
+def scaled_inputs(x, in_scale, i, inside, stride_i, in_scale_step):
     """Return inputs, and inputs times their scale, in float32."""
     value = tl.load(x + i.to(tl.int64) * stride_i, mask=inside, other=0.0).to(tl.float32)
     scaled = value
@@ -116,11 +117,10 @@ def _digits_kernel(
     x, in_scale, in_shift, planes, totals, scales, in_features, group_size, padded, groups, tokens,
     stride_m, stride_i, in_scale_step, in_shift_step,
     COLUMNS: tl.constexpr, DIGITS: tl.constexpr, INPUTS: tl.constexpr, PDL: tl.constexpr, SINGLE: tl.constexpr,
-    PLAIN: tl.constexpr,
 ):  # fmt: skip
     """Write a token's fixed-point digits (8, COLUMNS, padded), their sums by group, its step and its shifts' sums.
 
-    SINGLE says that INPUTS covers a token, which is then read once; PLAIN that one digit is written as (M, padded).
+    SINGLE says that INPUTS covers a token, which is then read once.
     """
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
@@ -135,12 +135,12 @@ def _digits_kernel(
     for start in range(0, INPUTS if SINGLE else in_features, INPUTS):
         i = start + block
         inside = i < in_features
-        value, scaled = _scaled(x, in_scale, i, inside, stride_i, in_scale_step)
+        value, scaled = scaled_inputs(x, in_scale, i, inside, stride_i, in_scale_step)
         total += value
         if in_shift is not None:
             shift += value * tl.load(in_shift + i * in_shift_step, mask=inside, other=0.0).to(tl.float32)
         largest = tl.maximum(largest, tl.abs(scaled))
-    amax, total_sum, shift_sum = tl.reduce((largest, total, shift), 0, _merge)
+    amax, total_sum, shift_sum = tl.reduce((largest, total, shift), 0, merge)
     limit: tl.constexpr = 127 if DIGITS == 1 else (127 * 256 if DIGITS == 2 else 127 * 65536)
     finite = tl.abs(total_sum) < float("inf")
     tl.store(scales + token, tl.where(finite, amax / limit, float("nan")))
@@ -157,9 +157,9 @@ def _digits_kernel(
             i = group * group_size + start + block
             inside = start + block < group_size
             if not SINGLE:
-                _, scaled = _scaled(x, in_scale, i, inside, stride_i, in_scale_step)
+                _, scaled = scaled_inputs(x, in_scale, i, inside, stride_i, in_scale_step)
             number = tl.floor(tl.where(finite, scaled, 0.0) * inverse + 0.5).to(tl.int32)
-            place = planes + (i if PLAIN else i % 8 * COLUMNS * padded + i // 8)
+            place = planes + i % 8 * COLUMNS * padded + i // 8
             low = number if DIGITS == 1 else ((number + 128) & 255) - 128
             tl.store(place, low.to(tl.int8), mask=inside)
             low_sum += low

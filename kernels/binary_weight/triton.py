@@ -148,7 +148,8 @@ def weight_backward(
     in_scale, out_scale, group_scale, in_shift, out_shift = terms
     groups, size = _groups(terms, in_features)
     chosen = configuration("binary_weight/backward", gradient.dtype, gradient.numel(), gradient.device)
-    tiles_i, tiles_o = triton.cdiv(size, chosen.blocks["COLUMNS"]), triton.cdiv(out_features, chosen.blocks["ROWS"])
+    tiles_i = triton.cdiv(size, chosen.blocks["COLUMNS"])
+    tiles_o = triton.cdiv(out_features, chosen.blocks["ROWS"] * chosen.blocks["TILES"])
     latent = None if packed else torch.empty_like(source)
 
     def partial(wanted: bool, *shape: int) -> Tensor | None:
@@ -223,12 +224,11 @@ def compile_cases() -> list[CompileCase]:
 
 
 @triton.jit
-def _tile(size, tiles, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Return this program's group, its rows, its columns and which of the columns are the group's."""
+def _across(size, tiles, COLUMNS: tl.constexpr):
+    """Return this program's group, its columns and which of them are the group's."""
     group = tl.program_id(0) // tiles
     within = tl.program_id(0) % tiles * COLUMNS + tl.arange(0, COLUMNS)
-    rows = tl.program_id(1).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    return group, rows, group * size + within, within < size
+    return group, group * size + within, within < size
 
 
 @triton.jit
@@ -255,7 +255,8 @@ def _forward_kernel(
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     wide: tl.constexpr = tl.float64 if weight.dtype.element_ty == tl.float64 else tl.float32
-    group, rows, columns, inside = _tile(size, tl.cdiv(size, COLUMNS), ROWS, COLUMNS)
+    group, columns, inside = _across(size, tl.cdiv(size, COLUMNS), COLUMNS)
+    rows = tl.program_id(1).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     there = rows < out_features
     mask = there[:, None] & inside[None, :]
     positive, _ = _positive(source, rows, columns, mask, stride_o, stride_i, False)
@@ -317,46 +318,54 @@ def _backward_kernel(
     gradient, source, latent_gradient, in_scale, out_scale, group_scale, reach,
     scaled_rows, plain_rows, scaled_columns, plain_columns, out_features, in_features, size, groups,
     gradient_o, gradient_i, stride_o, stride_i, latent_o, latent_i, in_scale_step, out_scale_step, reach_step,
-    PACKED: tl.constexpr, SLOPE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    PACKED: tl.constexpr, SLOPE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
-    group, rows, columns, inside = _tile(size, tl.cdiv(size, COLUMNS), ROWS, COLUMNS)
-    there = rows < out_features
-    mask = there[:, None] & inside[None, :]
-    at = gradient + rows[:, None] * gradient_o + columns.to(tl.int64)[None, :] * gradient_i
-    value = tl.load(at, mask=mask, other=0.0).to(tl.float32)
-    positive, latent = _positive(source, rows, columns, mask, stride_o, stride_i, PACKED)
-    row_tile = tl.program_id(1)
-    if plain_rows is not None:
-        tl.store(plain_rows + tl.program_id(0).to(tl.int64) * out_features + rows, tl.sum(value, 1), mask=there)
+    """Go down TILES tiles, one below the other; sums over rows are formed once, at the end."""
+    group, columns, inside = _across(size, tl.cdiv(size, COLUMNS), COLUMNS)
+    scaled_sum = tl.zeros([ROWS, COLUMNS], tl.float32)
+    plain_sum = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for tile in range(TILES):
+        rows = (tl.program_id(1) * TILES + tile).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+        there = rows < out_features
+        mask = there[:, None] & inside[None, :]
+        at = gradient + rows[:, None] * gradient_o + columns.to(tl.int64)[None, :] * gradient_i
+        value = tl.load(at, mask=mask, other=0.0).to(tl.float32)
+        positive, latent = _positive(source, rows, columns, mask, stride_o, stride_i, PACKED)
+        if plain_rows is not None:
+            tl.store(plain_rows + tl.program_id(0).to(tl.int64) * out_features + rows, tl.sum(value, 1), mask=there)
+        if plain_columns is not None:
+            plain_sum += value
+        row_scale = tl.full([ROWS], 1.0, tl.float32)
+        if out_scale is not None:
+            row_scale *= _vector(out_scale, rows, out_scale_step, there, tl.float32)
+        if group_scale is not None:
+            row_scale *= _vector(group_scale, rows * groups + group, 1, there, tl.float32)
+        by_column = value
+        if in_scale is not None:
+            by_column = value * _vector(in_scale, columns, in_scale_step, inside, tl.float32)[None, :]
+        if scaled_rows is not None:
+            sums = tl.sum(tl.where(positive, by_column, -by_column), 1)
+            tl.store(scaled_rows + tl.program_id(0).to(tl.int64) * out_features + rows, sums, mask=there)
+        if scaled_columns is not None:
+            by_row = value * row_scale[:, None]
+            scaled_sum += tl.where(positive, by_row, -by_row)
+        if latent_gradient is not None:
+            width = tl.full([ROWS], 1.0, tl.float32)
+            if reach is not None:
+                width = tl.load(reach + rows * reach_step, mask=there, other=1.0).to(tl.float32)
+            slope = by_column * (row_scale / width)[:, None]
+            distance = tl.abs(latent)
+            if SLOPE == 1:
+                slope = tl.where(distance <= width[:, None], slope, 0.0)
+            if SLOPE == 2:
+                e = tl.exp(-2 * distance / width[:, None])
+                slope *= 4 * e / ((1 + e) * (1 + e))
+            if SLOPE == 3:
+                slope *= tl.maximum(2 - 2 * distance / width[:, None], 0.0)
+            to = latent_gradient + rows[:, None] * latent_o + columns.to(tl.int64)[None, :] * latent_i
+            tl.store(to, slope.to(latent_gradient.dtype.element_ty), mask=mask)
+    to = tl.program_id(1).to(tl.int64) * in_features + columns
     if plain_columns is not None:
-        tl.store(plain_columns + row_tile.to(tl.int64) * in_features + columns, tl.sum(value, 0), mask=inside)
-    row_scale = tl.full([ROWS], 1.0, tl.float32)
-    if out_scale is not None:
-        row_scale *= _vector(out_scale, rows, out_scale_step, there, tl.float32)
-    if group_scale is not None:
-        row_scale *= _vector(group_scale, rows * groups + group, 1, there, tl.float32)
-    by_column = value
-    if in_scale is not None:
-        by_column = value * _vector(in_scale, columns, in_scale_step, inside, tl.float32)[None, :]
-    if scaled_rows is not None:
-        sums = tl.sum(tl.where(positive, by_column, -by_column), 1)
-        tl.store(scaled_rows + tl.program_id(0).to(tl.int64) * out_features + rows, sums, mask=there)
+        tl.store(plain_columns + to, tl.sum(plain_sum, 0), mask=inside)
     if scaled_columns is not None:
-        by_row = value * row_scale[:, None]
-        sums = tl.sum(tl.where(positive, by_row, -by_row), 0)
-        tl.store(scaled_columns + row_tile.to(tl.int64) * in_features + columns, sums, mask=inside)
-    if latent_gradient is not None:
-        width = tl.full([ROWS], 1.0, tl.float32)
-        if reach is not None:
-            width = tl.load(reach + rows * reach_step, mask=there, other=1.0).to(tl.float32)
-        slope = by_column * (row_scale / width)[:, None]
-        distance = tl.abs(latent)
-        if SLOPE == 1:
-            slope = tl.where(distance <= width[:, None], slope, 0.0)
-        if SLOPE == 2:
-            e = tl.exp(-2 * distance / width[:, None])
-            slope *= 4 * e / ((1 + e) * (1 + e))
-        if SLOPE == 3:
-            slope *= tl.maximum(2 - 2 * distance / width[:, None], 0.0)
-        to = latent_gradient + rows[:, None] * latent_o + columns.to(tl.int64)[None, :] * latent_i
-        tl.store(to, slope.to(latent_gradient.dtype.element_ty), mask=mask)
+        tl.store(scaled_columns + to, tl.sum(scaled_sum, 0), mask=inside)

@@ -7,6 +7,7 @@ from torch.library import opcheck
 from bimamba_lit import ops
 from bimamba_lit.kernels.binary_linear import triton as kernel
 from bimamba_lit.kernels.binary_weight import triton as weight_kernel
+from bimamba_lit.kernels.configurations import Configuration, overriding
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 TERMS = ("in_scale", "out_scale", "group_scale", "in_shift", "out_shift", "bias")
@@ -118,6 +119,23 @@ def test_8_bit_activations(tokens, dtype, grouped):
     assert ratio(y, right) <= (1e-5 if dtype == torch.float32 else 0.005)
     exact = ops.binary_linear(x.double(), signs, 128, **terms, backend="naive")
     assert 1e-3 < ratio(right, exact) < 0.02
+
+
+@pytest.mark.parametrize(("inputs", "descriptors"), [(128, 1), (256, 0)])
+def test_products_of_many_tokens_of_8_bits_are_exact(inputs, descriptors):
+    terms = make(20, 256, 1, ("out_scale", "out_shift"), single=True)
+    signs = ops.pack_signs(normal(20, 256))
+    x = torch.randint(-127, 128, (33, 256), generator=torch.Generator().manual_seed(0)).float()
+    x[:, 0] = 127  # the step is 1
+    blocks = {"TOKENS": 32, "ROWS": 16, "INPUTS": 64, "NEAR": 2, "DESCRIPTORS": descriptors}
+    with (
+        overriding("binary_linear/operands8", Configuration({"INPUTS": inputs, "ROWS": 4, "BYTES": 8})),
+        overriding("binary_linear/gemm8", Configuration(blocks)),
+    ):
+        y = ops.binary_linear(x, signs, 256, activation_bits=8, backend="triton")
+        shifted = ops.binary_linear(x, signs, 256, **terms, activation_bits=8, backend="triton")
+    assert torch.equal(y, ops.binary_linear(x, signs, 256, backend="naive"))
+    assert ratio(shifted, ops.binary_linear(x.double(), signs, 256, **terms, backend="naive")) <= 1e-6
 
 
 def test_outliers_zeros_and_numbers_that_are_not_finite():
