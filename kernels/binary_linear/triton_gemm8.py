@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from bimamba_lit.kernels.binary_linear.triton_gemv import merge, scaled_inputs, step_of
+from bimamba_lit.kernels.binary_linear.triton_gemv import scaled_inputs, step_of, survey
 from bimamba_lit.kernels.binary_weight.triton import Terms
 from bimamba_lit.kernels.configurations import configuration
 
@@ -85,24 +85,10 @@ def _round(
     block = tl.arange(0, INPUTS)
     x += token.to(tl.int64) * stride_m
     numbers += token.to(tl.int64) * in_features
-    largest = tl.zeros([INPUTS], tl.float32)
-    total = tl.zeros([INPUTS], tl.float32)
-    shift = tl.zeros([INPUTS], tl.float32)
-    scaled = tl.zeros([INPUTS], tl.float32)
-    for start in range(0, INPUTS if SINGLE else in_features, INPUTS):
-        i = start + block
-        inside = i < in_features
-        value, scaled = scaled_inputs(x, in_scale, i, inside, stride_i, in_scale_step)
-        total += value
-        if in_shift is not None:
-            shift += value * tl.load(in_shift + i * in_shift_step, mask=inside, other=0.0).to(tl.float32)
-        largest = tl.maximum(largest, tl.abs(scaled))
-    amax, total_sum, shift_sum = tl.reduce((largest, total, shift), 0, merge)
-    finite = tl.abs(total_sum) < float("inf")
-    tl.store(scales + token, tl.where(finite, amax / 127, float("nan")))
-    tl.store(scales + tokens + token, total_sum)
-    tl.store(scales + 2 * tokens + token, shift_sum)
-    inverse = tl.where(amax > 1e-30, 127 / tl.maximum(amax, 1e-30), 0.0)
+    scaled, inverse, finite = survey(
+        x, in_scale, in_shift, scales, token, tokens, in_features, stride_i, in_scale_step, in_shift_step,
+        127, INPUTS, SINGLE,
+    )  # fmt: skip
     for start in range(0, INPUTS if SINGLE else in_features, INPUTS):
         i = start + block
         inside = i < in_features

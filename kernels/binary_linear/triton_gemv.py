@@ -92,8 +92,7 @@ def _overlap(device: torch.device) -> dict[str, bool]:
 
 
 @triton.jit
-def merge(largest, total, shift, other_largest, other_total, other_shift):
-    """Merge two stretches of a token: the largest input, the sum of all, and that of shifts."""
+def _merge(largest, total, shift, other_largest, other_total, other_shift):
     return tl.maximum(largest, other_largest), total + other_total, shift + other_shift
 
 
@@ -113,6 +112,38 @@ def scaled_inputs(x, in_scale, i, inside, stride_i, in_scale_step):
 
 
 @triton.jit
+def survey(
+    x, in_scale, in_shift, scales, token, tokens, in_features, stride_i, in_scale_step, in_shift_step,
+    LIMIT: tl.constexpr, INPUTS: tl.constexpr, SINGLE: tl.constexpr,
+):  # fmt: skip
+    """Read a token at `x`, INPUTS at a time, and write its step, LIMIT of which are the largest, and its sums.
+
+    Returns:
+        The last stretch's inputs times their scales, what turns such into steps, and whether all are finite.
+    """
+    block = tl.arange(0, INPUTS)
+    largest = tl.zeros([INPUTS], tl.float32)
+    total = tl.zeros([INPUTS], tl.float32)
+    shift = tl.zeros([INPUTS], tl.float32)
+    scaled = tl.zeros([INPUTS], tl.float32)
+    for start in range(0, INPUTS if SINGLE else in_features, INPUTS):
+        i = start + block
+        inside = i < in_features
+        value, scaled = scaled_inputs(x, in_scale, i, inside, stride_i, in_scale_step)
+        total += value
+        if in_shift is not None:
+            shift += value * tl.load(in_shift + i * in_shift_step, mask=inside, other=0.0).to(tl.float32)
+        largest = tl.maximum(largest, tl.abs(scaled))
+    amax, total_sum, shift_sum = tl.reduce((largest, total, shift), 0, _merge)
+    finite = tl.abs(total_sum) < float("inf")
+    tl.store(scales + token, tl.where(finite, amax / LIMIT, float("nan")))
+    tl.store(scales + tokens + token, total_sum)
+    tl.store(scales + 2 * tokens + token, shift_sum)
+    inverse = tl.where(amax > 1e-30, LIMIT / tl.maximum(amax, 1e-30), 0.0)
+    return scaled, inverse, finite
+
+
+@triton.jit
 def _digits_kernel(
     x, in_scale, in_shift, planes, totals, scales, in_features, group_size, padded, groups, tokens,
     stride_m, stride_i, in_scale_step, in_shift_step,
@@ -128,25 +159,11 @@ def _digits_kernel(
     token = tl.program_id(0)
     block = tl.arange(0, INPUTS)
     x += token.to(tl.int64) * stride_m
-    largest = tl.zeros([INPUTS], tl.float32)
-    total = tl.zeros([INPUTS], tl.float32)
-    shift = tl.zeros([INPUTS], tl.float32)
-    scaled = tl.zeros([INPUTS], tl.float32)
-    for start in range(0, INPUTS if SINGLE else in_features, INPUTS):
-        i = start + block
-        inside = i < in_features
-        value, scaled = scaled_inputs(x, in_scale, i, inside, stride_i, in_scale_step)
-        total += value
-        if in_shift is not None:
-            shift += value * tl.load(in_shift + i * in_shift_step, mask=inside, other=0.0).to(tl.float32)
-        largest = tl.maximum(largest, tl.abs(scaled))
-    amax, total_sum, shift_sum = tl.reduce((largest, total, shift), 0, merge)
     limit: tl.constexpr = 127 if DIGITS == 1 else (127 * 256 if DIGITS == 2 else 127 * 65536)
-    finite = tl.abs(total_sum) < float("inf")
-    tl.store(scales + token, tl.where(finite, amax / limit, float("nan")))
-    tl.store(scales + tokens + token, total_sum)
-    tl.store(scales + 2 * tokens + token, shift_sum)
-    inverse = tl.where(amax > 1e-30, limit / tl.maximum(amax, 1e-30), 0.0)
+    scaled, inverse, finite = survey(
+        x, in_scale, in_shift, scales, token, tokens, in_features, stride_i, in_scale_step, in_shift_step,
+        limit, INPUTS, SINGLE,
+    )  # fmt: skip
     planes += token.to(tl.int64) * DIGITS * padded
     totals += token * DIGITS
     for group in range(1 if SINGLE else groups):
