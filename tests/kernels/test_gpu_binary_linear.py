@@ -54,6 +54,15 @@ def test_values_of_every_size_and_dtype(shape, groups, tokens, dtype, bound, act
     assert torch.equal(y, ops.binary_linear(x, signs, shape[1], **given))
 
 
+@pytest.mark.parametrize(("tokens", "out_features", "in_features"), [(300, 1001, 2048), (2000, 8200, 8192)])
+def test_products_of_8_bits_are_exact(tokens, out_features, in_features):
+    signs, _ = make(out_features, in_features)
+    x = torch.randint(-127, 128, (tokens, in_features), device="cuda").float()
+    x[:, 0] = 127  # the step is 1
+    y = ops.binary_linear(x, signs, in_features, activation_bits=8)
+    assert torch.equal(y, x @ ops.unpack_signs(signs, in_features).t())
+
+
 @pytest.mark.parametrize("tokens", [4, 300])
 def test_gradients(tokens):
     signs, terms = make(2560, 5120, 40)
