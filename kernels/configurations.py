@@ -169,7 +169,7 @@ TABLE: dict[str, tuple[Row, ...]] = {
     ),
     "binary_weight/backward": (
         Row(Configuration({"ROWS": 4, "COLUMNS": 16, "TILES": 2}, num_warps=1), architectures=(INTERPRETER,)),
-        Row(Configuration({"ROWS": 16, "COLUMNS": 64, "TILES": 8}, num_warps=4)),
+        Row(Configuration({"ROWS": 32, "COLUMNS": 64, "TILES": 4}, num_warps=4)),
     ),
     "binary_linear/digits": (
         Row(Configuration({"INPUTS": 128}, num_warps=1), architectures=(INTERPRETER,)),
@@ -201,8 +201,8 @@ TABLE: dict[str, tuple[Row, ...]] = {
     # the size is the number of inputs
     "binary_linear/operands8": (
         Row(Configuration({"INPUTS": 64, "ROWS": 4, "BYTES": 2}, num_warps=1), architectures=(INTERPRETER,)),
-        Row(Configuration({"INPUTS": 4096, "ROWS": 16, "BYTES": 64}, num_warps=8), up_to=4096),
-        Row(Configuration({"INPUTS": 8192, "ROWS": 32, "BYTES": 64}, num_warps=16)),
+        Row(Configuration({"INPUTS": 4096, "ROWS": 8, "BYTES": 64}, num_warps=8), up_to=4096),
+        Row(Configuration({"INPUTS": 2048, "ROWS": 8, "BYTES": 64}, num_warps=4)),
     ),
     # the size is the number of products of the whole
     "binary_linear/gemm8": (
