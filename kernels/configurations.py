@@ -169,6 +169,7 @@ TABLE: dict[str, tuple[Row, ...]] = {
     ),
     "binary_weight/backward": (
         Row(Configuration({"ROWS": 4, "COLUMNS": 16, "TILES": 2}, num_warps=1), architectures=(INTERPRETER,)),
+        Row(Configuration({"ROWS": 16, "COLUMNS": 64, "TILES": 8}, num_warps=4), architectures=("gfx942",)),
         Row(Configuration({"ROWS": 32, "COLUMNS": 64, "TILES": 4}, num_warps=4)),
     ),
     "binary_linear/digits": (
