@@ -199,13 +199,12 @@ TABLE: dict[str, tuple[Row, ...]] = {
         Row(Configuration({"WORDS": 1}, num_warps=16), up_to=1),
         Row(Configuration({"WORDS": 16}, num_warps=4)),
     ),
-    # the size is the number of inputs
+    # operands8, gemm8: the size is the number of inputs
     "binary_linear/operands8": (
         Row(Configuration({"INPUTS": 64, "ROWS": 4, "BYTES": 2}, num_warps=1), architectures=(INTERPRETER,)),
         Row(Configuration({"INPUTS": 4096, "ROWS": 8, "BYTES": 64}, num_warps=8), up_to=4096),
         Row(Configuration({"INPUTS": 2048, "ROWS": 8, "BYTES": 64}, num_warps=4)),
     ),
-    # the size is the number of products of the whole
     "binary_linear/gemm8": (
         Row(
             Configuration({"TOKENS": 16, "ROWS": 16, "INPUTS": 32, "NEAR": 2, "DESCRIPTORS": 0}),
@@ -218,7 +217,7 @@ TABLE: dict[str, tuple[Row, ...]] = {
         Row(
             Configuration({"TOKENS": 128, "ROWS": 128, "INPUTS": 128, "NEAR": 8, "DESCRIPTORS": 1}, 4, 3),
             architectures=("sm_90",),
-            up_to=120 * 10**9,
+            up_to=4096,
         ),
         Row(
             Configuration({"TOKENS": 128, "ROWS": 256, "INPUTS": 128, "NEAR": 8, "DESCRIPTORS": 1}, 8, 4),

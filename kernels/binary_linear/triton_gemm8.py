@@ -26,7 +26,7 @@ def binary_gemm8(x: Tensor, signs: Tensor, in_features: int, terms: Terms, bias:
     _, out_scale, _, _, out_shift = terms
     numbers, scales, weight = _operands(x, signs.contiguous(), in_features, terms)
     y = torch.empty(tokens, out_features, dtype=x.dtype, device=x.device)
-    chosen = configuration("binary_linear/gemm8", x.dtype, tokens * out_features * in_features, x.device)
+    chosen = configuration("binary_linear/gemm8", x.dtype, in_features, x.device)
     blocks = chosen.blocks
     left: Any = numbers
     right: Any = weight
