@@ -151,6 +151,7 @@ TABLE: dict[str, tuple[Row, ...]] = {
     # rms_norm: the size is the number of features of a group
     "rms_norm/forward": (Row(Configuration({"ROWS": 1}, num_warps=16)),),
     "rms_norm/backward": (
+        Row(Configuration({"ROWS": 1, "WAVES": 2}, num_warps=8), architectures=("sm_80",)),
         Row(Configuration({"ROWS": 2, "WAVES": 1}, num_warps=16), up_to=4096),
         Row(Configuration({"ROWS": 1, "WAVES": 2}, num_warps=8)),
     ),

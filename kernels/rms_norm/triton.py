@@ -59,7 +59,7 @@ def norm_forward(
 
 @triton.jit
 def norm_backward(
-    x, weight, z, gy, scale, gx, gz, gw, tokens, width, x_t, x_d, weight_d, z_t, z_d, gy_t, gy_d,
+    x, weight, z, gy, scale, gx, gz, gw, tokens, width, x_t, x_d, weight_d, z_t, z_d, gy_t, gy_d, gz_t,
     ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Write the gradients of x and z (T, D) and a part of the gains' (programs, D)."""
@@ -83,11 +83,10 @@ def norm_backward(
         g_gain += g * normal
         g *= gain
         g = factor * (g - normal * (tl.sum(g * normal, axis=1)[:, None] / width))
-        at = row * (width * groups) + feature
         if z is not None:
-            tl.store(gz + at, (g * value * silu_slope(gate)).to(gz.dtype.element_ty), mask=real)
+            tl.store(gz + row * gz_t + feature, (g * value * silu_slope(gate)).to(gz.dtype.element_ty), mask=real)
             g *= gate * sigmoid(gate)
-        tl.store(gx + at, g.to(gx.dtype.element_ty), mask=real)
+        tl.store(gx + row * (width * groups) + feature, g.to(gx.dtype.element_ty), mask=real)
     total = tl.sum(g_gain, axis=0)[None, :]
     tl.store(gw + tl.program_id(0) * (width * groups) + feature, total, mask=inside < width)
 
@@ -100,7 +99,7 @@ def _strides(t: Tensor | None) -> tuple[int, int]:
 def _norm(
     x: Tensor, weight: Tensor, z: Tensor | None, eps: float, groups: int, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    return _forward(x, weight, z, eps, groups, dtype)
+    return forward(x, weight, z, eps, groups, dtype)
 
 
 @_norm.register_fake
@@ -117,9 +116,10 @@ def _launch(kernel: str, x: Tensor, width: int) -> dict[str, int]:
     return {"BLOCK_D": triton.next_power_of_2(width), **configuration(kernel, x.dtype, width, x.device).launch()}
 
 
-def _forward(
+def forward(
     x: Tensor, weight: Tensor, z: Tensor | None, eps: float, groups: int, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
+    """Return y (T, D) in `dtype`, and the reciprocal root of the mean square (T, G)."""
     tokens, width = x.shape[0], x.shape[1] // groups
     y, scale = _outputs(x, groups, dtype)
     if tokens:
@@ -134,30 +134,32 @@ def _forward(
 def _norm_backward(
     gy: Tensor, x: Tensor, weight: Tensor, z: Tensor | None, scale: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _backward(gy, x, weight, z, scale)
+    return backward(gy, x, weight, z, scale, _gate_gradient(x, z))
 
 
 @_norm_backward.register_fake
 def _(gy, x, weight, z, scale):
-    gx, gz = _gradient_outputs(x, z)
-    return gx, gz, torch.empty_like(weight, dtype=scale.dtype)
-
-
-def _gradient_outputs(x: Tensor, z: Tensor | None) -> tuple[Tensor, Tensor]:
     gx = torch.empty_like(x, memory_format=torch.contiguous_format)
-    return gx, x.new_empty(0) if z is None else torch.empty_like(z, memory_format=torch.contiguous_format)
+    return gx, _gate_gradient(x, z), torch.empty_like(weight, dtype=scale.dtype)
 
 
-def _backward(gy: Tensor, x: Tensor, weight: Tensor, z: Tensor | None, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _gate_gradient(x: Tensor, z: Tensor | None) -> Tensor:
+    return x.new_empty(0) if z is None else torch.empty_like(z, memory_format=torch.contiguous_format)
+
+
+def backward(
+    gy: Tensor, x: Tensor, weight: Tensor, z: Tensor | None, scale: Tensor, gz: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of x, of z in `gz`, whose features lie side by side, and of the gains."""
     tokens, groups = scale.shape
     width = x.shape[1] // groups
     launch = _launch("rms_norm/backward", x, width)
     programs = min(max(1, math.ceil(tokens / launch["ROWS"])), launch.pop("WAVES") * multiprocessors(x.device))
-    gx, gz = _gradient_outputs(x, z)
+    gx = torch.empty_like(x, memory_format=torch.contiguous_format)
     gw = x.new_empty(programs, x.shape[1], dtype=scale.dtype)
     norm_backward[(programs, groups)](
         x, weight, z, gy, scale, gx, gz, gw, tokens, width, *x.stride(), *weight.stride(), *_strides(z), *gy.stride(),
-        **launch,
+        gz.stride(0), **launch,
     )  # fmt: skip
     return gx, gz, gw.sum(0)
 
@@ -186,8 +188,8 @@ def compile_cases() -> list[CompileCase]:
         x = torch.empty(16384, features, dtype=dtype, device="meta")
         weight = torch.empty(features, dtype=torch.float32, device="meta")
         z = torch.empty(16384, 2 * features, dtype=dtype, device="meta")[:, features:] if gated else None
-        y, scale = _forward(x, weight, z, 1e-5, 1, result)
-        _backward(y, x, weight, z, scale)
+        y, scale = forward(x, weight, z, 1e-5, 1, result)
+        backward(y, x, weight, z, scale, _gate_gradient(x, z))
 
     return [
         CompileCase("gated bf16", lambda: both(5120, torch.bfloat16, True, torch.bfloat16), representative=True),

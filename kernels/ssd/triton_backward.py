@@ -59,7 +59,7 @@ def input_gradients_kernel(
     x_ptr, dy_ptr, B_ptr, D_ptr, scores_ptr, decays_ptr, after_ptr,
     dx_ptr, dD_ptr, dscores_ptr, by_token_ptr,
     length, heads, per_group, chunks, splits, heads_each,
-    x_b, x_l, x_h, x_p, dy_b, dy_l, dy_h, dy_p, B_b, B_l, B_g, B_n, D_h, D_p,
+    x_b, x_l, x_h, x_p, dy_b, dy_l, dy_h, dy_p, B_b, B_l, B_g, B_n, D_h, D_p, dx_b, dx_l,
     HAS_D: tl.constexpr, P: tl.constexpr, N: tl.constexpr, Q: tl.constexpr, R: tl.constexpr, BLOCK_P: tl.constexpr,
     BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -119,7 +119,7 @@ def input_gradients_kernel(
             dD = dD_ptr + (((b * chunks + chunk) * (Q // R) + part) * heads + h) * P + p
             tl.store(dD, tl.sum(x.to(tl.float32) * direct, 0), mask=p < P)
         tl.store(by_token + rows, written)
-        out = dx_ptr + ((b * length + mine) * heads + h) * P + rows[:, None] * (heads * P) + p[None, :]
+        out = dx_ptr + b * dx_b + mine * dx_l + h * P + rows[:, None] * dx_l + p[None, :]
         tl.store(out, dx.to(dtype), mask=(rows[:, None] < left) & (p[None, :] < P))
     # (programs / parts, Q, Q): what a half cannot reach is not written.
     square = dscores_ptr + (tl.program_id(0) // (Q // R)).to(tl.int64) * (Q * Q) + part * (R * Q + R)
@@ -136,7 +136,7 @@ def input_gradients_kernel(
 def map_gradients_kernel(
     value_ptr, map_ptr, own_ptr, documents_ptr, decays_ptr, states_ptr, dscores_ptr, out_ptr, by_token_ptr,
     length, heads, per_group, chunks, splits, value_b, value_l, value_h, value_p, map_b, map_l, map_g, map_n,
-    own_b, own_l, own_g, own_n,
+    own_b, own_l, own_g, own_n, out_b, out_l,
     REVERSE: tl.constexpr, HAS_DOCUMENTS: tl.constexpr, P: tl.constexpr, N: tl.constexpr, Q: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_Q: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -186,14 +186,14 @@ def map_gradients_kernel(
         dscores += tl.load(dscores_ptr + (program * splits + split) * (Q * Q) + square, mask=allowed, other=0.0)
     mapped = load_tile(map_ptr + b * map_b + first * map_l + group * map_g, columns, n, map_l, map_n, left, N)
     total = product(dscores.to(dtype), mapped.to(dtype), total, PRECISION)
-    out = out_ptr + ((b * length + first + rows) * groups + group)[:, None] * N + n[None, :]
+    out = out_ptr + b * out_b + first * out_l + group * N + rows[:, None] * out_l + n[None, :]
     tl.store(out, total.to(out_ptr.dtype.element_ty), mask=(rows[:, None] < left) & (n[None, :] < N))
 
 
 @triton.jit
 def decay_gradients_kernel(
     dt_ptr, A_ptr, bias_ptr, decays_ptr, by_token_ptr, read_ptr, passed_ptr, ddt_ptr, dA_ptr, dbias_ptr,
-    length, heads, chunks, low, high, dt_b, dt_l, dt_h,
+    length, heads, chunks, low, high, dt_b, dt_l, dt_h, ddt_b, ddt_l,
     SOFTPLUS: tl.constexpr, HAS_BIAS: tl.constexpr, Q: tl.constexpr, R: tl.constexpr, READ_BLOCKS: tl.constexpr,
     PASSED_BLOCKS: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
@@ -229,7 +229,7 @@ def decay_gradients_kernel(
     ddt = tl.where(inside & (size >= low) & (size <= high), ddt, 0.0)
     if SOFTPLUS:
         ddt *= tl.sigmoid(tl.maximum(raw, -80.0))
-    out = ddt_ptr + ((b.to(tl.int64) * length + chunk * Q + rows)[:, None] * heads) + h[None, :]
+    out = ddt_ptr + b.to(tl.int64) * ddt_b + chunk.to(tl.int64) * Q * ddt_l + rows[:, None] * ddt_l + h[None, :]
     tl.store(out, ddt.to(ddt_ptr.dtype.element_ty), mask=inside)
     sums = tl.program_id(0).to(tl.int64) * heads + h
     tl.store(dA_ptr + sums, tl.sum(tl.where(inside, crossing * dt, 0.0), 0), mask=there)
@@ -260,11 +260,24 @@ def gate_gradients_kernel(
     tl.store(dz_ptr + out, dz.to(dz_ptr.dtype.element_ty), mask=inside)
 
 
+class Destinations(NamedTuple):
+    """Where the gradients of the inputs that have tokens go: shaped as these, all of a token side by side."""
+
+    x: Tensor
+    dt: Tensor
+    B: Tensor
+    C: Tensor
+
+    @classmethod
+    def of_their_own(cls, x: Tensor, dt: Tensor, B: Tensor, C: Tensor) -> "Destinations":
+        """Return new tensors for the gradients of those given."""
+        return cls(*(t.new_empty(t.shape) for t in (x, dt, B, C)))
+
+
 class InputGradients(NamedTuple):
-    """What `input_gradients` found, s being splits of a group's heads.
+    """What `input_gradients` found beside the gradient of x, s being splits of a group's heads.
 
     Attributes:
-        dx: (B, L, H, P).
         dD: By part of a chunk, (B * c * Q / R, H, P), or None.
         dscores: Of B C^T by split (B, c, G, s, Q, Q), the later token in columns; anything where it is not the later.
         by_token: Sums of F over the readers of a token and the state after the chunk, without its step size; over what
@@ -272,57 +285,54 @@ class InputGradients(NamedTuple):
             share of the state (B, H, c, 4, Q).
     """
 
-    dx: Tensor
     dD: Tensor | None
     dscores: Tensor
     by_token: Tensor
 
 
 def input_gradients(
-    shape: Shape, x: Tensor, dy: Tensor, B: Tensor, D: Tensor | None, scores: Tensor, decays: Tensor, after: Tensor
-) -> InputGradients:
-    """Return the gradients of x, D and B C^T, and what those of dt, A and the bias need."""
+    shape: Shape, x: Tensor, dy: Tensor, B: Tensor, D: Tensor | None, scores: Tensor, decays: Tensor, after: Tensor,
+    dx: Tensor,
+) -> InputGradients:  # fmt: skip
+    """Write the gradient of x; return those of D and B C^T, and what those of dt, A and the bias need."""
     options = shape.launch("input_gradients", x)
     heads_each, splits = shape.split(options.pop("HEADS"), x.device)
     batch, heads, chunks, chunk = shape.batch, shape.heads, shape.chunks, shape.chunk
     parts = chunk // shape.part
     found = InputGradients(
-        x.new_empty(x.shape),
         None if D is None else decays.new_empty(batch * chunks * parts, heads, shape.width),
         decays.new_empty(batch, chunks, shape.groups, splits, chunk, chunk),
         decays.new_empty(batch, heads, chunks, 4, chunk),
     )
     input_gradients_kernel[(shape.programs(splits),)](
-        x, dy, B, D, scores, decays, after, found.dx, found.dD, found.dscores, found.by_token,
+        x, dy, B, D, scores, decays, after, dx, found.dD, found.dscores, found.by_token,
         shape.length, heads, heads // shape.groups, chunks, splits, heads_each, *x.stride(), *dy.stride(),
-        *B.stride(), *((0, 0) if D is None else D.stride()), HAS_D=D is not None, R=shape.part, **shape.constants,
-        **options,
+        *B.stride(), *((0, 0) if D is None else D.stride()), *dx.stride()[:2], HAS_D=D is not None, R=shape.part,
+        **shape.constants, **options,
     )  # fmt: skip
     return found
 
 
 def gradient_of_B(
     shape: Shape, x: Tensor, B: Tensor, C: Tensor, documents: Tensor | None, decays: Tensor, after: Tensor,
-    dscores: Tensor,
-) -> Tensor:  # fmt: skip
-    """Return the gradient of B (B, L, G, N)."""
-    dB, _ = _map_gradient(shape, x, C, B, documents, decays, after, dscores, reverse=False)
-    return dB
+    dscores: Tensor, dB: Tensor,
+) -> None:  # fmt: skip
+    """Write the gradient of B (B, L, G, N)."""
+    _map_gradient(shape, x, C, B, documents, decays, after, dscores, dB, reverse=False)
 
 
 def gradient_of_C(
     shape: Shape, dy: Tensor, B: Tensor, C: Tensor, documents: Tensor | None, decays: Tensor, before: Tensor,
-    dscores: Tensor,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Return the gradient of C (B, L, G, N), and what tokens read from the state, by block (B, H, c, blocks, Q)."""
-    return _map_gradient(shape, dy, B, C, documents, decays, before, dscores, reverse=True)
+    dscores: Tensor, dC: Tensor,
+) -> Tensor:  # fmt: skip
+    """Write the gradient of C (B, L, G, N); return what tokens read from the state, by block (B, H, c, blocks, Q)."""
+    return _map_gradient(shape, dy, B, C, documents, decays, before, dscores, dC, reverse=True)
 
 
 def _map_gradient(
     shape: Shape, values: Tensor, maps: Tensor, own: Tensor, documents: Tensor | None, decays: Tensor,
-    states: Tensor, dscores: Tensor, reverse: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    out = own.new_empty(own.shape)
+    states: Tensor, dscores: Tensor, out: Tensor, reverse: bool,
+) -> Tensor:  # fmt: skip
     options = shape.launch("map_gradients", values)
     blocks = {"BLOCK_N": min(options["BLOCK_N"], block(shape.size)), "BLOCK_Q": min(options["BLOCK_Q"], shape.chunk)}
     constants = {**shape.constants, **options, **blocks}
@@ -335,27 +345,26 @@ def _map_gradient(
     map_gradients_kernel[grid](
         values, maps, own, documents, decays, states, dscores, out, read, shape.length, shape.heads,
         shape.heads // shape.groups, shape.chunks, dscores.shape[3], *values.stride(), *maps.stride(), *own.stride(),
-        REVERSE=reverse, HAS_DOCUMENTS=documents is not None, **constants,
+        *out.stride()[:2], REVERSE=reverse, HAS_DOCUMENTS=documents is not None, **constants,
     )  # fmt: skip
-    return out, read
+    return read
 
 
 def decay_gradients(
     shape: Shape, dt: Tensor, A: Tensor, dt_bias: Tensor | None, softplus: bool, limit: tuple[float, float],
-    decays: Tensor, found: InputGradients, read: Tensor, passed: Tensor,
-) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
-    """Return the gradients of dt (B, L, H), A (H,) and the bias (H,)."""
+    decays: Tensor, found: InputGradients, read: Tensor, passed: Tensor, ddt: Tensor,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """Write the gradient of dt (B, L, H); return those of A (H,) and the bias (H,)."""
     options = shape.launch("decays", dt)
-    ddt = dt.new_empty(dt.shape)
     dA = dt.new_empty(shape.batch * shape.chunks, shape.heads, dtype=torch.float32)
     dbias = None if dt_bias is None else torch.empty_like(dA)
     grid = (shape.batch * shape.chunks, triton.cdiv(shape.heads, options["BLOCK_H"]))
     decay_gradients_kernel[grid](
         dt, A, dt_bias, decays, found.by_token, read, passed, ddt, dA, dbias, shape.length, shape.heads,
-        shape.chunks, *limit, *dt.stride(), SOFTPLUS=softplus, HAS_BIAS=dt_bias is not None, Q=shape.chunk,
-        R=shape.part, READ_BLOCKS=read.shape[3], PASSED_BLOCKS=passed.shape[3], **options,
+        shape.chunks, *limit, *dt.stride(), *ddt.stride()[:2], SOFTPLUS=softplus, HAS_BIAS=dt_bias is not None,
+        Q=shape.chunk, R=shape.part, READ_BLOCKS=read.shape[3], PASSED_BLOCKS=passed.shape[3], **options,
     )  # fmt: skip
-    return ddt, dA.sum(0), None if dbias is None else dbias.sum(0)
+    return dA.sum(0), None if dbias is None else dbias.sum(0)
 
 
 def gate_gradients(shape: Shape, dout: Tensor, z: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
