@@ -15,7 +15,7 @@ def poisoned():
     torch.use_deterministic_algorithms(False)
 
 
-def make(length, heads=2, width=8, groups=1, state=16, batch=2, dtype=torch.float32):
+def make(length, heads=2, width=8, groups=1, state=16, batch=1, dtype=torch.float32):
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape):
@@ -35,26 +35,28 @@ def make(length, heads=2, width=8, groups=1, state=16, batch=2, dtype=torch.floa
     return {name: t.requires_grad_() for name, t in inputs.items()}
 
 
-def documents(length):
-    seq_idx = torch.zeros(2, length, dtype=torch.int64)
+def documents(length, batch=1):
+    seq_idx = torch.zeros(batch, length, dtype=torch.int64)
     for border in (2, 31, 33):
         seq_idx[0, border:] = 1 - seq_idx[0, border:]
     return seq_idx
 
 
-def padding(length):
-    mask = torch.ones(2, length, dtype=torch.int64)
-    mask[0, :5] = mask[1, -3:] = 0
+def padding(length, batch=1):
+    mask = torch.ones(batch, length, dtype=torch.int64)
+    mask[0, :2] = mask[-1, -1:] = 0
     return mask
 
 
 CASES = {
-    "plain": (40, {}, {}),
+    "all": (66, {"groups": 2}, {"groups": 2, "eps": 1e-3, "seq_idx": documents(66), "mask": padding(66)}),
     "one token": (1, {}, {}),
-    "several chunks, groups": (70, {"heads": 4, "groups": 2, "batch": 1}, {"groups": 2, "eps": 1e-3}),
-    "documents": (36, {}, {"seq_idx": documents(36)}),
-    "padding": (20, {}, {"mask": padding(20)}),
+    "plain": (40, {"batch": 2}, {}),
+    "several chunks, groups": (70, {"heads": 4, "groups": 2}, {"groups": 2, "eps": 1e-3}),
+    "documents": (36, {"batch": 2}, {"seq_idx": documents(36, 2)}),
+    "padding": (20, {"batch": 2}, {"mask": padding(20, 2)}),
 }
+EVERY = [case if case in ("all", "one token") else pytest.param(case, marks=pytest.mark.slow) for case in CASES]
 
 
 def outputs_and_gradients(function, inputs, options):
@@ -67,7 +69,7 @@ def by(backend):
     return lambda **arguments: ops.conv_ssd_norm(**arguments, backend=backend)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", EVERY)
 def test_it_is_naive(case):
     length, sizes, options = CASES[case]
     inputs = make(length, **sizes)
@@ -78,7 +80,7 @@ def test_it_is_naive(case):
         assert error <= 1e-4 * right.square().mean().sqrt(), f"{name}: {error}"
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", EVERY)
 def test_it_is_the_three_ops_bit_for_bit(case):
     length, sizes, options = CASES[case]
     inputs = make(length, **sizes, dtype=torch.bfloat16)
@@ -89,7 +91,7 @@ def test_it_is_the_three_ops_bit_for_bit(case):
 
 
 def test_projected_features_may_be_a_view():
-    inputs = make(20)
+    inputs = make(3, batch=2)
     right = outputs_and_gradients(by("triton"), inputs, {})
     for order in ((1, 0, 2), (2, 1, 0)):
         turned = inputs["projected"].detach().permute(order).contiguous().permute(order)
@@ -105,13 +107,13 @@ def test_what_has_no_kernel_takes_the_ops_one_by_one():
 
 
 def test_opcheck():
-    inputs = (*make(10).values(), documents(10).int(), padding(10), 1, 1e-5)
+    inputs = (*make(4).values(), documents(4).int(), padding(4), 1, 1e-5)
     torch.library.opcheck(torch.ops.bimamba_lit.conv_ssd_norm.default, inputs)
 
 
 def test_compiles_without_a_graph_break():
-    inputs = make(20)
-    options = {"seq_idx": documents(20), "mask": padding(20)}
+    inputs = make(6)
+    options = {"seq_idx": documents(6), "mask": padding(6)}
     compiled = torch.compile(by("triton"), fullgraph=True, backend="aot_eager")
     right = outputs_and_gradients(by("triton"), inputs, options)
     for name, t in outputs_and_gradients(compiled, inputs, options).items():
