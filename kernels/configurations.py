@@ -80,6 +80,7 @@ TABLE: dict[str, tuple[Row, ...]] = {
     # The size is that of a state: head width times state size, each rounded up to a power of two.
     "ssd/chunk": (
         Row(Configuration({"Q": 64, "R": 32}), architectures=(INTERPRETER,), up_to=1 << 15),
+        Row(Configuration({"Q": 32, "R": 32}), architectures=("gfx942",), itemsize=2, up_to=1 << 12),
         Row(Configuration({"Q": 64, "R": 32}), itemsize=2, up_to=1 << 12),
         Row(Configuration({"Q": 128, "R": 64}), architectures=("sm_90",), itemsize=2, up_to=1 << 13),
         Row(Configuration({"Q": 64, "R": 32}), itemsize=2, up_to=1 << 13),
@@ -89,7 +90,6 @@ TABLE: dict[str, tuple[Row, ...]] = {
     "ssd/decays": (Row(Configuration({"BLOCK_H": 16})),),
     "ssd/gate": (Row(Configuration({"BLOCK_R": 32})),),
     "ssd/scores": (
-        Row(Configuration({"BLOCK_Q": 64}, 8, 1), architectures=("sm_100",), itemsize=2),
         Row(Configuration({"BLOCK_Q": 64}, 4, 1), itemsize=2),
         Row(Configuration({"BLOCK_Q": 32}, 8, 1)),
     ),
@@ -107,11 +107,15 @@ TABLE: dict[str, tuple[Row, ...]] = {
         Row(Configuration({"HEADS": 8}, 8, 2)),
     ),
     "ssd/input_gradients": (
-        Row(Configuration({"HEADS": 16}, 4, 1), architectures=("gfx942",), itemsize=4),
-        Row(Configuration({"HEADS": 16}, 8, 1), architectures=("gfx942",)),
-        Row(Configuration({"HEADS": 16}, 8, 2), itemsize=2),
-        Row(Configuration({"HEADS": 16}, 8, 1)),
+        Row(Configuration({"HEADS": 16, "M": 32}, 4, 1), architectures=("gfx942",), itemsize=2, up_to=1 << 12),
+        Row(Configuration({"HEADS": 16, "M": 16}, 2, 1), architectures=("gfx942",), itemsize=2),
+        Row(Configuration({"HEADS": 16, "M": 32}, 4, 1), architectures=("gfx942",)),
+        Row(Configuration({"HEADS": 4, "M": 64}, 4, 1), itemsize=2, up_to=1 << 13),
+        Row(Configuration({"HEADS": 16, "M": 32}, 8, 2), itemsize=2),
+        Row(Configuration({"HEADS": 16, "M": 16}, 8, 2), architectures=("sm_90",)),
+        Row(Configuration({"HEADS": 16, "M": 32}, 8, 1)),
     ),
+    "ssd/score_gradients": (Row(Configuration({"HEADS": 16}, 4, 2)),),
     "ssd/map_gradients": (
         Row(Configuration({"BLOCK_Q": 64, "BLOCK_N": 64}, 8, 1), architectures=("gfx942",), itemsize=2),
         Row(Configuration({"BLOCK_Q": 64, "BLOCK_N": 128}, 8, 1), itemsize=2, up_to=1 << 13),

@@ -5,7 +5,7 @@ Products take factors of the inputs' dtype; decays, states while they are carrie
 has a fixed order, so repeated runs are equal bit for bit, with or without ``torch.use_deterministic_algorithms``.
 
 The gradient of A is one number a head, a sum that may cancel by chance, and then tells every rounding of a factor. In
-half precision C B^T is therefore float32 in the backward pass. What a gate gives back is of the inputs' dtype, as with
+half precision the backward pass therefore never rounds C B^T. What a gate gives back is of the inputs' dtype, as with
 a gate that is an op of its own, and is the largest error of A's gradient where there is a gate.
 
 Legend: B batch, L length, H heads, P head width, G groups, N state size.
@@ -121,42 +121,41 @@ class Call(NamedTuple):
 
 
 class Prepared(NamedTuple):
-    """What both passes start from: decays, the states before every chunk and after the last, and C B^T."""
+    """What both passes start from: decays, and the states before every chunk and after the last."""
 
     decays: Tensor
     before: Tensor
     last: Tensor
-    scores: Tensor
 
     @classmethod
-    def of(cls, shape: Shape, call: Call, scores: torch.dtype) -> "Prepared":
-        """Launch what makes it, C B^T in the dtype given."""
+    def of(cls, shape: Shape, call: Call) -> "Prepared":
+        """Launch what makes it."""
         decays = _decays(shape, call)
         before, last = triton_forward.carry(shape, call.x, call.B, decays, call.initial_states)
-        return cls(decays, before, last, _scores(shape, call, scores))
+        return cls(decays, before, last)
 
 
 def _decays(shape: Shape, call: Call) -> Tensor:
     return triton_forward.decays(shape, call.dt, call.A, call.dt_bias, call.documents, call.dt_softplus, call.limit)
 
 
-def _scores(shape: Shape, call: Call, dtype: torch.dtype) -> Tensor:
-    return triton_forward.scores(shape, call.x, call.B, call.C, call.documents, dtype)
+def _scores(shape: Shape, call: Call) -> Tensor:
+    return triton_forward.scores(shape, call.B, call.C, call.documents, call.x.dtype)
 
 
 def forward(call: Call) -> tuple[Tensor, Tensor]:
     """Return y (B, L, H, P) and the final states (B, H, P, N) in float32."""
     shape = Shape.of(call.x, call.B)
-    kept = torch.float32 if call.x.dtype == torch.float32 else torch.bfloat16
     if call.z is None and (walked := shape.walked(call.x)):
-        documents, scores = call.documents is not None, _scores(walked, call, kept)
+        documents, scores = call.documents is not None, _scores(walked, call)
         if documents:
             decays = _decays(walked, call)
         else:
             decays = triton_forward.totals(walked, call.dt, call.A, call.dt_bias, call.dt_softplus, call.limit)
         return walk(walked, call.x, call.B, call.C, call.D, scores, decays, documents, call.initial_states)
-    decays, before, last, scores = Prepared.of(shape, call, kept)
-    return triton_forward.outputs(shape, call.x, call.C, call.D, call.z, scores, decays, before), last
+    decays, before, last = Prepared.of(shape, call)
+    y = triton_forward.outputs(shape, call.x, call.C, call.D, call.z, _scores(shape, call), decays, before)
+    return y, last
 
 
 def backward(dy: Tensor, dlast: Tensor | None, call: Call, to: Destinations) -> dict[str, Tensor]:
@@ -164,20 +163,20 @@ def backward(dy: Tensor, dlast: Tensor | None, call: Call, to: Destinations) -> 
     shape = Shape.of(call.x, call.B)
     x, B, C, D, z, documents = call.x, call.B, call.C, call.D, call.z, call.documents
     dy = readable(dy)
-    # In half precision, C B^T would be the largest error of the gradients of dt, A and the bias.
-    decays, before, _, scores = Prepared.of(shape, call, torch.float32)
+    decays, before, _ = Prepared.of(shape, call)
     found = to._asdict()
     if z is not None:
-        y = triton_forward.outputs(shape, x, C, D, None, scores, decays, before)
+        y = triton_forward.outputs(shape, x, C, D, None, _scores(shape, call), decays, before)
         dy, found["z"] = triton_backward.gate_gradients(shape, dy, z, y)
     after, first, passed = triton_forward.carry_back(shape, dy, C, decays, dlast, before)
     if call.initial_states is not None:
         found["initial_states"] = first
-    inputs = triton_backward.input_gradients(shape, x, dy, B, D, scores, decays, after, to.x)
+    inputs = triton_backward.input_gradients(shape, x, dy, B, C, D, documents, decays, after, to.x)
     if inputs.dD is not None:
         found["D"] = inputs.dD.sum(0)
-    triton_backward.gradient_of_B(shape, x, B, C, documents, decays, after, inputs.dscores, to.B)
-    read = triton_backward.gradient_of_C(shape, dy, B, C, documents, decays, before, inputs.dscores, to.C)
+    dscores = triton_backward.score_gradients(shape, x, dy, decays)
+    triton_backward.gradient_of_B(shape, x, B, C, documents, decays, after, dscores, to.B)
+    read = triton_backward.gradient_of_C(shape, dy, B, C, documents, decays, before, dscores, to.C)
     found["A"], dbias = triton_backward.decay_gradients(
         shape, call.dt, call.A, call.dt_bias, call.dt_softplus, call.limit, decays, inputs, read, passed, to.dt
     )
