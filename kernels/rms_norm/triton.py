@@ -14,10 +14,12 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from bimamba_lit.kernels.causal_conv1d.naive import accumulator
 from bimamba_lit.kernels.configurations import CompileCase, configuration, multiprocessors
 from bimamba_lit.kernels.pointwise import sigmoid, silu_slope
+from bimamba_lit.kernels.rms_norm import naive
 
 
 def rms_norm(
@@ -32,6 +34,16 @@ def rms_norm(
     x_TD = x.reshape(-1, x.shape[-1])
     y: Tensor = _norm(x_TD, weight, None if z is None else z.reshape(x_TD.shape), eps, groups, dtype or x.dtype)[0]
     return y.view(x.shape)
+
+
+def norm_and_residual(
+    x: Tensor, weight: Tensor, eps: float = 1e-5, dtype: torch.dtype | None = None
+) -> tuple[Tensor, Tensor]:
+    """Compute what `naive.norm_and_residual` computes; one kernel adds up the gradients of both."""
+    if torch.compiler.is_compiling():  # which traces no function that returns what it is given
+        return naive.norm_and_residual(x, weight, eps, dtype, norm=rms_norm)
+    y, residual = _NormAndResidual.apply(x, weight, eps, dtype or x.dtype)
+    return y, residual
 
 
 @triton.jit
@@ -59,10 +71,11 @@ def norm_forward(
 
 @triton.jit
 def norm_backward(
-    x, weight, z, gy, scale, gx, gz, gw, tokens, width, x_t, x_d, weight_d, z_t, z_d, gy_t, gy_d, gz_t,
+    x, weight, z, gy, scale, beside, gx, gz, gw, tokens, width, x_t, x_d, weight_d, z_t, z_d, gy_t, gy_d, beside_t,
+    beside_d, gz_t,
     ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Write the gradients of x and z (T, D) and a part of the gains' (programs, D)."""
+    """Write the gradients of x, plus what is beside it, and z (T, D), and a part of the gains' (programs, D)."""
     dtype = scale.dtype.element_ty
     group, groups = tl.program_id(1), tl.num_programs(1)
     inside = tl.arange(0, BLOCK_D)[None, :]
@@ -86,6 +99,8 @@ def norm_backward(
         if z is not None:
             tl.store(gz + row * gz_t + feature, (g * value * silu_slope(gate)).to(gz.dtype.element_ty), mask=real)
             g *= gate * sigmoid(gate)
+        if beside is not None:
+            g += tl.load(beside + row * beside_t + feature * beside_d, mask=real, other=0.0).to(dtype)
         tl.store(gx + row * (width * groups) + feature, g.to(gx.dtype.element_ty), mask=real)
     total = tl.sum(g_gain, axis=0)[None, :]
     tl.store(gw + tl.program_id(0) * (width * groups) + feature, total, mask=inside < width)
@@ -132,13 +147,13 @@ def forward(
 
 @torch.library.custom_op("bimamba_lit::rms_norm_backward", mutates_args=())
 def _norm_backward(
-    gy: Tensor, x: Tensor, weight: Tensor, z: Tensor | None, scale: Tensor
+    gy: Tensor, x: Tensor, weight: Tensor, z: Tensor | None, scale: Tensor, beside: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return backward(gy, x, weight, z, scale, _gate_gradient(x, z))
+    return backward(gy, x, weight, z, scale, _gate_gradient(x, z), beside)
 
 
 @_norm_backward.register_fake
-def _(gy, x, weight, z, scale):
+def _(gy, x, weight, z, scale, beside):
     gx = torch.empty_like(x, memory_format=torch.contiguous_format)
     return gx, _gate_gradient(x, z), torch.empty_like(weight, dtype=scale.dtype)
 
@@ -148,9 +163,12 @@ def _gate_gradient(x: Tensor, z: Tensor | None) -> Tensor:
 
 
 def backward(
-    gy: Tensor, x: Tensor, weight: Tensor, z: Tensor | None, scale: Tensor, gz: Tensor
+    gy: Tensor, x: Tensor, weight: Tensor, z: Tensor | None, scale: Tensor, gz: Tensor, beside: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of x, of z in `gz`, whose features lie side by side, and of the gains."""
+    """Return the gradients of x, of z in `gz`, whose features lie side by side, and of the gains.
+
+    What `beside` holds (T, D) is added to the gradient of x.
+    """
     tokens, groups = scale.shape
     width = x.shape[1] // groups
     launch = _launch("rms_norm/backward", x, width)
@@ -158,8 +176,8 @@ def backward(
     gx = torch.empty_like(x, memory_format=torch.contiguous_format)
     gw = x.new_empty(programs, x.shape[1], dtype=scale.dtype)
     norm_backward[(programs, groups)](
-        x, weight, z, gy, scale, gx, gz, gw, tokens, width, *x.stride(), *weight.stride(), *_strides(z), *gy.stride(),
-        gz.stride(0), **launch,
+        x, weight, z, gy, scale, beside, gx, gz, gw, tokens, width, *x.stride(), *weight.stride(), *_strides(z),
+        *gy.stride(), *_strides(beside), gz.stride(0), **launch,
     )  # fmt: skip
     return gx, gz, gw.sum(0)
 
@@ -174,25 +192,45 @@ def _gradients(ctx: Any, gy: Tensor | None, _: Tensor | None) -> tuple[Tensor | 
     x, weight, z, scale = ctx.saved_tensors
     if gy is None:
         return (None,) * 6
-    gx, gz, gw = _norm_backward(gy, x, weight, z, scale)
+    gx, gz, gw = _norm_backward(gy, x, weight, z, scale, None)
     return gx, gw.to(weight.dtype), None if z is None else gz, None, None, None
 
 
 _norm.register_autograd(_gradients, setup_context=_setup)
 
 
+class _NormAndResidual(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        y, scale = _norm(x.reshape(-1, x.shape[-1]), weight, None, eps, 1, dtype)
+        ctx.save_for_backward(x, weight, scale)
+        ctx.set_materialize_grads(False)
+        return y.view(x.shape), x
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gy: Tensor | None, beside: Tensor | None) -> tuple[Tensor | None, ...]:
+        x, weight, scale = ctx.saved_tensors
+        if gy is None:
+            return beside, None, None, None
+        gy, x_TD, beside = (None if t is None else t.reshape(-1, x.shape[-1]) for t in (gy, x, beside))
+        gx, _, gw = _norm_backward(gy, x_TD, weight, None, scale, beside)
+        return gx.view(x.shape), gw.to(weight.dtype), None, None
+
+
 def compile_cases() -> list[CompileCase]:
     """Return the calls by which the kernels are compiled without a GPU."""
 
-    def both(features: int, dtype: torch.dtype, gated: bool, result: torch.dtype) -> None:
+    def both(features: int, dtype: torch.dtype, gated: bool, result: torch.dtype, residual: bool = False) -> None:
         x = torch.empty(16384, features, dtype=dtype, device="meta")
         weight = torch.empty(features, dtype=torch.float32, device="meta")
         z = torch.empty(16384, 2 * features, dtype=dtype, device="meta")[:, features:] if gated else None
         y, scale = forward(x, weight, z, 1e-5, 1, result)
-        backward(y, x, weight, z, scale, _gate_gradient(x, z))
+        backward(y, x, weight, z, scale, _gate_gradient(x, z), x if residual else None)
 
     return [
         CompileCase("gated bf16", lambda: both(5120, torch.bfloat16, True, torch.bfloat16), representative=True),
         CompileCase("fp32", lambda: both(2560, torch.float32, False, torch.float32)),
         CompileCase("fp32 to bf16", lambda: both(2560, torch.float32, False, torch.bfloat16)),
+        CompileCase("fp32 to bf16 and residual", lambda: both(2560, torch.float32, False, torch.bfloat16, True)),
     ]
