@@ -96,7 +96,7 @@ TABLE: dict[str, tuple[Row, ...]] = {
     "ssd/carry": (
         Row(Configuration({"BLOCK_P": 64, "BLOCK_N": 64}, 8, 1), architectures=("gfx942",)),
         Row(Configuration({"BLOCK_P": 64, "BLOCK_N": 64}, 8, 3), itemsize=2, up_to=1 << 12),
-        Row(Configuration({"BLOCK_P": 64, "BLOCK_N": 128}, 8, 3), architectures=("sm_90",), itemsize=2, up_to=1 << 13),
+        Row(Configuration({"BLOCK_P": 64, "BLOCK_N": 64}, 4, 3), architectures=("sm_90",), itemsize=2, up_to=1 << 13),
         Row(Configuration({"BLOCK_P": 64, "BLOCK_N": 64}, 8, 2)),
     ),
     "ssd/walk": (Row(Configuration({"Q": 64}, 4, 2), architectures=("sm_90", INTERPRETER), itemsize=2, up_to=1 << 13),),
@@ -110,14 +110,19 @@ TABLE: dict[str, tuple[Row, ...]] = {
         Row(Configuration({"HEADS": 16, "M": 32}, 4, 1), architectures=("gfx942",), itemsize=2, up_to=1 << 12),
         Row(Configuration({"HEADS": 16, "M": 16}, 2, 1), architectures=("gfx942",), itemsize=2),
         Row(Configuration({"HEADS": 16, "M": 32}, 4, 1), architectures=("gfx942",)),
+        Row(Configuration({"HEADS": 4, "M": 32}, 4, 2), architectures=("sm_90",), itemsize=2, up_to=1 << 13),
         Row(Configuration({"HEADS": 4, "M": 64}, 4, 1), itemsize=2, up_to=1 << 13),
         Row(Configuration({"HEADS": 16, "M": 32}, 8, 2), itemsize=2),
         Row(Configuration({"HEADS": 16, "M": 16}, 8, 2), architectures=("sm_90",)),
         Row(Configuration({"HEADS": 16, "M": 32}, 8, 1)),
     ),
-    "ssd/score_gradients": (Row(Configuration({"HEADS": 16}, 4, 2)),),
+    "ssd/score_gradients": (
+        Row(Configuration({"HEADS": 12}, 4, 3), architectures=("sm_90",), itemsize=2, up_to=1 << 13),
+        Row(Configuration({"HEADS": 16}, 4, 2)),
+    ),
     "ssd/map_gradients": (
         Row(Configuration({"BLOCK_Q": 64, "BLOCK_N": 64}, 8, 1), architectures=("gfx942",), itemsize=2),
+        Row(Configuration({"BLOCK_Q": 128, "BLOCK_N": 128}, 8, 2), architectures=("sm_90",), itemsize=2, up_to=1 << 13),
         Row(Configuration({"BLOCK_Q": 64, "BLOCK_N": 128}, 8, 1), itemsize=2, up_to=1 << 13),
         Row(Configuration({"BLOCK_Q": 64, "BLOCK_N": 64}, 8, 1), itemsize=2),
         Row(Configuration({"BLOCK_Q": 32, "BLOCK_N": 32}, 4, 1)),
@@ -153,9 +158,14 @@ TABLE: dict[str, tuple[Row, ...]] = {
     ),
     "causal_conv1d/step": (Row(Configuration({"BLOCK_D": 64}, num_warps=1)),),
     # rms_norm: the size is the number of features of a group
-    "rms_norm/forward": (Row(Configuration({"ROWS": 1}, num_warps=16)),),
+    "rms_norm/forward": (
+        Row(Configuration({"ROWS": 1}, num_warps=8), architectures=("sm_90",), itemsize=4, up_to=4096),
+        Row(Configuration({"ROWS": 1}, num_warps=16)),
+    ),
     "rms_norm/backward": (
         Row(Configuration({"ROWS": 1, "WAVES": 2}, num_warps=8), architectures=("sm_80",)),
+        Row(Configuration({"ROWS": 1, "WAVES": 4}, num_warps=8), architectures=("sm_90",), itemsize=4, up_to=4096),
+        Row(Configuration({"ROWS": 1, "WAVES": 2}, num_warps=4), architectures=("sm_90",), itemsize=2, up_to=4096),
         Row(Configuration({"ROWS": 2, "WAVES": 1}, num_warps=16), up_to=4096),
         Row(Configuration({"ROWS": 1, "WAVES": 2}, num_warps=8)),
     ),
