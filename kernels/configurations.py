@@ -169,6 +169,8 @@ TABLE: dict[str, tuple[Row, ...]] = {
         Row(Configuration({"ROWS": 2, "WAVES": 1}, num_warps=16), up_to=4096),
         Row(Configuration({"ROWS": 1, "WAVES": 2}, num_warps=8)),
     ),
+    # of the parts that programs of these wrote: the size is their number
+    "sums": (Row(Configuration({"ROWS": 256, "COLUMNS": 16}, num_warps=8)),),
     # signs, binary_weight and binary_linear
     "signs/pack": (
         Row(Configuration({"ROWS": 4, "BYTES": 4}, num_warps=1), architectures=(INTERPRETER,)),

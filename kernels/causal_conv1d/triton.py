@@ -10,6 +10,7 @@ from bimamba_lit.kernels.causal_conv1d import naive
 from bimamba_lit.kernels.causal_conv1d.naive import accumulator
 from bimamba_lit.kernels.causal_conv1d.triton_kernels import conv_backward, conv_forward, conv_step
 from bimamba_lit.kernels.configurations import CompileCase, configuration
+from bimamba_lit.kernels.sums import sum_parts
 
 
 def causal_conv1d(
@@ -124,7 +125,7 @@ def backward(
         *weight.stride(), *_strides(past, 3), *_strides(seq_idx, 2), *gy.stride(), *gx.stride(),
         SILU=silu, W=taps, **chosen.launch(),
     )  # fmt: skip
-    return gx, g_weight.sum(0).t(), g_bias.sum(0), g_past.transpose(1, 2)
+    return gx, sum_parts(g_weight).t(), sum_parts(g_bias), g_past.transpose(1, 2)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

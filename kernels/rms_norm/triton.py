@@ -20,6 +20,7 @@ from bimamba_lit.kernels.causal_conv1d.naive import accumulator
 from bimamba_lit.kernels.configurations import CompileCase, configuration, multiprocessors
 from bimamba_lit.kernels.pointwise import sigmoid, silu_slope
 from bimamba_lit.kernels.rms_norm import naive
+from bimamba_lit.kernels.sums import sum_parts
 
 
 def rms_norm(
@@ -179,7 +180,7 @@ def backward(
         x, weight, z, gy, scale, beside, gx, gz, gw, tokens, width, *x.stride(), *weight.stride(), *_strides(z),
         *gy.stride(), *_strides(beside), gz.stride(0), **launch,
     )  # fmt: skip
-    return gx, gz, gw.sum(0)
+    return gx, gz, sum_parts(gw)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

@@ -25,6 +25,7 @@ from bimamba_lit.kernels.ssd.triton_forward import Shape, block, readable
 from bimamba_lit.kernels.ssd.triton_step import compile_step
 from bimamba_lit.kernels.ssd.triton_step import ssd_step as ssd_step
 from bimamba_lit.kernels.ssd.triton_walk import walk
+from bimamba_lit.kernels.sums import sum_parts
 
 DIFFERENTIABLE = ("x", "dt", "A", "B", "C", "D", "z", "dt_bias", "initial_states")
 WIDEST = 128  # head that a program takes
@@ -173,7 +174,7 @@ def backward(dy: Tensor, dlast: Tensor | None, call: Call, to: Destinations) -> 
         found["initial_states"] = first
     inputs = triton_backward.input_gradients(shape, x, dy, B, C, D, documents, decays, after, to.x)
     if inputs.dD is not None:
-        found["D"] = inputs.dD.sum(0)
+        found["D"] = sum_parts(inputs.dD)
     dscores = triton_backward.score_gradients(shape, x, dy, decays)
     triton_backward.gradient_of_B(shape, x, B, C, documents, decays, after, dscores, to.B)
     read = triton_backward.gradient_of_C(shape, dy, B, C, documents, decays, before, dscores, to.C)

@@ -36,6 +36,7 @@ from bimamba_lit.kernels.ssd.triton_forward import (
     product,
     step_size,
 )
+from bimamba_lit.kernels.sums import sum_parts
 
 
 @triton.jit
@@ -407,7 +408,7 @@ def decay_gradients(
         shape.chunks, *limit, *dt.stride(), *ddt.stride()[:2], SOFTPLUS=softplus, HAS_BIAS=dt_bias is not None,
         Q=shape.chunk, R=shape.part, READ_BLOCKS=read.shape[3], PASSED_BLOCKS=passed.shape[3], **options,
     )  # fmt: skip
-    return dA.sum(0), None if dbias is None else dbias.sum(0)
+    return sum_parts(dA), None if dbias is None else sum_parts(dbias)
 
 
 def gate_gradients(shape: Shape, dout: Tensor, z: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
