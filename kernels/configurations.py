@@ -122,7 +122,7 @@ TABLE: dict[str, tuple[Row, ...]] = {
     ),
     "ssd/map_gradients": (
         Row(Configuration({"BLOCK_Q": 64, "BLOCK_N": 64}, 8, 1), architectures=("gfx942",), itemsize=2),
-        Row(Configuration({"BLOCK_Q": 128, "BLOCK_N": 128}, 8, 2), architectures=("sm_90",), itemsize=2, up_to=1 << 13),
+        Row(Configuration({"BLOCK_Q": 64, "BLOCK_N": 128}, 4, 3), architectures=("sm_90",), itemsize=2, up_to=1 << 13),
         Row(Configuration({"BLOCK_Q": 64, "BLOCK_N": 128}, 8, 1), itemsize=2, up_to=1 << 13),
         Row(Configuration({"BLOCK_Q": 64, "BLOCK_N": 64}, 8, 1), itemsize=2),
         Row(Configuration({"BLOCK_Q": 32, "BLOCK_N": 32}, 4, 1)),
@@ -149,11 +149,13 @@ TABLE: dict[str, tuple[Row, ...]] = {
     "selective_scan/step": (Row(Configuration({"BLOCK_D": 16}, num_warps=1)),),
     # causal_conv1d: the size is the number of channels
     "causal_conv1d/forward": (
+        Row(Configuration({"BLOCK_L": 16, "BLOCK_D": 64}, num_warps=1), architectures=("sm_90",), itemsize=2),
         Row(Configuration({"BLOCK_L": 8, "BLOCK_D": 256}, num_warps=2), itemsize=2),
         Row(Configuration({"BLOCK_L": 16, "BLOCK_D": 128})),
     ),
     "causal_conv1d/backward": (
         Row(Configuration({"SPAN": 32, "BLOCK_D": 256}), architectures=(INTERPRETER,)),
+        Row(Configuration({"SPAN": 64, "BLOCK_D": 256}, num_warps=4), architectures=("sm_90",), itemsize=2),
         Row(Configuration({"SPAN": 64, "BLOCK_D": 256}, num_warps=2)),
     ),
     "causal_conv1d/step": (Row(Configuration({"BLOCK_D": 64}, num_warps=1)),),
