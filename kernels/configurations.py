@@ -167,7 +167,12 @@ TABLE: dict[str, tuple[Row, ...]] = {
     "rms_norm/backward": (
         Row(Configuration({"ROWS": 1, "WAVES": 2}, num_warps=8), architectures=("sm_80",)),
         Row(Configuration({"ROWS": 1, "WAVES": 4}, num_warps=8), architectures=("sm_90",), itemsize=4, up_to=4096),
-        Row(Configuration({"ROWS": 1, "WAVES": 2}, num_warps=4), architectures=("sm_90",), itemsize=2, up_to=4096),
+        Row(
+            Configuration({"ROWS": 1, "WAVES": 1, "STAGES": 3}, num_warps=8),
+            architectures=("sm_90",),
+            itemsize=2,
+            up_to=4096,
+        ),
         Row(Configuration({"ROWS": 2, "WAVES": 1}, num_warps=16), up_to=4096),
         Row(Configuration({"ROWS": 1, "WAVES": 2}, num_warps=8)),
     ),

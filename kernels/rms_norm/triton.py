@@ -74,7 +74,7 @@ def norm_forward(
 def norm_backward(
     x, weight, z, gy, scale, beside, gx, gz, gw, tokens, width, x_t, x_d, weight_d, z_t, z_d, gy_t, gy_d, beside_t,
     beside_d, gz_t,
-    ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr = 1,
 ):  # fmt: skip
     """Write the gradients of x, plus what is beside it, and z (T, D), and a part of the gains' (programs, D)."""
     dtype = scale.dtype.element_ty
@@ -83,7 +83,7 @@ def norm_backward(
     feature = group * width + inside
     gain = tl.load(weight + feature * weight_d, mask=inside < width, other=0.0).to(dtype)
     g_gain = tl.zeros((ROWS, BLOCK_D), dtype)
-    for first in range(tl.program_id(0) * ROWS, tokens, tl.num_programs(0) * ROWS):
+    for first in tl.range(tl.program_id(0) * ROWS, tokens, tl.num_programs(0) * ROWS, num_stages=STAGES):
         row = (first + tl.arange(0, ROWS)).to(tl.int64)[:, None]
         real = (row < tokens) & (inside < width)
         value = tl.load(x + row * x_t + feature * x_d, mask=real, other=0.0).to(dtype)
