@@ -6,6 +6,7 @@ from torch.library import opcheck
 
 from bimamba_lit import ops
 from bimamba_lit.kernels.rms_norm.naive import norm_and_residual as naive_norm_and_residual
+from bimamba_lit.kernels.sums import sum_parts
 
 BOUND = {torch.float64: 1e-12, torch.float32: 1e-4, torch.bfloat16: 0.005}
 
@@ -301,6 +302,11 @@ def test_torch_knows_the_operations():
     opcheck(torch.ops.bimamba_lit.causal_conv1d_step, (normal(2, 5), normal(2, 5, 3), normal(5, 4), None, True))
     heads = [normal(2, 6, 4, 3), normal(2, 6, 4), normal(2, 6), normal(6), normal(2, 3, 3), normal(2, 3, 3)]
     opcheck(torch.ops.bimamba_lit.ssd_step, (*heads, None, None, None, True, 0.0, 1.0))
+
+
+@pytest.mark.parametrize("shape", [(0, 3), (1, 5), (300, 3, 7), (513, 16)])
+def test_sums_of_parts(shape):
+    torch.testing.assert_close(sum_parts(normal(*shape)), normal(*shape).sum(0), rtol=1e-12, atol=1e-12)
 
 
 def test_compiled_without_a_break():
