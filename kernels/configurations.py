@@ -80,6 +80,7 @@ TABLE: dict[str, tuple[Row, ...]] = {
     # The size is that of a state: head width times state size, each rounded up to a power of two.
     "ssd/chunk": (
         Row(Configuration({"Q": 64, "R": 32}), architectures=(INTERPRETER,), up_to=1 << 15),
+        Row(Configuration({"Q": 32, "R": 32}), architectures=("gfx942",), itemsize=2, up_to=1 << 12),
         Row(Configuration({"Q": 64, "R": 32}), itemsize=2, up_to=1 << 12),
         Row(Configuration({"Q": 128, "R": 64}), architectures=("sm_90",), itemsize=2, up_to=1 << 13),
         Row(Configuration({"Q": 64, "R": 32}), itemsize=2, up_to=1 << 13),
@@ -89,14 +90,13 @@ TABLE: dict[str, tuple[Row, ...]] = {
     "ssd/decays": (Row(Configuration({"BLOCK_H": 16})),),
     "ssd/gate": (Row(Configuration({"BLOCK_R": 32})),),
     "ssd/scores": (
-        Row(Configuration({"BLOCK_Q": 64}, 8, 1), architectures=("sm_100",), itemsize=2),
         Row(Configuration({"BLOCK_Q": 64}, 4, 1), itemsize=2),
         Row(Configuration({"BLOCK_Q": 32}, 8, 1)),
     ),
     "ssd/carry": (
         Row(Configuration({"BLOCK_P": 64, "BLOCK_N": 64}, 8, 1), architectures=("gfx942",)),
         Row(Configuration({"BLOCK_P": 64, "BLOCK_N": 64}, 8, 3), itemsize=2, up_to=1 << 12),
-        Row(Configuration({"BLOCK_P": 64, "BLOCK_N": 128}, 8, 3), architectures=("sm_90",), itemsize=2, up_to=1 << 13),
+        Row(Configuration({"BLOCK_P": 64, "BLOCK_N": 64}, 4, 3), architectures=("sm_90",), itemsize=2, up_to=1 << 13),
         Row(Configuration({"BLOCK_P": 64, "BLOCK_N": 64}, 8, 2)),
     ),
     "ssd/walk": (Row(Configuration({"Q": 64}, 4, 2), architectures=("sm_90", INTERPRETER), itemsize=2, up_to=1 << 13),),
@@ -107,13 +107,22 @@ TABLE: dict[str, tuple[Row, ...]] = {
         Row(Configuration({"HEADS": 8}, 8, 2)),
     ),
     "ssd/input_gradients": (
-        Row(Configuration({"HEADS": 16}, 4, 1), architectures=("gfx942",), itemsize=4),
-        Row(Configuration({"HEADS": 16}, 8, 1), architectures=("gfx942",)),
-        Row(Configuration({"HEADS": 16}, 8, 2), itemsize=2),
-        Row(Configuration({"HEADS": 16}, 8, 1)),
+        Row(Configuration({"HEADS": 16, "M": 32}, 4, 1), architectures=("gfx942",), itemsize=2, up_to=1 << 12),
+        Row(Configuration({"HEADS": 16, "M": 16}, 2, 1), architectures=("gfx942",), itemsize=2),
+        Row(Configuration({"HEADS": 16, "M": 32}, 4, 1), architectures=("gfx942",)),
+        Row(Configuration({"HEADS": 4, "M": 32}, 4, 2), architectures=("sm_90",), itemsize=2, up_to=1 << 13),
+        Row(Configuration({"HEADS": 4, "M": 64}, 4, 1), itemsize=2, up_to=1 << 13),
+        Row(Configuration({"HEADS": 16, "M": 32}, 8, 2), itemsize=2),
+        Row(Configuration({"HEADS": 16, "M": 16}, 8, 2), architectures=("sm_90",)),
+        Row(Configuration({"HEADS": 16, "M": 32}, 8, 1)),
+    ),
+    "ssd/score_gradients": (
+        Row(Configuration({"HEADS": 12}, 4, 3), architectures=("sm_90",), itemsize=2, up_to=1 << 13),
+        Row(Configuration({"HEADS": 16}, 4, 2)),
     ),
     "ssd/map_gradients": (
         Row(Configuration({"BLOCK_Q": 64, "BLOCK_N": 64}, 8, 1), architectures=("gfx942",), itemsize=2),
+        Row(Configuration({"BLOCK_Q": 64, "BLOCK_N": 128}, 4, 3), architectures=("sm_90",), itemsize=2, up_to=1 << 13),
         Row(Configuration({"BLOCK_Q": 64, "BLOCK_N": 128}, 8, 1), itemsize=2, up_to=1 << 13),
         Row(Configuration({"BLOCK_Q": 64, "BLOCK_N": 64}, 8, 1), itemsize=2),
         Row(Configuration({"BLOCK_Q": 32, "BLOCK_N": 32}, 4, 1)),
@@ -140,20 +149,35 @@ TABLE: dict[str, tuple[Row, ...]] = {
     "selective_scan/step": (Row(Configuration({"BLOCK_D": 16}, num_warps=1)),),
     # causal_conv1d: the size is the number of channels
     "causal_conv1d/forward": (
+        Row(Configuration({"BLOCK_L": 16, "BLOCK_D": 64}, num_warps=1), architectures=("sm_90",), itemsize=2),
         Row(Configuration({"BLOCK_L": 8, "BLOCK_D": 256}, num_warps=2), itemsize=2),
         Row(Configuration({"BLOCK_L": 16, "BLOCK_D": 128})),
     ),
     "causal_conv1d/backward": (
         Row(Configuration({"SPAN": 32, "BLOCK_D": 256}), architectures=(INTERPRETER,)),
+        Row(Configuration({"SPAN": 64, "BLOCK_D": 256}, num_warps=4), architectures=("sm_90",), itemsize=2),
         Row(Configuration({"SPAN": 64, "BLOCK_D": 256}, num_warps=2)),
     ),
     "causal_conv1d/step": (Row(Configuration({"BLOCK_D": 64}, num_warps=1)),),
     # rms_norm: the size is the number of features of a group
-    "rms_norm/forward": (Row(Configuration({"ROWS": 1}, num_warps=16)),),
+    "rms_norm/forward": (
+        Row(Configuration({"ROWS": 1}, num_warps=8), architectures=("sm_90",), itemsize=4, up_to=4096),
+        Row(Configuration({"ROWS": 1}, num_warps=16)),
+    ),
     "rms_norm/backward": (
+        Row(Configuration({"ROWS": 1, "WAVES": 2}, num_warps=8), architectures=("sm_80",)),
+        Row(Configuration({"ROWS": 1, "WAVES": 4}, num_warps=8), architectures=("sm_90",), itemsize=4, up_to=4096),
+        Row(
+            Configuration({"ROWS": 1, "WAVES": 1, "STAGES": 3}, num_warps=8),
+            architectures=("sm_90",),
+            itemsize=2,
+            up_to=4096,
+        ),
         Row(Configuration({"ROWS": 2, "WAVES": 1}, num_warps=16), up_to=4096),
         Row(Configuration({"ROWS": 1, "WAVES": 2}, num_warps=8)),
     ),
+    # of the parts that programs of these wrote: the size is their number
+    "sums": (Row(Configuration({"ROWS": 256, "COLUMNS": 16}, num_warps=8)),),
     # signs, binary_weight and binary_linear
     "signs/pack": (
         Row(Configuration({"ROWS": 4, "BYTES": 4}, num_warps=1), architectures=(INTERPRETER,)),

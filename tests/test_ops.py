@@ -148,6 +148,37 @@ def test_causal_conv1d_names_what_is_wrong(changes, message):
         ops.causal_conv1d(**{**inputs, **changes})
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"projected": torch.ones(2, 31)}, r"projected has shape \(2, 31\), but must be \(B, L, Z\)"),
+        ({"projected": torch.ones(2, 3, 29)}, r"projected has shape .* \(B, L, I\+K\+H\) = \(2, 3, 30\)"),
+        ({"projected": torch.ones(2, 0, 30)}, "length and chunk_size must be at least 1, and are 0 and 256"),
+        ({"groups": 3}, "groups is 3, which must divide 4 heads, and these 8 inner features"),
+        ({"A": torch.ones(3)}, "groups is 1, which must divide 3 heads, and these 8 inner features"),
+        ({"conv_weight": torch.ones(8, 4)}, "conv_weight has 8 channels, but must have 8 and twice as many as B has"),
+        ({"conv_bias": torch.ones(8)}, r"conv_bias has shape \(8,\), but must be \(K\) = \(18,\)"),
+        ({"D": torch.ones(4, 2)}, r"D has shape \(4, 2\)"),
+        ({"dt_bias": torch.ones(1)}, r"dt_bias has shape \(1,\)"),
+        ({"seq_idx": torch.ones(3)}, r"seq_idx has shape \(3,\)"),
+        ({"mask": torch.ones(2, 4)}, r"mask has shape \(2, 4\)"),
+    ],
+)
+def test_conv_ssd_norm_names_what_is_wrong(changes, message):
+    inputs = {
+        "projected": torch.ones(2, 3, 30),
+        "conv_weight": torch.ones(18, 4),
+        "conv_bias": torch.ones(18),
+        "A": -torch.ones(4),
+        "D": torch.ones(4),
+        "dt_bias": torch.ones(4),
+        "norm_weight": torch.ones(8),
+    }
+    assert ops.conv_ssd_norm(**inputs).shape == (2, 3, 8)
+    with pytest.raises(ValueError, match=message):
+        ops.conv_ssd_norm(**{**inputs, **changes})
+
+
 def test_steps_name_what_is_wrong():
     state, x, dt, A, B = (
         torch.ones(2, 4, 5, 6),

@@ -47,7 +47,8 @@ class Block(nn.Module):
     def forward(self, x: Tensor, attention_mask: Tensor | None = None, seq_idx: Tensor | None = None) -> Tensor:
         """Add the mixer's output to the residual stream ``x`` (B, L, D)."""
         # What the mixer's projection would round to: the norm then writes, and its gradient reads, half the bytes.
-        return x + self.mixer(self.norm(x, product_dtype(x)), attention_mask, seq_idx)
+        y, x = self.norm(x, product_dtype(x), with_residual=True)
+        return x + self.mixer(y, attention_mask, seq_idx)
 
     def prefill(self, x: Tensor, state: LayerState) -> tuple[Tensor, LayerState]:
         """Continue from ``state`` with ``x`` (B, L, D)."""

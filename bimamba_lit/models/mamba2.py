@@ -65,16 +65,22 @@ class Mamba2(nn.Module):
         Returns:
             The output (B, L, D).
         """
-        mask = None if attention_mask is None else attention_mask.to(x.dtype).unsqueeze(-1)
-        z, xbc, dt = self._project(x if mask is None else x * mask)
-        xbc = cast(Tensor, ops.causal_conv1d(xbc.transpose(1, 2), *self._filter(), "silu", seq_idx=seq_idx))
-        xbc = xbc.transpose(1, 2)
-        if mask is not None:
-            # The convolution's bias would otherwise enter the state at positions that hold nothing.
-            xbc = xbc * mask.to(xbc.dtype)
-        x, b, c = self._heads(xbc)
-        y = ops.ssd(x, at_least_fp32(dt), self._a(), b, c, self.chunk_size, seq_idx=seq_idx, **self._skip_and_bias())
-        return self.out_proj(self.norm(cast(Tensor, y).flatten(-2), z))
+        if attention_mask is not None:
+            x = x * attention_mask.to(x.dtype).unsqueeze(-1)
+        y = ops.conv_ssd_norm(
+            self.in_proj(x),
+            *self._filter(),
+            self._a(),
+            self.D,
+            at_least_fp32(self.dt_bias),
+            self.norm.weight,
+            self.ngroups,
+            self.norm.eps,
+            self.chunk_size,
+            seq_idx,
+            attention_mask,
+        )
+        return self.out_proj(y)
 
     @property
     def projection_rows(self) -> dict[str, dict[str, int]]:
@@ -129,8 +135,8 @@ class Mamba2(nn.Module):
         groups = (self.ngroups, self.d_state)
         return x.unflatten(-1, (self.nheads, self.headdim)), b.unflatten(-1, groups), c.unflatten(-1, groups)
 
-    def _filter(self) -> tuple[Tensor, Tensor | None]:
-        return self.conv1d.weight.squeeze(1), self.conv1d.bias
+    def _filter(self) -> tuple[Tensor, Tensor]:
+        return self.conv1d.weight.squeeze(1), cast(Tensor, self.conv1d.bias)
 
     def _skip_and_bias(self) -> dict[str, Any]:
         return {"D": self.D, "dt_bias": at_least_fp32(self.dt_bias), "dt_softplus": True}

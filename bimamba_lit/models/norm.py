@@ -24,9 +24,17 @@ class RMSNorm(nn.Module):
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(d))
 
-    def forward(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        """Normalise ``x`` (..., d) of any float dtype; the result is in ``dtype``, or else in that of the weight."""
-        return ops.rms_norm(at_least_fp32(x), self.weight, eps=self.eps, dtype=dtype or self.weight.dtype)
+    def forward(
+        self, x: Tensor, dtype: torch.dtype | None = None, with_residual: bool = False
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Normalise ``x`` (..., d) of any float dtype; the result is in ``dtype``, or else in that of the weight.
+
+        A block asks for ``x`` back, too, to add what it makes of the norm: see :func:`ops.norm_and_residual`.
+        """
+        dtype = dtype or self.weight.dtype
+        if with_residual:
+            return ops.norm_and_residual(x, self.weight, self.eps, dtype)
+        return ops.rms_norm(at_least_fp32(x), self.weight, eps=self.eps, dtype=dtype)
 
     def extra_repr(self) -> str:
         """Return what ``print(module)`` shows."""

@@ -15,9 +15,10 @@ from bimamba_lit.ops.backends import BACKENDS, as_on_gpu
 from bimamba_lit.ops.binary_linear import binary_linear
 from bimamba_lit.ops.binary_weight import STRAIGHT_THROUGH, binary_weight
 from bimamba_lit.ops.causal_conv1d import causal_conv1d, causal_conv1d_step
+from bimamba_lit.ops.conv_ssd_norm import conv_ssd_norm
 from bimamba_lit.ops.distillation_loss import distillation_loss, topk_distillation_loss
 from bimamba_lit.ops.packed_blocks import fuses_block, packed_blocks
-from bimamba_lit.ops.rms_norm import rms_norm
+from bimamba_lit.ops.rms_norm import norm_and_residual, rms_norm
 from bimamba_lit.ops.selective_scan import selective_scan, selective_scan_step
 from bimamba_lit.ops.signs import pack_signs, unpack_signs
 from bimamba_lit.ops.ssd import ssd, ssd_step
@@ -33,8 +34,10 @@ __all__ = [
     "binary_weight",
     "causal_conv1d",
     "causal_conv1d_step",
+    "conv_ssd_norm",
     "distillation_loss",
     "fuses_block",
+    "norm_and_residual",
     "pack_signs",
     "packed_blocks",
     "rms_norm",

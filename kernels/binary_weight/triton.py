@@ -16,6 +16,7 @@ from torch import Tensor
 
 from bimamba_lit.kernels.binary_weight import naive
 from bimamba_lit.kernels.configurations import CompileCase, configuration
+from bimamba_lit.kernels.sums import sum_parts
 
 SLOPES = {"identity": 0, "clipped": 1, "tanh": 2, "bireal": 3}
 Terms = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
@@ -171,11 +172,11 @@ def weight_backward(
     to_out = by_group if by_group is None or group_scale is None else by_group * group_scale.t()
     to_group = by_group if by_group is None or out_scale is None else by_group * out_scale
     found: list[tuple[Tensor | None, Tensor | None]] = [
-        (in_scale, None if scaled_columns is None else scaled_columns.sum(0)),
+        (in_scale, None if scaled_columns is None else sum_parts(scaled_columns)),
         (out_scale, None if to_out is None else to_out.sum(0)),
         (group_scale, None if to_group is None else to_group.t()),
-        (in_shift, None if plain_columns is None else plain_columns.sum(0)),
-        (out_shift, None if plain_rows is None else plain_rows.sum(0)),
+        (in_shift, None if plain_columns is None else sum_parts(plain_columns)),
+        (out_shift, None if plain_rows is None else sum_parts(plain_rows)),
     ]
     outs = [gradient.new_empty(0) if latent is None else latent]
     for term, value in found:

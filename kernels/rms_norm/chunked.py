@@ -8,6 +8,7 @@ Legend: T tokens (of a tile: R), D features, G groups.
 """
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from bimamba_lit.kernels.causal_conv1d.naive import accumulator
+from bimamba_lit.kernels.rms_norm import naive
 
 TILE = 1 << 18  # elements
 FEW = 1 << 14  # elements of a decoded token or a few, for which starting an operation costs more than running it
@@ -127,3 +129,6 @@ def rms_norm(
     if x.numel() <= FEW:
         return _of_few(x, weight, z, eps, groups, dtype)
     return _forward(x, weight, z, eps, groups, dtype)[0]
+
+
+norm_and_residual = partial(naive.norm_and_residual, norm=rms_norm)

@@ -3,6 +3,8 @@
 Legend: T tokens, D features, G groups.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -24,3 +26,14 @@ def rms_norm(
     v = v.unflatten(-1, (groups, -1))
     normal = v * torch.rsqrt(v.square().mean(-1, keepdim=True) + eps)
     return (normal.flatten(-2) * weight.to(wide)).to(dtype or x.dtype)
+
+
+def norm_and_residual(
+    x: Tensor,
+    weight: Tensor,
+    eps: float = 1e-5,
+    dtype: torch.dtype | None = None,
+    norm: Callable[..., Tensor] = rms_norm,
+) -> tuple[Tensor, Tensor]:
+    """Return the norm of a residual stream, in the form given, and the stream itself."""
+    return norm(x, weight, None, eps, 1, dtype), x

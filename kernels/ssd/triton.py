@@ -5,7 +5,7 @@ Products take factors of the inputs' dtype; decays, states while they are carrie
 has a fixed order, so repeated runs are equal bit for bit, with or without ``torch.use_deterministic_algorithms``.
 
 The gradient of A is one number a head, a sum that may cancel by chance, and then tells every rounding of a factor. In
-half precision C B^T is therefore float32 in the backward pass. What a gate gives back is of the inputs' dtype, as with
+half precision the backward pass therefore never rounds C B^T. What a gate gives back is of the inputs' dtype, as with
 a gate that is an op of its own, and is the largest error of A's gradient where there is a gate.
 
 Legend: B batch, L length, H heads, P head width, G groups, N state size.
@@ -20,10 +20,12 @@ from torch import Tensor
 from bimamba_lit.kernels.causal_conv1d.naive import document_numbers
 from bimamba_lit.kernels.configurations import TABLE, CompileCase, architecture
 from bimamba_lit.kernels.ssd import parallel, triton_backward, triton_forward
+from bimamba_lit.kernels.ssd.triton_backward import Destinations
 from bimamba_lit.kernels.ssd.triton_forward import Shape, block, readable
 from bimamba_lit.kernels.ssd.triton_step import compile_step
 from bimamba_lit.kernels.ssd.triton_step import ssd_step as ssd_step
 from bimamba_lit.kernels.ssd.triton_walk import walk
+from bimamba_lit.kernels.sums import sum_parts
 
 DIFFERENTIABLE = ("x", "dt", "A", "B", "C", "D", "z", "dt_bias", "initial_states")
 WIDEST = 128  # head that a program takes
@@ -67,8 +69,7 @@ def ssd(
 
     Inputs in float64, and states of one head that are too large for a program's registers, take the `parallel` form.
     """
-    width, size = block(x.shape[-1]), block(B.shape[-1])
-    if x.dtype == torch.float64 or width > WIDEST or width * size > _largest_state(x.dtype, x.device):
+    if not fits(x, x.shape[-1], B.shape[-1]):
         return parallel.ssd(
             x, dt, A, B, C, chunk_size, D, z, dt_bias, dt_softplus, dt_limit, initial_states, seq_idx,
             return_final_states,
@@ -78,6 +79,12 @@ def ssd(
         x, dt, A, B, C, D, z, dt_bias, initial_states, documents, dt_softplus, *map(float, dt_limit)
     )
     return (y, states) if return_final_states else y
+
+
+def fits(x: Tensor, width: int, size: int) -> bool:
+    """Say whether the kernels take inputs of x's dtype and device, heads P and states N as wide as this."""
+    width, size = block(width), block(size)
+    return x.dtype != torch.float64 and width <= WIDEST and width * size <= _largest_state(x.dtype, x.device)
 
 
 class Call(NamedTuple):
@@ -115,66 +122,64 @@ class Call(NamedTuple):
 
 
 class Prepared(NamedTuple):
-    """What both passes start from: decays, the states before every chunk and after the last, and C B^T."""
+    """What both passes start from: decays, and the states before every chunk and after the last."""
 
     decays: Tensor
     before: Tensor
     last: Tensor
-    scores: Tensor
 
     @classmethod
-    def of(cls, shape: Shape, call: Call, scores: torch.dtype) -> "Prepared":
-        """Launch what makes it, C B^T in the dtype given."""
+    def of(cls, shape: Shape, call: Call) -> "Prepared":
+        """Launch what makes it."""
         decays = _decays(shape, call)
         before, last = triton_forward.carry(shape, call.x, call.B, decays, call.initial_states)
-        return cls(decays, before, last, _scores(shape, call, scores))
+        return cls(decays, before, last)
 
 
 def _decays(shape: Shape, call: Call) -> Tensor:
     return triton_forward.decays(shape, call.dt, call.A, call.dt_bias, call.documents, call.dt_softplus, call.limit)
 
 
-def _scores(shape: Shape, call: Call, dtype: torch.dtype) -> Tensor:
-    return triton_forward.scores(shape, call.x, call.B, call.C, call.documents, dtype)
+def _scores(shape: Shape, call: Call) -> Tensor:
+    return triton_forward.scores(shape, call.B, call.C, call.documents, call.x.dtype)
 
 
 def forward(call: Call) -> tuple[Tensor, Tensor]:
     """Return y (B, L, H, P) and the final states (B, H, P, N) in float32."""
     shape = Shape.of(call.x, call.B)
-    kept = torch.float32 if call.x.dtype == torch.float32 else torch.bfloat16
     if call.z is None and (walked := shape.walked(call.x)):
-        documents, scores = call.documents is not None, _scores(walked, call, kept)
+        documents, scores = call.documents is not None, _scores(walked, call)
         if documents:
             decays = _decays(walked, call)
         else:
             decays = triton_forward.totals(walked, call.dt, call.A, call.dt_bias, call.dt_softplus, call.limit)
         return walk(walked, call.x, call.B, call.C, call.D, scores, decays, documents, call.initial_states)
-    decays, before, last, scores = Prepared.of(shape, call, kept)
-    return triton_forward.outputs(shape, call.x, call.C, call.D, call.z, scores, decays, before), last
+    decays, before, last = Prepared.of(shape, call)
+    y = triton_forward.outputs(shape, call.x, call.C, call.D, call.z, _scores(shape, call), decays, before)
+    return y, last
 
 
-def backward(dy: Tensor, dlast: Tensor | None, call: Call) -> dict[str, Tensor]:
+def backward(dy: Tensor, dlast: Tensor | None, call: Call, to: Destinations) -> dict[str, Tensor]:
     """Return the gradients by name, in float32 or the input's dtype, of the tensors that were given."""
     shape = Shape.of(call.x, call.B)
     x, B, C, D, z, documents = call.x, call.B, call.C, call.D, call.z, call.documents
     dy = readable(dy)
-    # In half precision, C B^T would be the largest error of the gradients of dt, A and the bias.
-    decays, before, _, scores = Prepared.of(shape, call, torch.float32)
-    found = {}
+    decays, before, _ = Prepared.of(shape, call)
+    found = to._asdict()
     if z is not None:
-        y = triton_forward.outputs(shape, x, C, D, None, scores, decays, before)
+        y = triton_forward.outputs(shape, x, C, D, None, _scores(shape, call), decays, before)
         dy, found["z"] = triton_backward.gate_gradients(shape, dy, z, y)
     after, first, passed = triton_forward.carry_back(shape, dy, C, decays, dlast, before)
     if call.initial_states is not None:
         found["initial_states"] = first
-    inputs = triton_backward.input_gradients(shape, x, dy, B, D, scores, decays, after)
-    found["x"] = inputs.dx
+    inputs = triton_backward.input_gradients(shape, x, dy, B, C, D, documents, decays, after, to.x)
     if inputs.dD is not None:
-        found["D"] = inputs.dD.sum(0)
-    found["B"] = triton_backward.gradient_of_B(shape, x, B, C, documents, decays, after, inputs.dscores)
-    found["C"], read = triton_backward.gradient_of_C(shape, dy, B, C, documents, decays, before, inputs.dscores)
-    found["dt"], found["A"], dbias = triton_backward.decay_gradients(
-        shape, call.dt, call.A, call.dt_bias, call.dt_softplus, call.limit, decays, inputs, read, passed
+        found["D"] = sum_parts(inputs.dD)
+    dscores = triton_backward.score_gradients(shape, x, dy, decays)
+    triton_backward.gradient_of_B(shape, x, B, C, documents, decays, after, dscores, to.B)
+    read = triton_backward.gradient_of_C(shape, dy, B, C, documents, decays, before, dscores, to.C)
+    found["A"], dbias = triton_backward.decay_gradients(
+        shape, call.dt, call.A, call.dt_bias, call.dt_softplus, call.limit, decays, inputs, read, passed, to.dt
     )
     if dbias is not None:
         found["dt_bias"] = dbias
@@ -204,7 +209,7 @@ def _ssd_backward(
 ) -> list[Tensor]:  # fmt: skip
     call = Call.of(x, dt, A, B, C, D, z, dt_bias, initial_states, documents, dt_softplus, low, high)
     dlast = None if dlast is None else dlast.contiguous()
-    found = backward(dy, dlast, call)
+    found = backward(dy, dlast, call, Destinations.of_their_own(x, dt, B, C))
     if D is not None and D.ndim == 1:
         found["D"] = found["D"].sum(1)
     given = _given(x, dt, A, B, C, D, z, dt_bias, initial_states)
@@ -243,9 +248,8 @@ def compile_cases() -> list[CompileCase]:
     """Return launches of each shape class and with each option."""
 
     def case(
-        name: str, dtype: torch.dtype, width: int, size: int, groups: int = 1, optional: bool = False,
-        representative: bool = False,
-    ) -> CompileCase:  # fmt: skip
+        name: str, dtype: torch.dtype, width: int, size: int, groups: int = 1, optional: bool = False
+    ) -> CompileCase:
         def call() -> object:
             def empty(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
                 return torch.empty(*shape, dtype=dtype, device="meta")
@@ -269,13 +273,14 @@ def compile_cases() -> list[CompileCase]:
                 empty(batch, length, dtype=torch.int32) if optional else None, True, 0.0, math.inf,
             )  # fmt: skip
             dy = empty(batch, length, heads, width)
-            return forward(given), backward(dy, state if optional else None, given)
+            to = Destinations.of_their_own(given.x, given.dt, given.B, given.C)
+            return forward(given), backward(dy, state if optional else None, given, to)
 
-        return CompileCase(name, call, representative)
+        return CompileCase(name, call)
 
     bf16, fp32 = torch.bfloat16, torch.float32
     return [
-        case("bf16", bf16, 64, 128, representative=True),
+        case("bf16", bf16, 64, 128),
         case("bf16 with all options", bf16, 64, 128, groups=2, optional=True),
         case("fp16 wide", torch.float16, 128, 256, optional=True),
         case("bf16 odd", bf16, 40, 24, groups=3),

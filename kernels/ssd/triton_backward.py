@@ -1,9 +1,10 @@
 """Triton kernels of the SSD backward pass, and their launches.
 
 `carry_back` walks the gradients of the states from the end. Then everything is local to a chunk: `input_gradients`
-gives those of x, of C B^T by the heads that a program serves, and of decays inside a chunk; `gradient_of_B` and
-`gradient_of_C` are products over all heads of a group, to which the share of C B^T is added; `decay_gradients` goes
-from decays to dt, A and the bias. Sums over heads and chunks have a fixed order, and there are no atomics.
+gives those of x and of decays inside a chunk; `score_gradients` that of C B^T by the heads that a program serves;
+`gradient_of_B` and `gradient_of_C` are products over all heads of a group, to which the share of C B^T is added;
+`decay_gradients` goes from decays to dt, A and the bias. Sums over heads and chunks have a fixed order, and there are
+no atomics.
 
 With ``F_ij = dL/dM_ij * M_ij``, ``M_ij`` the weight of token j in the output of token i, a log decay gets the sum of F
 over the pairs that it lies between. Row and column sums of one float32 F are added up within a chunk only, so that they
@@ -23,6 +24,7 @@ from bimamba_lit.kernels.ssd.triton_forward import (
     DT,
     FROM_START,
     LOWEST,
+    ORIGIN,
     PLANES,
     TO_END,
     TOTAL,
@@ -34,109 +36,135 @@ from bimamba_lit.kernels.ssd.triton_forward import (
     product,
     step_size,
 )
+from bimamba_lit.kernels.sums import sum_parts
 
 
 @triton.jit
 def read_by(
-    dscores, written, dx, AT: tl.constexpr, x, dt, total, dy_ptr, totals_ptr, scores_ptr, read_ptr, dy_l, dy_p, left,
-    P: tl.constexpr, Q: tl.constexpr, BLOCK_P: tl.constexpr, HALF: tl.constexpr, PRECISION: tl.constexpr,
+    written, dx, AT: tl.constexpr, x, dt, total, B_rn, C_mn, dy_ptr, totals_ptr, read_ptr, documents_ptr,
+    dy_l, dy_p, left, MASKED: tl.constexpr, P: tl.constexpr, R: tl.constexpr, M: tl.constexpr, BLOCK_P: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Add what the readers AT tokens from the part's first give to it: a few readers at a time, to spare registers."""
-    columns, p = AT + tl.arange(0, HALF), tl.arange(0, BLOCK_P)
+    """Add what M readers, AT tokens from the part's first, give to the tokens that they read."""
+    columns, p = AT + tl.arange(0, M), tl.arange(0, BLOCK_P)
+    rows = tl.arange(0, R)
+    weights = product(B_rn, tl.trans(C_mn), None, PRECISION)
+    if MASKED:
+        here = tl.load(documents_ptr + rows, mask=rows < left, other=-1)
+        there = tl.load(documents_ptr + columns, mask=columns < left, other=-1)
+        weights = tl.where(here[:, None] == there[None, :], weights, 0.0)
+    weights *= bounded_exp2(tl.load(totals_ptr + columns)[None, :] - total[:, None])
+    if AT < R:
+        weights = tl.where(rows[:, None] <= columns[None, :], weights, 0.0)
     dy = load_tile(dy_ptr, columns, p, dy_l, dy_p, left, P)
-    products = product(x, tl.trans(dy), None, PRECISION)
-    decay = bounded_exp2(tl.load(totals_ptr + columns)[None, :] - total[:, None])
-    weights = decay * tl.load(scores_ptr + columns[None, :] * Q)
-    flow = products * weights
+    flow = product(x, tl.trans(dy), None, PRECISION) * weights
     tl.store(read_ptr + columns, tl.sum(flow * dt[:, None], 0))
-    dscores += products * decay * dt[:, None]
     written += tl.sum(flow, 1)
-    return dscores, written, product((weights * dt[:, None]).to(x.dtype), dy, dx, PRECISION)
+    return written, product((weights * dt[:, None]).to(x.dtype), dy, dx, PRECISION)
 
 
 @triton.jit
 def input_gradients_kernel(
-    x_ptr, dy_ptr, B_ptr, D_ptr, scores_ptr, decays_ptr, after_ptr,
-    dx_ptr, dD_ptr, dscores_ptr, by_token_ptr,
+    x_ptr, dy_ptr, B_ptr, C_ptr, D_ptr, documents_ptr, decays_ptr, after_ptr, dx_ptr, dD_ptr, by_token_ptr,
     length, heads, per_group, chunks, splits, heads_each,
-    x_b, x_l, x_h, x_p, dy_b, dy_l, dy_h, dy_p, B_b, B_l, B_g, B_n, D_h, D_p,
-    HAS_D: tl.constexpr, P: tl.constexpr, N: tl.constexpr, Q: tl.constexpr, R: tl.constexpr, BLOCK_P: tl.constexpr,
-    BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+    x_b, x_l, x_h, x_p, dy_b, dy_l, dy_h, dy_p, B_b, B_l, B_g, B_n, C_b, C_l, C_g, C_n, D_h, D_p, dx_b, dx_l,
+    HAS_D: tl.constexpr, HAS_DOCUMENTS: tl.constexpr, P: tl.constexpr, N: tl.constexpr, Q: tl.constexpr,
+    R: tl.constexpr, M: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Write what `input_gradients` returns, of R tokens of a chunk for some heads of a group.
 
-    Tiles have the tokens that are read, j, in rows, and those that read them, i, in columns: the same R tokens, and for
-    the first half of a chunk the later half.
+    Tiles have the tokens that are read, j, in rows, and M of those that read them, i, in columns: the same R tokens,
+    and for the first half of a chunk the later half. C B^T is computed for every head again, where it is needed.
     """
     part, chunk, b, group, begin, end = place(heads, per_group, chunks, splits, heads_each, Q // R)
     rows, p, n = tl.arange(0, R), tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_N)
-    HALF: tl.constexpr = R // 2
     first = chunk.to(tl.int64) * Q
     mine = first + part * R
     left = length - chunk * Q - part * R
-    dtype = dx_ptr.dtype.element_ty
+    dtype = x_ptr.dtype.element_ty
     B_rn = load_tile(B_ptr + b * B_b + mine * B_l + group * B_g, rows, n, B_l, B_n, left, N).to(dtype)
-    square = scores_ptr + ((b * chunks + chunk) * (heads // per_group) + group) * (Q * Q) + part * (R * Q + R)
-    square += rows[:, None]
-    ds_0, ds_1 = tl.zeros((R, HALF), tl.float32), tl.zeros((R, HALF), tl.float32)
-    ds_2, ds_3 = tl.zeros((R, HALF), tl.float32), tl.zeros((R, HALF), tl.float32)
+    C_ptr += b * C_b + mine * C_l + group * C_g
+    maps = ()
+    for at in tl.static_range(0, Q, M):
+        C_mn = load_tile(C_ptr, at + tl.arange(0, M), n, C_l, C_n, tl.minimum(left, Q - part * R), N).to(dtype)
+        maps = maps + (C_mn,)  # type: ignore[assignment]
+    if HAS_DOCUMENTS:
+        documents_ptr += b * length + mine
+    x_ptr += b * x_b + mine * x_l
+    dy_ptr += b * dy_b + mine * dy_l
+    dx_ptr += b * dx_b + mine * dx_l + rows[:, None] * dx_l + p[None, :]
     for head in tl.range(begin, end, disable_licm=True):
         h = tl.cast(head, tl.int64)
         place_of_head = (b * heads + h) * chunks + chunk
         decays = decays_ptr + place_of_head * (PLANES * Q) + part * R
         dt, total = tl.load(decays + DT * Q + rows), tl.load(decays + TOTAL * Q + rows)
         by_token = by_token_ptr + place_of_head * (4 * Q) + part * R
-        x = load_tile(x_ptr + b * x_b + mine * x_l + h * x_h, rows, p, x_l, x_p, left, P)
-        dy = dy_ptr + b * dy_b + h * dy_h + mine * dy_l
+        x = load_tile(x_ptr + h * x_h, rows, p, x_l, x_p, left, P)
+        dy = dy_ptr + h * dy_h
         after = load_tile(after_ptr + ((b * chunks + chunk) * heads + h) * (P * N), n, p, 1, N, N, P)
         back = product(B_rn, after, None, PRECISION) * tl.load(decays + TO_END * Q + rows)[:, None]
         written = tl.sum(back * x.to(tl.float32), 1)
         tl.store(by_token + 3 * Q + rows, written)
         dx = back * dt[:, None]
-        totals = decays + TOTAL * Q
-        ds_0, written, dx = read_by(
-            ds_0, written, dx, 0, x, dt, total, dy, totals, square, by_token + Q, dy_l, dy_p, left, P, Q, BLOCK_P,
-            HALF, PRECISION,
-        )  # fmt: skip
-        ds_1, written, dx = read_by(
-            ds_1, written, dx, HALF, x, dt, total, dy, totals, square, by_token + Q,
-            dy_l, dy_p, left, P, Q, BLOCK_P, HALF, PRECISION,
-        )  # fmt: skip
+        for at in tl.static_range(0, R, M):
+            written, dx = read_by(
+                written, dx, at, x, dt, total, B_rn, maps[at // M], dy, decays + TOTAL * Q, by_token + Q,
+                documents_ptr, dy_l, dy_p, left, HAS_DOCUMENTS, P, R, M, BLOCK_P, PRECISION,
+            )  # fmt: skip
         if Q > R:
             if part == 0:
-                ds_2, written, dx = read_by(
-                    ds_2, written, dx, R, x, dt, total, dy, totals, square, by_token + 2 * Q,
-                    dy_l, dy_p, left, P, Q, BLOCK_P, HALF, PRECISION,
-                )  # fmt: skip
-                ds_3, written, dx = read_by(
-                    ds_3, written, dx, R + HALF, x, dt, total, dy, totals, square, by_token + 2 * Q,
-                    dy_l, dy_p, left, P, Q, BLOCK_P, HALF, PRECISION,
-                )  # fmt: skip
+                for at in tl.static_range(R, Q, M):
+                    written, dx = read_by(
+                        written, dx, at, x, dt, total, B_rn, maps[at // M], dy, decays + TOTAL * Q,
+                        by_token + 2 * Q, documents_ptr, dy_l, dy_p, left, HAS_DOCUMENTS, P, R, M, BLOCK_P, PRECISION,
+                    )  # fmt: skip
         if HAS_D:
             direct = load_tile(dy, rows, p, dy_l, dy_p, left, P).to(tl.float32)
             dx += tl.load(D_ptr + h * D_h + p * D_p, mask=p < P, other=0.0)[None, :] * direct
-            x = load_tile(x_ptr + b * x_b + mine * x_l + h * x_h, rows, p, x_l, x_p, left, P)
+            x = load_tile(x_ptr + h * x_h, rows, p, x_l, x_p, left, P)
             dD = dD_ptr + (((b * chunks + chunk) * (Q // R) + part) * heads + h) * P + p
             tl.store(dD, tl.sum(x.to(tl.float32) * direct, 0), mask=p < P)
         tl.store(by_token + rows, written)
-        out = dx_ptr + ((b * length + mine) * heads + h) * P + rows[:, None] * (heads * P) + p[None, :]
-        tl.store(out, dx.to(dtype), mask=(rows[:, None] < left) & (p[None, :] < P))
-    # (programs / parts, Q, Q): what a half cannot reach is not written.
-    square = dscores_ptr + (tl.program_id(0) // (Q // R)).to(tl.int64) * (Q * Q) + part * (R * Q + R)
-    square += rows[:, None] * Q + tl.arange(0, HALF)[None, :]
-    tl.store(square, ds_0)
-    tl.store(square + HALF, ds_1)
-    if Q > R:
-        first_half = (rows[:, None] >= 0) & (part == 0)
-        tl.store(square + R, ds_2, mask=first_half)
-        tl.store(square + R + HALF, ds_3, mask=first_half)
+        tl.store(dx_ptr + h * P, dx.to(dtype), mask=(rows[:, None] < left) & (p[None, :] < P))
+
+
+@triton.jit
+def score_gradients_kernel(
+    x_ptr, dy_ptr, decays_ptr, dscores_ptr,
+    length, heads, per_group, chunks, splits, heads_each, x_b, x_l, x_h, x_p, dy_b, dy_l, dy_h, dy_p,
+    P: tl.constexpr, Q: tl.constexpr, R: tl.constexpr, BLOCK_P: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Write the gradient of B C^T of a tile of a chunk, summed over some heads of a group.
+
+    Tiles are R tokens that are read, in rows, by as many that read: the same, and for the first half the later half.
+    """
+    tile, chunk, b, group, begin, end = place(heads, per_group, chunks, splits, heads_each, 2 * (Q // R) - 1)
+    read, reader = (tile == 2) * R, (tile > 0) * R
+    rows, p = tl.arange(0, R), tl.arange(0, BLOCK_P)
+    first = chunk.to(tl.int64) * Q
+    left = length - chunk * Q
+    total = tl.zeros((R, R), tl.float32)
+    x_ptr += b * x_b + (first + read) * x_l
+    dy_ptr += b * dy_b + (first + reader) * dy_l
+    for head in tl.range(begin, end, disable_licm=True):
+        h = tl.cast(head, tl.int64)
+        decays = decays_ptr + ((b * heads + h) * chunks + chunk) * (PLANES * Q) + rows
+        x = load_tile(x_ptr + h * x_h, rows, p, x_l, x_p, left - read, P)
+        dy = load_tile(dy_ptr + h * dy_h, p, rows, dy_p, dy_l, P, left - reader)
+        origin, there = tl.load(decays + ORIGIN * Q + read), tl.load(decays + TOTAL * Q + reader)
+        total += product(x, dy, None, PRECISION) * bounded_exp2(there[None, :] - origin[:, None])
+    groups = heads // per_group
+    out = dscores_ptr + (
+        ((b * chunks + chunk) * groups + group) * splits + (begin - group * per_group) // heads_each
+    ) * (Q * Q)
+    tl.store(out + (read + rows)[:, None] * Q + reader + rows[None, :], total)
 
 
 @triton.jit
 def map_gradients_kernel(
     value_ptr, map_ptr, own_ptr, documents_ptr, decays_ptr, states_ptr, dscores_ptr, out_ptr, by_token_ptr,
     length, heads, per_group, chunks, splits, value_b, value_l, value_h, value_p, map_b, map_l, map_g, map_n,
-    own_b, own_l, own_g, own_n,
+    own_b, own_l, own_g, own_n, out_b, out_l,
     REVERSE: tl.constexpr, HAS_DOCUMENTS: tl.constexpr, P: tl.constexpr, N: tl.constexpr, Q: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_Q: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -170,7 +198,7 @@ def map_gradients_kernel(
             total += read
         else:
             weight = tl.load(decays + DT * Q) * tl.load(decays + TO_END * Q)
-            total = product((value.to(tl.float32) * weight[:, None]).to(dtype), state, total, PRECISION)
+            total += product(value, state, None, PRECISION) * weight[:, None]
     # dscores are (programs, Q, Q), a token that is read in rows, and not written where it comes after its reader.
     if REVERSE:
         square, allowed = columns[None, :] * Q + rows[:, None], columns[None, :] <= rows[:, None]
@@ -186,14 +214,14 @@ def map_gradients_kernel(
         dscores += tl.load(dscores_ptr + (program * splits + split) * (Q * Q) + square, mask=allowed, other=0.0)
     mapped = load_tile(map_ptr + b * map_b + first * map_l + group * map_g, columns, n, map_l, map_n, left, N)
     total = product(dscores.to(dtype), mapped.to(dtype), total, PRECISION)
-    out = out_ptr + ((b * length + first + rows) * groups + group)[:, None] * N + n[None, :]
+    out = out_ptr + b * out_b + first * out_l + group * N + rows[:, None] * out_l + n[None, :]
     tl.store(out, total.to(out_ptr.dtype.element_ty), mask=(rows[:, None] < left) & (n[None, :] < N))
 
 
 @triton.jit
 def decay_gradients_kernel(
     dt_ptr, A_ptr, bias_ptr, decays_ptr, by_token_ptr, read_ptr, passed_ptr, ddt_ptr, dA_ptr, dbias_ptr,
-    length, heads, chunks, low, high, dt_b, dt_l, dt_h,
+    length, heads, chunks, low, high, dt_b, dt_l, dt_h, ddt_b, ddt_l,
     SOFTPLUS: tl.constexpr, HAS_BIAS: tl.constexpr, Q: tl.constexpr, R: tl.constexpr, READ_BLOCKS: tl.constexpr,
     PASSED_BLOCKS: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
@@ -229,7 +257,7 @@ def decay_gradients_kernel(
     ddt = tl.where(inside & (size >= low) & (size <= high), ddt, 0.0)
     if SOFTPLUS:
         ddt *= tl.sigmoid(tl.maximum(raw, -80.0))
-    out = ddt_ptr + ((b.to(tl.int64) * length + chunk * Q + rows)[:, None] * heads) + h[None, :]
+    out = ddt_ptr + b.to(tl.int64) * ddt_b + chunk.to(tl.int64) * Q * ddt_l + rows[:, None] * ddt_l + h[None, :]
     tl.store(out, ddt.to(ddt_ptr.dtype.element_ty), mask=inside)
     sums = tl.program_id(0).to(tl.int64) * heads + h
     tl.store(dA_ptr + sums, tl.sum(tl.where(inside, crossing * dt, 0.0), 0), mask=there)
@@ -260,69 +288,95 @@ def gate_gradients_kernel(
     tl.store(dz_ptr + out, dz.to(dz_ptr.dtype.element_ty), mask=inside)
 
 
+class Destinations(NamedTuple):
+    """Where the gradients of the inputs that have tokens go: shaped as these, all of a token side by side."""
+
+    x: Tensor
+    dt: Tensor
+    B: Tensor
+    C: Tensor
+
+    @classmethod
+    def of_their_own(cls, x: Tensor, dt: Tensor, B: Tensor, C: Tensor) -> "Destinations":
+        """Return new tensors for the gradients of those given."""
+        return cls(*(t.new_empty(t.shape) for t in (x, dt, B, C)))
+
+
 class InputGradients(NamedTuple):
-    """What `input_gradients` found, s being splits of a group's heads.
+    """What `input_gradients` found beside the gradient of x.
 
     Attributes:
-        dx: (B, L, H, P).
         dD: By part of a chunk, (B * c * Q / R, H, P), or None.
-        dscores: Of B C^T by split (B, c, G, s, Q, Q), the later token in columns; anything where it is not the later.
         by_token: Sums of F over the readers of a token and the state after the chunk, without its step size; over what
             it reads; over what it reads in the first half of a chunk, where it is in the second; and the first sum's
             share of the state (B, H, c, 4, Q).
     """
 
-    dx: Tensor
     dD: Tensor | None
-    dscores: Tensor
     by_token: Tensor
 
 
 def input_gradients(
-    shape: Shape, x: Tensor, dy: Tensor, B: Tensor, D: Tensor | None, scores: Tensor, decays: Tensor, after: Tensor
-) -> InputGradients:
-    """Return the gradients of x, D and B C^T, and what those of dt, A and the bias need."""
+    shape: Shape, x: Tensor, dy: Tensor, B: Tensor, C: Tensor, D: Tensor | None, documents: Tensor | None,
+    decays: Tensor, after: Tensor, dx: Tensor,
+) -> InputGradients:  # fmt: skip
+    """Write the gradient of x; return that of D, and what those of dt, A and the bias need."""
     options = shape.launch("input_gradients", x)
+    options["M"] = min(options["M"], shape.part)
     heads_each, splits = shape.split(options.pop("HEADS"), x.device)
     batch, heads, chunks, chunk = shape.batch, shape.heads, shape.chunks, shape.chunk
     parts = chunk // shape.part
     found = InputGradients(
-        x.new_empty(x.shape),
         None if D is None else decays.new_empty(batch * chunks * parts, heads, shape.width),
-        decays.new_empty(batch, chunks, shape.groups, splits, chunk, chunk),
         decays.new_empty(batch, heads, chunks, 4, chunk),
     )
     input_gradients_kernel[(shape.programs(splits),)](
-        x, dy, B, D, scores, decays, after, found.dx, found.dD, found.dscores, found.by_token,
+        x, dy, B, C, D, documents, decays, after, dx, found.dD, found.by_token,
         shape.length, heads, heads // shape.groups, chunks, splits, heads_each, *x.stride(), *dy.stride(),
-        *B.stride(), *((0, 0) if D is None else D.stride()), HAS_D=D is not None, R=shape.part, **shape.constants,
-        **options,
+        *B.stride(), *C.stride(), *((0, 0) if D is None else D.stride()), *dx.stride()[:2], HAS_D=D is not None,
+        HAS_DOCUMENTS=documents is not None, R=shape.part, **shape.constants, **options,
     )  # fmt: skip
     return found
 
 
+def score_gradients(shape: Shape, x: Tensor, dy: Tensor, decays: Tensor) -> Tensor:
+    """Return the gradient of B C^T by split of a group's heads (B, c, G, s, Q, Q), the later token in columns.
+
+    Where it is not the later, there may be anything.
+    """
+    options = shape.launch("score_gradients", x)
+    heads_each, splits = shape.split(options.pop("HEADS"), x.device)
+    batch, chunks, chunk, groups = shape.batch, shape.chunks, shape.chunk, shape.groups
+    out = decays.new_empty(batch, chunks, groups, splits, chunk, chunk)
+    tiles = 2 * (chunk // shape.part) - 1
+    score_gradients_kernel[(batch * chunks * groups * splits * tiles,)](
+        x, dy, decays, out, shape.length, shape.heads, shape.heads // groups, chunks, splits, heads_each, *x.stride(),
+        *dy.stride(), P=shape.width, Q=chunk, R=shape.part, BLOCK_P=block(shape.width), PRECISION=shape.precision,
+        **options,
+    )  # fmt: skip
+    return out
+
+
 def gradient_of_B(
     shape: Shape, x: Tensor, B: Tensor, C: Tensor, documents: Tensor | None, decays: Tensor, after: Tensor,
-    dscores: Tensor,
-) -> Tensor:  # fmt: skip
-    """Return the gradient of B (B, L, G, N)."""
-    dB, _ = _map_gradient(shape, x, C, B, documents, decays, after, dscores, reverse=False)
-    return dB
+    dscores: Tensor, dB: Tensor,
+) -> None:  # fmt: skip
+    """Write the gradient of B (B, L, G, N)."""
+    _map_gradient(shape, x, C, B, documents, decays, after, dscores, dB, reverse=False)
 
 
 def gradient_of_C(
     shape: Shape, dy: Tensor, B: Tensor, C: Tensor, documents: Tensor | None, decays: Tensor, before: Tensor,
-    dscores: Tensor,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Return the gradient of C (B, L, G, N), and what tokens read from the state, by block (B, H, c, blocks, Q)."""
-    return _map_gradient(shape, dy, B, C, documents, decays, before, dscores, reverse=True)
+    dscores: Tensor, dC: Tensor,
+) -> Tensor:  # fmt: skip
+    """Write the gradient of C (B, L, G, N); return what tokens read from the state, by block (B, H, c, blocks, Q)."""
+    return _map_gradient(shape, dy, B, C, documents, decays, before, dscores, dC, reverse=True)
 
 
 def _map_gradient(
     shape: Shape, values: Tensor, maps: Tensor, own: Tensor, documents: Tensor | None, decays: Tensor,
-    states: Tensor, dscores: Tensor, reverse: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    out = own.new_empty(own.shape)
+    states: Tensor, dscores: Tensor, out: Tensor, reverse: bool,
+) -> Tensor:  # fmt: skip
     options = shape.launch("map_gradients", values)
     blocks = {"BLOCK_N": min(options["BLOCK_N"], block(shape.size)), "BLOCK_Q": min(options["BLOCK_Q"], shape.chunk)}
     constants = {**shape.constants, **options, **blocks}
@@ -335,27 +389,26 @@ def _map_gradient(
     map_gradients_kernel[grid](
         values, maps, own, documents, decays, states, dscores, out, read, shape.length, shape.heads,
         shape.heads // shape.groups, shape.chunks, dscores.shape[3], *values.stride(), *maps.stride(), *own.stride(),
-        REVERSE=reverse, HAS_DOCUMENTS=documents is not None, **constants,
+        *out.stride()[:2], REVERSE=reverse, HAS_DOCUMENTS=documents is not None, **constants,
     )  # fmt: skip
-    return out, read
+    return read
 
 
 def decay_gradients(
     shape: Shape, dt: Tensor, A: Tensor, dt_bias: Tensor | None, softplus: bool, limit: tuple[float, float],
-    decays: Tensor, found: InputGradients, read: Tensor, passed: Tensor,
-) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
-    """Return the gradients of dt (B, L, H), A (H,) and the bias (H,)."""
+    decays: Tensor, found: InputGradients, read: Tensor, passed: Tensor, ddt: Tensor,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """Write the gradient of dt (B, L, H); return those of A (H,) and the bias (H,)."""
     options = shape.launch("decays", dt)
-    ddt = dt.new_empty(dt.shape)
     dA = dt.new_empty(shape.batch * shape.chunks, shape.heads, dtype=torch.float32)
     dbias = None if dt_bias is None else torch.empty_like(dA)
     grid = (shape.batch * shape.chunks, triton.cdiv(shape.heads, options["BLOCK_H"]))
     decay_gradients_kernel[grid](
         dt, A, dt_bias, decays, found.by_token, read, passed, ddt, dA, dbias, shape.length, shape.heads,
-        shape.chunks, *limit, *dt.stride(), SOFTPLUS=softplus, HAS_BIAS=dt_bias is not None, Q=shape.chunk,
-        R=shape.part, READ_BLOCKS=read.shape[3], PASSED_BLOCKS=passed.shape[3], **options,
+        shape.chunks, *limit, *dt.stride(), *ddt.stride()[:2], SOFTPLUS=softplus, HAS_BIAS=dt_bias is not None,
+        Q=shape.chunk, R=shape.part, READ_BLOCKS=read.shape[3], PASSED_BLOCKS=passed.shape[3], **options,
     )  # fmt: skip
-    return ddt, dA.sum(0), None if dbias is None else dbias.sum(0)
+    return sum_parts(dA), None if dbias is None else sum_parts(dbias)
 
 
 def gate_gradients(shape: Shape, dout: Tensor, z: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:

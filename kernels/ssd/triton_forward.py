@@ -390,17 +390,16 @@ def _carry(
     return states, end, passed
 
 
-def scores(shape: Shape, x: Tensor, B: Tensor, C: Tensor, documents: Tensor | None, kept: torch.dtype) -> Tensor:
-    """Return C B^T inside chunks (B, c, G, Q, Q), the token that reads in rows, zero where it must not.
-
-    Factors are of the dtype of x, the result is in `kept`: not float16, whose range may not hold their products.
-    """
+def scores(shape: Shape, B: Tensor, C: Tensor, documents: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Return C B^T inside chunks (B, c, G, Q, Q), the token that reads in rows, zero where it must not."""
+    # The range of float16 may not hold a product of float16 factors.
+    kept = torch.float32 if dtype == torch.float32 else torch.bfloat16
     out = B.new_empty(shape.batch, shape.chunks, shape.groups, shape.chunk, shape.chunk, dtype=kept)
-    options = shape.launch("scores", x)
+    options = shape.launch("scores", out)
     options["BLOCK_Q"] = min(options["BLOCK_Q"], shape.chunk)
     scores_kernel[(shape.batch * shape.chunks * shape.groups, shape.chunk // options["BLOCK_Q"])](
         B, C, documents, out, shape.length, shape.groups, shape.chunks, *B.stride(), *C.stride(),
-        DTYPE=getattr(tl, str(x.dtype).split(".")[1]), HAS_DOCUMENTS=documents is not None, N=shape.size, Q=shape.chunk,
+        DTYPE=getattr(tl, str(dtype).split(".")[1]), HAS_DOCUMENTS=documents is not None, N=shape.size, Q=shape.chunk,
         BLOCK_N=block(shape.size), PRECISION=shape.precision, **options,
     )  # fmt: skip
     return out

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from torch.utils._pytree import tree_map
 
 from bimamba_lit.callbacks import NonFiniteGuard
 from bimamba_lit.errors import UserError
@@ -72,7 +73,7 @@ def test_a_parameter(tiny: SimpleNamespace, tmp_path: Path, value: float) -> Non
 )
 def test_an_activation(tiny: SimpleNamespace, tmp_path: Path, inner: str, named: str) -> None:
     def spoil(module: Any) -> None:
-        module.lm.get_submodule(inner).register_forward_hook(lambda m, x, y: y * float("nan"))
+        module.lm.get_submodule(inner).register_forward_hook(lambda m, x, y: tree_map(lambda t: t * float("nan"), y))
 
     told = stop(tiny, tmp_path, tiny.module(), At(2, spoil))
     assert "the loss of batch 2 of epoch 0 is nan" in told

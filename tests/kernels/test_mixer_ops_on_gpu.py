@@ -98,6 +98,17 @@ def test_full_shapes(form):
         assert torch.isfinite(a).all()
 
 
+def test_a_norm_adds_the_gradient_of_its_residual():
+    """Where autograd would: of a block of the 780M model, whose norm writes bf16."""
+    torch.manual_seed(0)
+    x, weight = (t.requires_grad_() for t in (normal(8, 2048, 1536), normal(1536)))
+    directions = [normal(8, 2048, 1536, dtype=torch.bfloat16), normal(8, 2048, 1536)]
+    found = torch.autograd.grad(ops.norm_and_residual(x, weight, dtype=torch.bfloat16), (x, weight), directions)
+    right = torch.autograd.grad((ops.rms_norm(x, weight, dtype=torch.bfloat16), x * 1), (x, weight), directions)
+    torch.testing.assert_close(found[0], right[0], rtol=1e-6, atol=1e-6)
+    assert torch.equal(found[1], right[1])
+
+
 def test_offsets_beyond_32_bits():
     """The last of many channels of a long sequence lies more than 2^31 elements from the first."""
     length, channels = 210_000, 10_300

@@ -108,3 +108,13 @@ def test_inputs_of_no_size_and_wrong_ones():
         ops.rms_norm(torch.zeros(2, 4), torch.ones(4), torch.zeros(4))
     with pytest.raises(ValueError, match="groups is 3"):
         ops.rms_norm(torch.zeros(2, 4), torch.ones(4), groups=3)
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_with_its_residual_it_is_the_norm_and_what_it_was_given(dtype):
+    inputs = make(3, 6, dtype=torch.float32, gated=False)
+    y, residual = ops.norm_and_residual(**inputs, eps=1e-3, dtype=dtype)
+    assert torch.equal(y, ops.rms_norm(**inputs, eps=1e-3, dtype=dtype)) and torch.equal(residual, inputs["x"])
+    assert y.dtype == (dtype or torch.float32)
+    with pytest.raises(ValueError, match=r"weight has shape \(5,\), but must be \(D\) = \(6,\)"):
+        ops.norm_and_residual(inputs["x"], torch.ones(5))

@@ -135,16 +135,16 @@ def test_bf16_autocast_is_close_to_fp32(lm, ids, error):
 
 
 def test_under_autocast_the_scan_reads_bf16_with_steps_and_decays_in_fp32(make, ids, monkeypatch):
-    seen, scan = [], ops.ssd
+    seen, mix = [], ops.conv_ssd_norm
 
-    def spy(x, dt, A, B, C, *rest, **options):
-        seen.append([tensor.dtype for tensor in (x, B, C, dt, A, options["dt_bias"])])
-        return scan(x, dt, A, B, C, *rest, **options)
+    def spy(projected, conv_weight, conv_bias, A, D, dt_bias, *rest):
+        seen.append([tensor.dtype for tensor in (projected, A, dt_bias)])
+        return mix(projected, conv_weight, conv_bias, A, D, dt_bias, *rest)
 
-    monkeypatch.setattr(ops, "ssd", spy)
+    monkeypatch.setattr(ops, "conv_ssd_norm", spy)
     with torch.autocast("cpu", torch.bfloat16):
         make()(ids)
-    assert seen == [3 * [torch.bfloat16] + 3 * [torch.float32]] * 2
+    assert seen == [[torch.bfloat16, torch.float32, torch.float32]] * 2
 
 
 def test_bf16_weights_keep_the_residual_in_fp32(make, ids, error):

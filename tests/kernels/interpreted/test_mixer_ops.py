@@ -5,6 +5,8 @@ import torch
 from torch.library import opcheck
 
 from bimamba_lit import ops
+from bimamba_lit.kernels.rms_norm.naive import norm_and_residual as naive_norm_and_residual
+from bimamba_lit.kernels.sums import sum_parts
 
 BOUND = {torch.float64: 1e-12, torch.float32: 1e-4, torch.bfloat16: 0.005}
 
@@ -120,6 +122,54 @@ def test_a_norm_to_half_precision():
     torch.testing.assert_close(y, right.bfloat16())
     found = torch.autograd.grad(y, leaves, direction)
     torch.testing.assert_close(found, torch.autograd.grad(right, leaves, direction.float()))
+
+
+def residual_gradients(function, x, weight):
+    """Return those of x and the gains where the sum of a stream and what a norm becomes is used, either, or a part."""
+    y, stream = function(x, weight)
+    directions = [normal(*x.shape, seed=seed) for seed in (1, 2)]
+    mixed = (y.to(x.dtype) * directions[0]).sum(), (stream.mean(-1, keepdim=True) * directions[1]).sum()
+    used = {"both": sum(mixed), "norm": mixed[0], "stream": mixed[1], "expanded": stream.sum() + mixed[0]}
+    return {
+        name: torch.autograd.grad(loss, (x, weight), retain_graph=True, materialize_grads=True)
+        for name, loss in used.items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("dtype", "result"), [(torch.float32,) * 2, (torch.float32, torch.bfloat16), (torch.bfloat16,) * 2]
+)
+def test_a_norm_adds_the_gradient_of_its_residual(dtype, result):
+    """Twice, as with activations that are kept or computed again."""
+    x, weight = normal(2, 9, 7).to(dtype).requires_grad_(), normal(7).float().requires_grad_()
+
+    def triton(x, weight):
+        return ops.norm_and_residual(x, weight, 1e-3, result, backend="triton")
+
+    def checkpointed(x, weight):
+        return torch.utils.checkpoint.checkpoint(triton, x, weight, use_reentrant=False)
+
+    y, stream = triton(x, weight)
+    assert torch.equal(stream, x) and torch.equal(y, ops.rms_norm(x, weight, None, 1e-3, 1, result, backend="triton"))
+    wide = [t.detach().double().requires_grad_() for t in (x, weight)]
+    right = residual_gradients(lambda *given: naive_norm_and_residual(*given, 1e-3), *wide)
+    for function in (triton, checkpointed):
+        for name, found in residual_gradients(function, x, weight).items():
+            for a, b, leaf in zip(found, right[name], (x, weight), strict=True):
+                assert a.dtype == leaf.dtype
+                assert (a.double() - b).norm() <= BOUND[result] * b.norm(), name
+
+
+def test_a_compiled_norm_and_its_residual():
+    x, weight = normal(9, 7).float().requires_grad_(), normal(7).float().requires_grad_()
+
+    def total(x, weight):
+        y, stream = ops.norm_and_residual(x, weight, backend="triton")
+        return (y * stream).sum() + stream.square().sum()
+
+    compiled = torch.compile(total, fullgraph=True, backend="aot_eager")
+    right = torch.autograd.grad(total(x, weight), (x, weight))
+    torch.testing.assert_close(torch.autograd.grad(compiled(x, weight), (x, weight)), right)
 
 
 @pytest.mark.parametrize("case", ["scan of groups", "conv of many spans", "conv of one token"])
@@ -252,6 +302,11 @@ def test_torch_knows_the_operations():
     opcheck(torch.ops.bimamba_lit.causal_conv1d_step, (normal(2, 5), normal(2, 5, 3), normal(5, 4), None, True))
     heads = [normal(2, 6, 4, 3), normal(2, 6, 4), normal(2, 6), normal(6), normal(2, 3, 3), normal(2, 3, 3)]
     opcheck(torch.ops.bimamba_lit.ssd_step, (*heads, None, None, None, True, 0.0, 1.0))
+
+
+@pytest.mark.parametrize("shape", [(0, 3), (1, 5), (300, 3, 7), (513, 16)])
+def test_sums_of_parts(shape):
+    torch.testing.assert_close(sum_parts(normal(*shape)), normal(*shape).sum(0), rtol=1e-12, atol=1e-12)
 
 
 def test_compiled_without_a_break():
