@@ -10,6 +10,7 @@ import torch
 import triton
 from torch import Tensor
 
+from bimamba_lit.kernels.binary_linear.triton_counts import counts_fit
 from bimamba_lit.kernels.binary_linear.triton_words import (
     BITS,
     empty_digits,
@@ -29,7 +30,7 @@ from bimamba_lit.kernels.packed_blocks.triton_kernels import mix, project, scan
 MOST_TOKENS = 4  # every token reads all signs anew, from the cache
 LARGEST_STATE = 256
 
-Made = tuple[Tensor, Tensor]  # digits and scales
+Made = tuple[Tensor, Tensor]  # digits or planes, and scales
 
 
 def packed_blocks(
@@ -96,21 +97,32 @@ def run(x: Tensor, conv_states: list[Tensor], ssm_states: list[Tensor], blocks: 
         raise LookupError("no step of packed blocks for AMD")
     digits = 3 if blocks[0].norm_weight.dtype == torch.float32 else 2
     first = blocks[0].in_proj
-    made = make_digits(x, digits, blocks[0].norm_weight, first.in_scale, first.in_shift)
+    planes = all(_counted(x, block) for block in blocks)
+    made = make_digits(x, digits, blocks[0].norm_weight, first.in_scale, first.in_shift, planes)
     for conv_state, ssm_state, block, after in zip(conv_states, ssm_states, blocks, [*blocks[1:], None], strict=True):
-        projected = _project(made, conv_state, block, x.shape[1], digits)
-        gated = _scan(projected, ssm_state, block, digits)
-        x, made = _mix(x, gated, made, block, after, digits)
+        projected = _project(made, conv_state, block, x.shape[1], digits, planes)
+        gated = _scan(projected, ssm_state, block, digits, planes)
+        x, made = _mix(x, gated, made, block, after, digits, planes)
     return x
 
 
-def _project(made: Made, conv_state: Tensor, block: BlockParameters, in_features: int, digits: int) -> Tensor:
+def _counted(x: Tensor, block: BlockParameters) -> bool:
+    packed, inner = block.out_proj, block.gated_weight.shape[0]
+    return counts_fit(x.shape[1], block.in_proj.group_scale, x.device) and counts_fit(
+        inner, packed.group_scale, x.device
+    )
+
+
+def _project(
+    made: Made, conv_state: Tensor, block: BlockParameters, in_features: int, digits: int, planes: bool
+) -> Tensor:
     tokens, channels, past = conv_state.shape
     packed, weight = block.in_proj, block.conv_weight
     out_features, words = packed.signs.shape[0], in_features // BITS
     heads = block.A_log.shape[0]
     y = torch.empty(tokens, out_features, dtype=torch.float32, device=conv_state.device)
-    chosen = configuration("packed_blocks/project", weight.dtype, words, y.device)
+    name = "packed_blocks/project_planes" if planes else "packed_blocks/project"
+    chosen = configuration(name, weight.dtype, words, y.device)
     project[(triton.cdiv(out_features, chosen.blocks["ROWS"]), tokens)](
         *row_arguments(packed.signs, made, packed[1:6], packed.bias),
         conv_state, weight, block.conv_bias, y, out_features, in_features, block.eps, out_features - channels - heads,
@@ -120,7 +132,7 @@ def _project(made: Made, conv_state: Tensor, block: BlockParameters, in_features
     return y
 
 
-def _scan(projected: Tensor, state: Tensor, block: BlockParameters, digits: int) -> Made:
+def _scan(projected: Tensor, state: Tensor, block: BlockParameters, digits: int, planes: bool) -> Made:
     tokens, heads, width, size = state.shape
     packed, inner = block.out_proj, heads * width
     words = inner // BITS
@@ -131,14 +143,21 @@ def _scan(projected: Tensor, state: Tensor, block: BlockParameters, digits: int)
     scan[(words, tokens)](
         projected, state, *per_head, *per_input, *made, projected.shape[1], inner, *state.stride(),
         *(t.stride(0) for t in per_head), *map(stride_of, per_input),
-        P=width, N=size, BLOCK_N=triton.next_power_of_2(size), W=words, DIGITS=digits, PDL=overlaps(state.device),
-        **chosen.launch(), **launch_early(state.device),
+        P=width, N=size, BLOCK_N=triton.next_power_of_2(size), W=words, DIGITS=digits,
+        COPIES=max(4, chosen.num_warps) if planes else 1,
+        PDL=overlaps(state.device), **chosen.launch(), **launch_early(state.device),
     )  # fmt: skip
     return made
 
 
 def _mix(
-    x: Tensor, gated: Made, last: Made, block: BlockParameters, after: BlockParameters | None, digits: int
+    x: Tensor,
+    gated: Made,
+    last: Made,
+    block: BlockParameters,
+    after: BlockParameters | None,
+    digits: int,
+    planes: bool,
 ) -> tuple[Tensor, Made]:
     """Return the new x and its digits for the block after; where there is none, `last` unchanged."""
     packed, words = block.out_proj, gated[0].shape[2]
@@ -149,10 +168,12 @@ def _mix(
     if after is not None:
         made = torch.empty_like(last[0]), torch.empty_like(last[1])
         inputs = (after.norm_weight, after.in_proj.in_scale, after.in_proj.in_shift)
-    chosen = configuration("packed_blocks/mix", block.norm_weight.dtype, words, x.device)
+    name = "packed_blocks/mix_planes" if planes else "packed_blocks/mix"
+    chosen = configuration(name, block.norm_weight.dtype, words, x.device)
     mix[(triton.cdiv(out_features, BITS), tokens)](
         *row_arguments(packed.signs, gated, packed[1:6], packed.bias), x, y, out_features, words * BITS,
         block.gated_eps, *x.stride(), *inputs, *made, *map(stride_of, inputs), NEXT=made[0].shape[2],
+        COPIES=max(4, chosen.num_warps) if planes else 1,
         **row_constants(words, digits, x.device, chosen),
     )  # fmt: skip
     return y, made
@@ -184,5 +205,6 @@ def compile_cases() -> list[CompileCase]:
     return [
         CompileCase("780M bf16", partial(call, 1536, torch.bfloat16, False), representative=True),
         CompileCase("2.7B bf16", partial(call, 2560, torch.bfloat16, False)),
+        CompileCase("2.7B fp32", partial(call, 2560, torch.float32, False)),
         CompileCase("2.7B fp32, all rows' terms", partial(call, 2560, torch.float32, True)),
     ]

@@ -5,6 +5,7 @@ import torch
 from torch.library import opcheck
 
 from bimamba_lit import ops
+from bimamba_lit.kernels.configurations import Configuration, overriding
 from bimamba_lit.kernels.packed_blocks import triton as kernel
 
 pytestmark = pytest.mark.usefixtures("poisoned")
@@ -37,26 +38,29 @@ def packed(normal, out_features, in_features, names, groups=1, single=False):
     return ops.Packed(ops.pack_signs(normal(out_features, in_features)), **terms)
 
 
-def make(names=(), dtype=torch.float32, batch=1, single=False, conv_bias=True, blocks=2):
+def make(names=(), dtype=torch.float32, batch=1, single=False, conv_bias=True, blocks=2, d_model=D_MODEL, heads=HEADS):
     """Return the arguments of a step: states that are not contiguous, numbers that `dtype` holds."""
     normal = Normal()
-    conv_states = [normal(batch, TAPS - 1, CHANNELS, dtype=dtype).mT for _ in range(blocks)]
-    ssm_states = [normal(batch, HEADS, SIZE, WIDTH).mT for _ in range(blocks)]
-    made = [make_block(normal, names, dtype, single, conv_bias) for _ in range(blocks)]
-    return normal(batch, D_MODEL), conv_states, ssm_states, made
+    channels = heads * WIDTH + 2 * SIZE
+    conv_states = [normal(batch, TAPS - 1, channels, dtype=dtype).mT for _ in range(blocks)]
+    ssm_states = [normal(batch, heads, SIZE, WIDTH).mT for _ in range(blocks)]
+    made = [make_block(normal, names, dtype, single, conv_bias, d_model, heads) for _ in range(blocks)]
+    return normal(batch, d_model), conv_states, ssm_states, made
 
 
-def make_block(normal, names, dtype, single, conv_bias):
+def make_block(normal, names, dtype, single, conv_bias, d_model, heads):
+    inner = heads * WIDTH
+    channels = inner + 2 * SIZE
     block = ops.BlockParameters(
-        norm_weight=normal(D_MODEL),
-        in_proj=packed(normal, INNER + CHANNELS + HEADS, D_MODEL, names, 2, single),
-        conv_weight=normal(CHANNELS, TAPS),
-        conv_bias=normal(CHANNELS) if conv_bias else None,
-        dt_bias=normal(HEADS) - 2,
-        A_log=normal(HEADS),
-        D=normal(HEADS),
-        gated_weight=normal(INNER),
-        out_proj=packed(normal, D_MODEL, INNER, names, 2, single),
+        norm_weight=normal(d_model),
+        in_proj=packed(normal, inner + channels + heads, d_model, names, 2, single),
+        conv_weight=normal(channels, TAPS),
+        conv_bias=normal(channels) if conv_bias else None,
+        dt_bias=normal(heads) - 2,
+        A_log=normal(heads),
+        D=normal(heads),
+        gated_weight=normal(inner),
+        out_proj=packed(normal, d_model, inner, names, 2, single),
         eps=1e-5,
         gated_eps=1e-3,
     )
@@ -100,6 +104,44 @@ def test_half_precision_and_several_sequences(dtype, bound):
     check(make(TERMS, dtype, batch=2, conv_bias=False), bound)
 
 
+NO_GROUPS = tuple(name for name in TERMS if name != "group_scale")
+
+
+@pytest.fixture
+def counted(request, monkeypatch):
+    """Rows of a program and warps that share them, of `project` and `mix`; fails where digits are made, not planes."""
+    rows, split, mix_split = request.param
+    monkeypatch.setattr(kernel, "make_digits", lambda *args: args[-1] and made(*args))
+    project = Configuration({"ROWS": rows, "SPLIT": split}, num_warps=rows // 16 * split)
+    mix = Configuration({"SPLIT": mix_split}, num_warps=2 * mix_split)
+    with overriding("packed_blocks/project_planes", project), overriding("packed_blocks/mix_planes", mix):
+        yield
+
+
+made = kernel.make_digits
+
+
+@pytest.mark.parametrize(
+    ("counted", "dtype", "bound", "more"),
+    [
+        ((32, 1, 2), torch.float32, 5e-5, {"names": NO_GROUPS}),
+        ((16, 2, 1), torch.float32, 5e-5, {"blocks": 1, "names": NO_GROUPS, "single": True}),
+        ((16, 4, 4), torch.bfloat16, 0.01, {"batch": 2, "conv_bias": False}),  # rounded towards 0 in the interpreter
+        ((64, 1, 2), torch.float16, 0.001, {"d_model": 640, "blocks": 1}),
+    ],
+    indirect=["counted"],
+)
+def test_counts_of_planes(counted, dtype, bound, more):
+    check(make(dtype=dtype, **{"d_model": 128, "heads": 4} | more), bound)
+
+
+@pytest.mark.parametrize("counted", [(32, 1, 2)], indirect=True)
+def test_words_far_smaller_than_others_are_counted_in_their_places(counted):
+    given = make(blocks=1, d_model=128, heads=4)
+    given[0][:] *= torch.tensor([1.0, 1e-3, 1e-6, 1e-12]).repeat_interleave(32)
+    check(given, 5e-5)
+
+
 def test_shapes_that_the_kernels_do_not_take_are_composed():
     given = make(batch=kernel.MOST_TOKENS + 1)
     assert not kernel.supports(given[0], given[1][0], given[2][0], given[3][0])
@@ -107,8 +149,9 @@ def test_shapes_that_the_kernels_do_not_take_are_composed():
     assert torch.equal(found, ops.packed_blocks(*given, backend="naive")[0])
 
 
-def test_numbers_that_are_not_finite_stay_so():
-    given = make(batch=3, blocks=1)
+@pytest.mark.parametrize("more", [{}, {"d_model": 128, "heads": 4}], ids=["digits", "planes"])
+def test_numbers_that_are_not_finite_stay_so(more):
+    given = make(batch=3, blocks=1, **more)
     given[0][0, 3], given[0][1, 40] = torch.inf, torch.nan
     with torch.no_grad():
         y, *_ = ops.packed_blocks(*given, backend="triton")
