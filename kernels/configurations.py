@@ -220,6 +220,11 @@ TABLE: dict[str, tuple[Row, ...]] = {
         ),
         Row(Configuration({"TOKENS": 128, "ROWS": 128, "INPUTS": 128, "NEAR": 8}, num_warps=4, num_stages=3)),
     ),
+    # linear_rows: the size is the number of in features
+    "linear_rows/rows": (
+        Row(Configuration({"ROWS": 4, "BLOCK": 64}, num_warps=1), architectures=(INTERPRETER,)),
+        Row(Configuration({"ROWS": 2, "BLOCK": 512}, num_warps=2)),
+    ),
     # packed_blocks: the size is the number of words of a row, or that of a head's state
     "packed_blocks/project": (
         Row(Configuration({"ROWS": 128, "CHUNK": 4}, num_warps=1), architectures=(INTERPRETER,)),
