@@ -126,7 +126,12 @@ made = kernel.make_digits
     [
         ((32, 1, 2), torch.float32, 5e-5, {"names": NO_GROUPS}),
         ((16, 2, 1), torch.float32, 5e-5, {"blocks": 1, "names": NO_GROUPS, "single": True}),
-        ((16, 4, 4), torch.bfloat16, 0.01, {"batch": 2, "conv_bias": False}),  # rounded towards 0 in the interpreter
+        (
+            (16, 4, 4),
+            torch.bfloat16,
+            0.01,
+            {"batch": 2, "conv_bias": False, "blocks": 1},
+        ),  # rounded towards 0 in the interpreter
         ((64, 1, 2), torch.float16, 0.001, {"d_model": 640, "blocks": 1}),
     ],
     indirect=["counted"],
