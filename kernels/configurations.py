@@ -196,14 +196,14 @@ TABLE: dict[str, tuple[Row, ...]] = {
     ),
     "binary_linear/planes": (
         Row(Configuration({"WORDS": 2}, num_warps=1), architectures=(INTERPRETER,)),
-        Row(Configuration({"WORDS": 4}, num_warps=4), up_to=160),
+        Row(Configuration({"WORDS": 8}, num_warps=8), up_to=160),
         Row(Configuration({"WORDS": 16}, num_warps=16)),
     ),
     # warps are rows / 16 * SPLIT
     "binary_linear/counts": (
-        Row(Configuration({"ROWS": 16, "SPLIT": 1, "AHEAD": 1}, num_warps=1), up_to=80),
-        Row(Configuration({"ROWS": 16, "SPLIT": 2, "AHEAD": 1}, num_warps=2), up_to=160),
-        Row(Configuration({"ROWS": 32, "SPLIT": 4, "AHEAD": 1}, num_warps=8)),
+        Row(Configuration({"ROWS": 16, "SPLIT": 1}, num_warps=1), up_to=80),
+        Row(Configuration({"ROWS": 16, "SPLIT": 2}, num_warps=2), up_to=160),
+        Row(Configuration({"ROWS": 32, "SPLIT": 4}, num_warps=8)),
     ),
     "binary_linear/word_planes": (Row(Configuration({"WORDS": 1}, num_warps=4)),),
     "binary_linear/word_digits": (
@@ -231,7 +231,7 @@ TABLE: dict[str, tuple[Row, ...]] = {
         Row(Configuration({"ROWS": 64, "CHUNK": 32}, num_warps=8)),
     ),
     # warps are rows / 16 * SPLIT; a program of `mix` has 32 rows
-    "packed_blocks/project_planes": (Row(Configuration({"ROWS": 16, "SPLIT": 2}, num_warps=2)),),
+    "packed_blocks/project_planes": (Row(Configuration({"ROWS": 64, "SPLIT": 1}, num_warps=4)),),
     "packed_blocks/mix_planes": (Row(Configuration({"SPLIT": 4}, num_warps=8)),),
     "packed_blocks/scan": (Row(Configuration({}, num_warps=4)),),
     "packed_blocks/mix": (

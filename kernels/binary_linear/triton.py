@@ -149,6 +149,7 @@ def compile_cases() -> list[CompileCase]:
         CompileCase("one token bf16", partial(call, 1, 10576, 2560, bf16, 1, None), representative=True),
         CompileCase("one token bf16, more inputs", partial(call, 1, 2560, 5120, bf16, 1, None)),
         CompileCase("one token bf16 8-bit", partial(call, 1, 8192, 8192, bf16, 1, 8)),
+        CompileCase("one token bf16, second signs", partial(call, 1, 2560, 8864, bf16, 1, None)),
         CompileCase("one token fp32 groups", partial(call, 1, 2560, 5120, fp32, 40, None), representative=True),
         CompileCase("one token odd", partial(call, 1, 1001, 2051, bf16, 1, None)),
         CompileCase("one token, signs alone", signs_alone),

@@ -21,7 +21,6 @@ from bimamba_lit.kernels.binary_linear.triton_words import (
     BITS,
     aligned_words,
     begin_next,
-    fits,
     launch_early,
     load_terms,
     overlaps,
@@ -33,12 +32,13 @@ from bimamba_lit.kernels.configurations import INTERPRETER, architecture, config
 
 # Where an instruction counts common ones: later tensor cores have none for it.
 COUNTING = ("sm_80", "sm_90", INTERPRETER)
+MOST_INPUTS = 16384  # with more, sums of numbers would leave 32 bits, and signs their registers
 
 
 def counts_fit(in_features: int, group_scale: Tensor | None, device: torch.device) -> bool:
-    """Say whether a device counts, and a layer's rows are whole loads of four words under one scale."""
-    whole = in_features % (4 * BITS) == 0 and group_scale is None
-    return whole and fits(in_features, None) and architecture(device) in COUNTING
+    """Say whether a device counts, and a layer's rows are whole words under one scale."""
+    whole = in_features % BITS == 0 and group_scale is None
+    return whole and in_features <= MOST_INPUTS and architecture(device) in COUNTING
 
 
 def counts_gemv(x: Tensor, signs: Tensor, digits: int, terms: Terms = NO_TERMS, bias: Tensor | None = None) -> Tensor:
@@ -224,23 +224,9 @@ def by_row(low, high, ROWS: tl.constexpr, SPLIT: tl.constexpr):
 
 
 @triton.jit
-def _fetch(at, SIZE: tl.constexpr, THREADS: tl.constexpr):
-    """Ask for SIZE numbers of 32 bits into the nearest cache, a line of 128 bytes a thread.
-
-    The compiler puts products among the loads, and each wait for the farther cache would be one of many.
-    """
-    for first in tl.static_range(0, SIZE, 32 * THREADS):
-        place = at + tl.minimum(first + tl.arange(0, THREADS) * 32, SIZE - 1)
-        tl.inline_asm_elementwise(
-            "prefetch.global.L1 [$1]; // no result $0", "=r,l", [place.to(tl.uint64)],
-            dtype=tl.int32, is_pure=False, pack=1,
-        )  # fmt: skip
-
-
-@triton.jit
 def counts_kernel(
     signs, planes, scales, out_scale, out_shift, bias, out_scale_step, out_shift_step, bias_step, y, out_features,
-    W: tl.constexpr, DIGITS: tl.constexpr, ROWS: tl.constexpr, SPLIT: tl.constexpr, AHEAD: tl.constexpr,
+    W: tl.constexpr, DIGITS: tl.constexpr, ROWS: tl.constexpr, SPLIT: tl.constexpr,
     PTX: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Write ROWS rows of the layer for a token."""
@@ -255,8 +241,6 @@ def counts_kernel(
     wait(PDL)
     scales += token * (4 + W)
     planes += token * (8 * DIGITS * W)
-    if AHEAD and PTX:
-        _fetch(planes, 8 * DIGITS * W, THREADS)
     length, total, shifted = tl.load(scales), tl.load(scales + 1), tl.load(scales + 2)
     counted = tl.zeros([THREADS], tl.int32)
     zero = tl.zeros([THREADS], tl.int32)
