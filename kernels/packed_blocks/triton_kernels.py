@@ -104,12 +104,15 @@ def project(
 
 @triton.jit
 def scan(
-    projected, state, dt_bias, A_log, D, gated_weight, in_scale, in_shift, digits, scales, out_features, inner,
-    state_b, state_h, state_p, state_n, dt_bias_h, A_h, D_h, gated_step, in_scale_step, in_shift_step,
-    P: tl.constexpr, N: tl.constexpr, BLOCK_N: tl.constexpr, W: tl.constexpr, DIGITS: tl.constexpr,
+    projected, state, dt_bias, A_log, D, gated_weight, in_scale, in_shift, bitmap, digits, scales, out_features, inner,
+    shifted_inputs, state_b, state_h, state_p, state_n, dt_bias_h, A_h, D_h, gated_step, in_scale_step, in_shift_step,
+    P: tl.constexpr, N: tl.constexpr, BLOCK_N: tl.constexpr, W: tl.constexpr, ALL: tl.constexpr, DIGITS: tl.constexpr,
     COPIES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Advance 32 rows of a head's state (B, H, P, N) in place, and write the digits and scales of their outputs."""
+    """Advance 32 rows of a head's state (B, H, P, N) in place, and write the digits and scales of their outputs.
+
+    Those of a word with a second sign, by `bitmap`, are written again behind the others, with scales of their own.
+    """
     begin_next(PDL)
     word = tl.program_id(0)
     token = tl.program_id(1).to(tl.int64)
@@ -122,7 +125,15 @@ def scan(
     rate = -tl.exp2(tl.load(A_log + head * A_h).to(tl.float32) * LOG2_E) * LOG2_E
     bias = tl.load(dt_bias + head * dt_bias_h).to(tl.float32)
     skip = tl.load(D + head * D_h).to(tl.float32)
-    gains = load_gains(gated_weight, in_scale, in_shift, e, gated_step, in_scale_step, in_shift_step, COPIES)
+    steps = (gated_step, in_scale_step, in_shift_step)
+    gains = load_gains(gated_weight, in_scale, in_shift, e, e, inner, steps, COPIES)
+    if bitmap is not None:
+        again = (tl.load(bitmap + word // 8).to(tl.int32) >> (word % 8)) & 1
+        j = tl.arange(0, ALL)
+        earlier = (tl.load(bitmap + j // 8, mask=j < word, other=0).to(tl.int32) >> (j % 8)) & 1
+        place = tl.where(again == 1, inner // 32 + tl.sum(earlier, 0), word)
+        i = place * 32 + tl.arange(0, 32)
+        gains_again = load_gains(gated_weight, in_scale, in_shift, e, i, shifted_inputs, steps, COPIES)
     wait(PDL)
     projected += token * out_features
     z = tl.load(projected + e)
@@ -134,42 +145,56 @@ def scan(
     tl.store(at, after, mask=real)
     gated = (tl.sum(after * out[None, :], 1) + skip * x) * z * sigmoid(z)
     digits += token * (8 * DIGITS * W)
-    write_word(gated, gains, word, digits, scales + token * (5 * W), W, DIGITS, COPIES)
+    scales += token * (5 * W)
+    write_word(gated, gains, word, word < W, digits, scales, W, DIGITS, COPIES, False)
+    if bitmap is not None:
+        write_word(gated, gains_again, place, again == 1, digits, scales, W, DIGITS, COPIES, True)
 
 
 @triton.jit
-def load_gains(norm_weight, in_scale, in_shift, i, norm_step, in_scale_step, in_shift_step, COPIES: tl.constexpr):
-    """Return, of inputs i, a norm's gain, and that times `in_scale` and `in_shift`, float32."""
+def load_gains(norm_weight, in_scale, in_shift, i, j, shifted_inputs, steps, COPIES: tl.constexpr):
+    """Return, of inputs i, a norm's gain, and that times `in_scale` and `in_shift` of inputs j, float32.
+
+    Only the first inputs have a shift.
+    """
     if COPIES > 1:
-        i = tl.zeros([COPIES, 1], tl.int32) + i[None, :]
-    gain = tl.load(norm_weight + i * norm_step).to(tl.float32)
+        copy = tl.zeros([COPIES, 1], tl.int32)
+        i, j = copy + i[None, :], copy + j[None, :]
+    gain = tl.load(norm_weight + i * steps[0]).to(tl.float32)
     scaled, shift = gain, gain
     if in_scale is not None:
-        scaled = gain * tl.load(in_scale + i * in_scale_step).to(tl.float32)
+        scaled = gain * tl.load(in_scale + j * steps[1]).to(tl.float32)
     if in_shift is not None:
-        shift = gain * tl.load(in_shift + i * in_shift_step).to(tl.float32)
+        shift = gain * tl.load(in_shift + j * steps[2], mask=j < shifted_inputs, other=0.0).to(tl.float32)
     return gain, scaled, shift
 
 
 @triton.jit
-def write_word(x, gains, word, digits, scales, W: tl.constexpr, DIGITS: tl.constexpr, COPIES: tl.constexpr):
+def write_word(
+    x, gains, word, there, digits, scales, W: tl.constexpr, DIGITS: tl.constexpr, COPIES: tl.constexpr,
+    AGAIN: tl.constexpr,
+):  # fmt: skip
     """Write the digits and scales of a word's 32 inputs x; or the planes, where there are COPIES, one a warp.
 
-    A warp of its own for each copy keeps sums over the inputs from waiting for other warps.
+    A warp of its own for each copy keeps sums over the inputs from waiting for other warps. AGAIN leaves the inputs out
+    of the norm's mean, which takes each once.
     """
     gain, scaled, shift = gains
     if COPIES > 1:
         tile = tl.arange(0, COPIES)
         x = tl.broadcast_to(x[None, :], [COPIES, 32])
+        value = tl.zeros_like(x) if AGAIN else x
         write_planes(
-            x, x * gain, x * scaled, x * shift, word + 0 * tile, tile, tile < COPIES, digits, scales, W, DIGITS
-        )
+            value, x * gain, x * scaled, x * shift, word + 0 * tile, tile, there & (tile < COPIES), digits, scales,
+            W, DIGITS,
+        )  # fmt: skip
     else:
         w = word + tl.arange(0, 1)
+        value = tl.zeros_like(x) if AGAIN else x
         # Reshaped, not broadcast: the layout, and with it where sums are taken, stays what it is.
         write_digits(
-            tl.reshape(x, [1, 32]), tl.reshape(x * gain, [1, 32]), tl.reshape(x * scaled, [1, 32]),
-            tl.reshape(x * shift, [1, 32]), w, w < W, digits, scales, W, 1, DIGITS,
+            tl.reshape(value, [1, 32]), tl.reshape(x * gain, [1, 32]), tl.reshape(x * scaled, [1, 32]),
+            tl.reshape(x * shift, [1, 32]), w, there & (w < W), digits, scales, W, 1, DIGITS,
         )  # fmt: skip
 
 
@@ -190,7 +215,8 @@ def mix(
     words = _load(signs, rows, there, out_features, 32, W, CHUNK, SPLIT)
     terms = load_terms(rows, there, out_scale, out_shift, bias, out_scale_step, out_shift_step, bias_step, 32)
     if next_norm is not None:
-        gains = load_gains(next_norm, next_scale, next_shift, rows, norm_step, next_scale_step, next_shift_step, COPIES)
+        steps = (norm_step, next_scale_step, next_shift_step)
+        gains = load_gains(next_norm, next_scale, next_shift, rows, rows, out_features, steps, COPIES)
     wait(PDL)
     residual = tl.load(x + token * x_b + rows * x_d, mask=there, other=0.0).to(tl.float32)
     result = _multiply(
@@ -200,7 +226,6 @@ def mix(
     new = (residual + result).to(y.dtype.element_ty)
     tl.store(y + token * out_features + rows, new, mask=there)
     if next_norm is not None:
-        write_word(
-            new.to(tl.float32), gains, word, next_digits + token * (8 * DIGITS * NEXT),
-            next_scales + token * (5 * NEXT), NEXT, DIGITS, COPIES,
-        )  # fmt: skip
+        next_digits += token * (8 * DIGITS * NEXT)
+        next_scales += token * (5 * NEXT)
+        write_word(new.to(tl.float32), gains, word, word < NEXT, next_digits, next_scales, NEXT, DIGITS, COPIES, False)

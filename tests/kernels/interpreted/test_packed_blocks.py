@@ -24,31 +24,50 @@ class Normal:
         return torch.randn(*shape, generator=self.generator).to(dtype)
 
 
-def packed(normal, out_features, in_features, names, groups=1, single=False):
+@pytest.fixture(autouse=True)
+def by_digits(request, monkeypatch):
+    """Take what GPUs do that have no instruction for counts, in tests that do not ask for counts."""
+    if "counted" not in request.fixturenames:
+        monkeypatch.setattr(kernel, "counts_fit", lambda *given: False)
+
+
+def packed(normal, out_features, in_features, names, groups=1, single=False, second=()):
+    bitmap = ops.pack_signs(torch.tensor([second], dtype=torch.float32))[0] if second else None
+    first, in_features = in_features, in_features + 32 * sum(second)
     i, o = (1, 1) if single else (in_features, out_features)
     shapes = {
         "in_scale": (i,),
         "out_scale": (o,),
         "group_scale": (out_features, groups),
-        "in_shift": (i,),
+        "in_shift": (1 if single else first,),
         "out_shift": (o,),
         "bias": (o,),
     }
     terms = {name: normal(*shapes[name]) / 4 for name in names}
-    return ops.Packed(ops.pack_signs(normal(out_features, in_features)), **terms)
+    return ops.Packed(ops.pack_signs(normal(out_features, in_features)), **terms, bitmap=bitmap)
 
 
-def make(names=(), dtype=torch.float32, batch=1, single=False, conv_bias=True, blocks=2, d_model=D_MODEL, heads=HEADS):
+def make(
+    names=(),
+    dtype=torch.float32,
+    batch=1,
+    single=False,
+    conv_bias=True,
+    blocks=2,
+    d_model=D_MODEL,
+    heads=HEADS,
+    second=(),
+):
     """Return the arguments of a step: states that are not contiguous, numbers that `dtype` holds."""
     normal = Normal()
     channels = heads * WIDTH + 2 * SIZE
     conv_states = [normal(batch, TAPS - 1, channels, dtype=dtype).mT for _ in range(blocks)]
     ssm_states = [normal(batch, heads, SIZE, WIDTH).mT for _ in range(blocks)]
-    made = [make_block(normal, names, dtype, single, conv_bias, d_model, heads) for _ in range(blocks)]
+    made = [make_block(normal, names, dtype, single, conv_bias, d_model, heads, second) for _ in range(blocks)]
     return normal(batch, d_model), conv_states, ssm_states, made
 
 
-def make_block(normal, names, dtype, single, conv_bias, d_model, heads):
+def make_block(normal, names, dtype, single, conv_bias, d_model, heads, second):
     inner = heads * WIDTH
     channels = inner + 2 * SIZE
     block = ops.BlockParameters(
@@ -60,7 +79,7 @@ def make_block(normal, names, dtype, single, conv_bias, d_model, heads):
         A_log=normal(heads),
         D=normal(heads),
         gated_weight=normal(inner),
-        out_proj=packed(normal, d_model, inner, names, 2, single),
+        out_proj=packed(normal, d_model, inner, names, 2, single, second),
         eps=1e-5,
         gated_eps=1e-3,
     )
@@ -99,6 +118,19 @@ def test_every_term(names, single):
     check(make(names, single=single, blocks=1 + len(names) // 6), 5e-5)
 
 
+@pytest.mark.parametrize(
+    ("names", "shifts"), [((), 0), (SECOND := ("in_scale", "in_shift", "out_shift"), 96), (SECOND, 1), (SECOND, 160)]
+)
+def test_words_with_a_second_sign(names, shifts):
+    """A shift is of the first inputs, one for all, or of all that there are."""
+    given = make(names, batch=2, blocks=1, heads=3, second=(1, 0, 1))
+    if shifts:
+        block = given[3][0]
+        given[3][0] = block._replace(out_proj=block.out_proj._replace(in_shift=Normal()(shifts)))
+    assert kernel.supports(given[0], given[1][0], given[2][0], given[3][0])
+    check(given, 5e-5)
+
+
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.bfloat16, 0.005), (torch.float16, 0.001)])
 def test_half_precision_and_several_sequences(dtype, bound):
     check(make(TERMS, dtype, batch=2, conv_bias=False), bound)
@@ -132,6 +164,12 @@ made = kernel.make_digits
             0.01,
             {"batch": 2, "conv_bias": False, "blocks": 1},
         ),  # rounded towards 0 in the interpreter
+        (
+            (32, 1, 2),
+            torch.float32,
+            5e-5,
+            {"blocks": 1, "heads": 8, "second": (0, 1, 1, 0, 0, 0, 1, 0), "names": NO_GROUPS},
+        ),
         ((64, 1, 2), torch.float16, 0.001, {"d_model": 640, "blocks": 1}),
     ],
     indirect=["counted"],
@@ -154,9 +192,17 @@ def test_shapes_that_the_kernels_do_not_take_are_composed():
     assert torch.equal(found, ops.packed_blocks(*given, backend="naive")[0])
 
 
-@pytest.mark.parametrize("more", [{}, {"d_model": 128, "heads": 4}], ids=["digits", "planes"])
-def test_numbers_that_are_not_finite_stay_so(more):
-    given = make(batch=3, blocks=1, **more)
+def test_numbers_that_are_not_finite_stay_so():
+    check_not_finite()
+
+
+@pytest.mark.parametrize("counted", [(32, 1, 2)], indirect=True)
+def test_counts_of_numbers_that_are_not_finite_stay_so(counted):
+    check_not_finite()
+
+
+def check_not_finite():
+    given = make(batch=3, blocks=1)
     given[0][0, 3], given[0][1, 40] = torch.inf, torch.nan
     with torch.no_grad():
         y, *_ = ops.packed_blocks(*given, backend="triton")
