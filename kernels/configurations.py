@@ -218,6 +218,18 @@ TABLE: dict[str, tuple[Row, ...]] = {
         Row(Configuration({"ROWS": 32, "CHUNK": 4}, num_warps=1), architectures=(INTERPRETER,)),
         Row(Configuration({"ROWS": 16, "CHUNK": 64}, num_warps=4)),
     ),
+    "binary_linear/planes": (
+        Row(Configuration({"WORDS": 2}, num_warps=1), architectures=(INTERPRETER,)),
+        Row(Configuration({"WORDS": 8}, num_warps=8), up_to=160),
+        Row(Configuration({"WORDS": 16}, num_warps=16)),
+    ),
+    # warps are rows / 16 * SPLIT
+    "binary_linear/counts": (
+        Row(Configuration({"ROWS": 16, "SPLIT": 1}, num_warps=1), up_to=80),
+        Row(Configuration({"ROWS": 16, "SPLIT": 2}, num_warps=2), up_to=160),
+        Row(Configuration({"ROWS": 32, "SPLIT": 4}, num_warps=8)),
+    ),
+    "binary_linear/word_planes": (Row(Configuration({"WORDS": 1}, num_warps=4)),),
     "binary_linear/word_digits": (
         Row(Configuration({"WORDS": 1}, num_warps=32), architectures=("sm_100",), up_to=1),
         Row(Configuration({"WORDS": 1}, num_warps=16), up_to=1),
@@ -253,11 +265,19 @@ TABLE: dict[str, tuple[Row, ...]] = {
         ),
         Row(Configuration({"TOKENS": 128, "ROWS": 128, "INPUTS": 64, "NEAR": 8, "DESCRIPTORS": 0}, 8, 3)),
     ),
+    # linear_rows: the size is the number of in features
+    "linear_rows/rows": (
+        Row(Configuration({"ROWS": 4, "BLOCK": 64}, num_warps=1), architectures=(INTERPRETER,)),
+        Row(Configuration({"ROWS": 2, "BLOCK": 512}, num_warps=2)),
+    ),
     # packed_blocks: the size is the number of words of a row, or that of a head's state
     "packed_blocks/project": (
         Row(Configuration({"ROWS": 128, "CHUNK": 4}, num_warps=1), architectures=(INTERPRETER,)),
         Row(Configuration({"ROWS": 64, "CHUNK": 32}, num_warps=8)),
     ),
+    # warps are rows / 16 * SPLIT; a program of `mix` has 32 rows
+    "packed_blocks/project_planes": (Row(Configuration({"ROWS": 64, "SPLIT": 1}, num_warps=4)),),
+    "packed_blocks/mix_planes": (Row(Configuration({"SPLIT": 4}, num_warps=8)),),
     "packed_blocks/scan": (Row(Configuration({}, num_warps=4)),),
     "packed_blocks/mix": (
         Row(Configuration({"CHUNK": 4}, num_warps=1), architectures=(INTERPRETER,)),

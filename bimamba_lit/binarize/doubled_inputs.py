@@ -21,6 +21,7 @@ from bimamba_lit.binarize.ptb.layer import PTBLinear
 from bimamba_lit.binarize.targets import matching
 from bimamba_lit.binarize.wrapper import Wrapper, linear_of
 from bimamba_lit.errors import UserError
+from bimamba_lit.kernels.binary_linear.second_signs import chosen_inputs, with_doubled
 from bimamba_lit.kernels.signs.naive import unpack_signs
 
 _WORD = 32
@@ -135,17 +136,6 @@ class DoubledInputs(Wrapper):
     def extra_repr(self) -> str:
         """Name the sizes when the layer is printed."""
         return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, doubled={len(self.doubled)}"
-
-
-def with_doubled(x: Tensor, doubled: Tensor) -> Tensor:
-    """Put the doubled inputs behind ``x`` ``(..., I)``: ``(..., I + k)``."""
-    return torch.cat([x, x.index_select(-1, doubled)], -1)
-
-
-def chosen_inputs(bitmap: Tensor, inputs: int, k: int) -> Tensor:
-    """Return the ``k`` inputs, rising, whose words' bits are 1 in the bitmap of a layer of ``inputs``: int64."""
-    words = unpack_signs(bitmap, inputs // 32, torch.int8).sort(stable=True, descending=True).indices[: k // 32]
-    return (32 * words[:, None] + torch.arange(32, device=bitmap.device)).flatten()
 
 
 def inputs_to_double(layers: Sequence[str], double_inputs: Mapping[str, float]) -> dict[str, float]:

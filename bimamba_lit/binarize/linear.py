@@ -16,6 +16,7 @@ from bimamba_lit.binarize.scaled_gradient import scaled_gradient
 from bimamba_lit.binarize.straight_through import StraightThrough
 from bimamba_lit.binarize.unfinished import row_scale
 from bimamba_lit.errors import UserError
+from bimamba_lit.kernels.binary_linear.second_signs import whole_shift
 from bimamba_lit.kernels.binary_weight import naive
 
 TERMS = ("in_scale", "out_scale", "group_scale", "in_shift", "out_shift")
@@ -164,12 +165,6 @@ def whole_terms(layer: Any) -> dict[str, Tensor]:
     if "in_shift" in terms:
         terms["in_shift"] = whole_shift(terms["in_shift"], layer.in_features)
     return terms
-
-
-def whole_shift(in_shift: Tensor, inputs: int) -> Tensor:
-    """Return the shift ``(I,)`` of all inputs, 0 after the first ones that have some; one for all stays as it is."""
-    missing = inputs - in_shift.shape[0]
-    return in_shift if missing == 0 or in_shift.shape[0] == 1 else nn.functional.pad(in_shift, [0, missing])
 
 
 def storage(layer: Any) -> dict[str, int]:

@@ -14,11 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bimamba_lit.binarize import BinaryLinear, DoubledInputs, KeptRows, PackedLinear, PTBLinear
-from bimamba_lit.binarize.doubled_inputs import chosen_inputs, with_doubled
 from bimamba_lit.binarize.kept_rows import in_order
-from bimamba_lit.binarize.linear import TERMS, whole_shift
+from bimamba_lit.binarize.linear import TERMS
 from bimamba_lit.errors import UserError
 from bimamba_lit.kernels.binary_linear.naive import add_terms
+from bimamba_lit.kernels.binary_linear.second_signs import chosen_inputs, whole_shift, with_doubled
 from bimamba_lit.kernels.binary_weight.naive import compose
 from bimamba_lit.kernels.signs.chunked import byte_table, look_up_signs, unpack_signs
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from bimamba_lit import ops
+from bimamba_lit.binarize.doubled_inputs import DoubledInputs
 from bimamba_lit.binarize.packed import PackedLinear
 from bimamba_lit.models.mamba2 import Mamba2
 from bimamba_lit.models.norm import at_least_fp32
@@ -64,6 +65,9 @@ def packed_parameters(block: "Block") -> ops.BlockParameters | None:
 
 def _packed(layer: nn.Module) -> ops.Packed | None:
     """Return what a layer holds, where it is packed and takes activations as they are."""
+    if isinstance(layer, DoubledInputs):
+        packed = _packed(layer.binary)
+        return packed and packed._replace(bitmap=layer.bitmap)
     if type(layer) is not PackedLinear or layer.activation_bits is not None:
         return None
     return ops.Packed(layer.signs, **layer.terms(), bias=layer.bias)

@@ -125,9 +125,14 @@ def check_block(x: Tensor, conv_state: Tensor, ssm_state: Tensor, block: BlockPa
         (block.in_proj, rows, x.shape[1]),
         (block.out_proj, x.shape[1], inner),
     ):
+        if packed.bitmap is not None:
+            check_shape("bitmap", packed.bitmap, "ceil(I/32/8)", (math.ceil(in_features / 256),))
+            if packed.in_shift is not None and packed.in_shift.shape == (in_features,):
+                packed = packed._replace(in_shift=None)
+            in_features = max(8 * packed.signs.shape[1], in_features + 32)
         check_signs(packed.signs, in_features)
         check_shape("signs", packed.signs, "O ceil(I/8)", (out_features, math.ceil(in_features / 8)))
-        check_terms(out_features, in_features, *packed[1:])
+        check_terms(out_features, in_features, *packed[1:7])
 
 
 def check_distillation(

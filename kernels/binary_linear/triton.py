@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bimamba_lit.kernels.binary_linear import chunked, naive
+from bimamba_lit.kernels.binary_linear.triton_counts import counts_fit, counts_gemv
 from bimamba_lit.kernels.binary_linear.triton_gemm8 import MULTIPLE, binary_gemm8
 from bimamba_lit.kernels.binary_linear.triton_gemv import binary_gemv
 from bimamba_lit.kernels.binary_linear.triton_words import fits, words_gemv
@@ -105,6 +106,8 @@ def linear_forward(
     in_scale, out_scale, group_scale, in_shift, out_shift = terms
     groups = 1 if group_scale is None else group_scale.shape[1]
     digits = 1 if activation_bits == 8 else (4 if x.dtype == torch.float32 else 2)
+    if x.shape[0] <= FEWEST and digits <= 2 and counts_fit(in_features, group_scale, x.device):
+        return counts_gemv(x, signs, digits, terms, bias)
     if x.shape[0] <= FEWEST and fits(in_features, group_scale) and not architecture(x.device).startswith("gfx"):
         return words_gemv(x, signs, min(digits, 3), terms, bias)
     if x.shape[0] * digits <= MOST_COLUMNS and (groups == 1 or in_features // groups % 8 == 0):
@@ -144,8 +147,10 @@ def compile_cases() -> list[CompileCase]:
     bf16, fp32 = torch.bfloat16, torch.float32
     return [
         CompileCase("one token bf16", partial(call, 1, 10576, 2560, bf16, 1, None), representative=True),
+        CompileCase("one token bf16, more inputs", partial(call, 1, 2560, 5120, bf16, 1, None)),
         CompileCase("one token bf16 8-bit", partial(call, 1, 8192, 8192, bf16, 1, 8)),
-        CompileCase("one token fp32 groups", partial(call, 1, 2560, 5120, fp32, 40, None)),
+        CompileCase("one token bf16, second signs", partial(call, 1, 2560, 8864, bf16, 1, None)),
+        CompileCase("one token fp32 groups", partial(call, 1, 2560, 5120, fp32, 40, None), representative=True),
         CompileCase("one token odd", partial(call, 1, 1001, 2051, bf16, 1, None)),
         CompileCase("one token, signs alone", signs_alone),
         CompileCase("one token odd groups", partial(call, 1, 1000, 2040, bf16, 5, None)),

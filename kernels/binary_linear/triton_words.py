@@ -50,17 +50,23 @@ def words_gemv(x: Tensor, signs: Tensor, digits: int, terms: Terms = NO_TERMS, b
 
 
 def make_digits(
-    x: Tensor, digits: int, norm_weight: Tensor | None, in_scale: Tensor | None, in_shift: Tensor | None
+    x: Tensor,
+    digits: int,
+    norm_weight: Tensor | None,
+    in_scale: Tensor | None,
+    in_shift: Tensor | None,
+    planes: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Return the digits and scales of x (M, I) times `norm_weight` and `in_scale`."""
+    """Return the digits, or planes, and the scales of x (M, I) times `norm_weight` and `in_scale`."""
     tokens, words = x.shape[0], x.shape[1] // BITS
     made = empty_digits(tokens, words, digits, x.device)
-    chosen = configuration("binary_linear/word_digits", x.dtype, digits, x.device)
+    name = "binary_linear/word_planes" if planes else "binary_linear/word_digits"
+    chosen = configuration(name, x.dtype, digits, x.device)
     block = triton.next_power_of_2(words) if digits == 1 else chosen.blocks["WORDS"]
     digits_kernel[(triton.cdiv(words, block), tokens)](
         x, norm_weight, in_scale, in_shift, *made, x.stride(0), x.stride(1), stride_of(norm_weight),
-        stride_of(in_scale), stride_of(in_shift), W=words, DIGITS=digits, PDL=overlaps(x.device),
-        **(chosen.launch() | {"WORDS": block}), **launch_early(x.device),
+        stride_of(in_scale), stride_of(in_shift), W=words, DIGITS=digits, COPIES=4 if planes else 1,
+        PDL=overlaps(x.device), **(chosen.launch() | {"WORDS": block}), **launch_early(x.device),
     )  # fmt: skip
     return made
 
@@ -77,11 +83,16 @@ def row_arguments(signs: Tensor, made: tuple[Tensor, Tensor], terms: Terms, bias
     """Return the first arguments of every kernel with `multiply` in it."""
     _, out_scale, group_scale, in_shift, out_shift = terms
     groups = 1 if group_scale is None else group_scale.shape[1]
-    aligned = signs.contiguous() if signs.storage_offset() % 4 == 0 else signs.clone()
     return (
-        aligned.view(torch.int32), *made, out_scale, group_scale, in_shift, out_shift, bias,
+        aligned_words(signs), *made, out_scale, group_scale, in_shift, out_shift, bias,
         stride_of(out_scale), stride_of(out_shift), stride_of(bias), groups,
     )  # fmt: skip
+
+
+def aligned_words(signs: Tensor) -> Tensor:
+    """Return signs (O, I / 8) as words (O, W), the first where a load of four may begin."""
+    aligned = signs.contiguous() if signs.storage_offset() % 16 == 0 else signs.clone()
+    return aligned.view(torch.int32)
 
 
 def row_constants(words: int, digits: int, device: torch.device, chosen: Configuration) -> dict[str, int]:
@@ -162,15 +173,46 @@ def write_digits(
 
 
 @triton.jit
+def write_planes(x, u, scaled, shift, w, tile, there, planes, scales, W: tl.constexpr, DIGITS: tl.constexpr):
+    """Write what `write_digits` does, but for digits a word of each plane: bits of numbers in two's complement.
+
+    A row of 32 inputs writes `tile` of 8 planes of its word w; the scales too where that is the first. A word's step is
+    a power of two, or not a number where an input is not finite.
+    """
+    limit: tl.constexpr = 2.0 ** (8 * DIGITS - 1) - 1
+    size = tl.abs(scaled)
+    size, largest, square, total, shift = tl.reduce((size, size, x * x, u, shift), 1, _merge)
+    finite = size < float("inf")
+    power = tl.maximum(largest.to(tl.int32, bitcast=True) >> 23, 8 * DIGITS)  # of two, and 127
+    inverse = ((254 - power + 8 * DIGITS - 2) << 23).to(tl.float32, bitcast=True)
+    step = ((power - 8 * DIGITS + 2) << 23).to(tl.float32, bitcast=True)
+    number = tl.floor(tl.where(finite[:, None], scaled, 0.0) * inverse[:, None] + 0.5)
+    number = tl.minimum(number, limit).to(tl.int32)
+    # As wide as the inputs, so that the layout stays what it is.
+    row = tl.arange(0, 32)[None, :]
+    place = row * W + w[:, None]
+    values = tl.where(row == 0, tl.where(finite, step, float("nan"))[:, None], square[:, None])
+    values = tl.where(row == 2, total[:, None], values)
+    values = tl.where(row == 3, shift[:, None], values)
+    values = tl.where(row == 4, tl.sum(number, 1).to(tl.float32, bitcast=True)[:, None], values)
+    tl.store(scales + place, values, mask=(there & (tile == 0))[:, None] & (row < 5))
+    own = number >> (8 * tile)[:, None]
+    words = tl.zeros_like(number)
+    for plane in tl.static_range(8):
+        words = tl.where(row == plane, tl.sum(((own >> plane) & 1) << row, 1)[:, None], words)
+    tl.store(planes + (8 * tile * W)[:, None] + place, words, mask=(there & (tile < DIGITS))[:, None] & (row < 8))
+
+
+@triton.jit
 def digits_kernel(
     x, norm_weight, in_scale, in_shift, digits, scales, x_m, x_i, norm_step, in_scale_step, in_shift_step,
-    W: tl.constexpr, DIGITS: tl.constexpr, WORDS: tl.constexpr, PDL: tl.constexpr,
+    W: tl.constexpr, DIGITS: tl.constexpr, WORDS: tl.constexpr, COPIES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Write the digits and scales of WORDS words of a token."""
+    """Write the digits and scales of WORDS words of a token; or the planes, where words have COPIES, one a tile."""
     wait(PDL)
     begin_next(PDL)
     token = tl.program_id(1).to(tl.int64)
-    w = tl.program_id(0) * WORDS + tl.arange(0, WORDS)
+    w = (tl.program_id(0) * WORDS * COPIES + tl.arange(0, WORDS * COPIES)) // COPIES
     there = w < W
     i = w[:, None] * 32 + tl.arange(0, 32)[None, :]
     real = there[:, None]
@@ -186,7 +228,11 @@ def digits_kernel(
         shift = u * tl.load(in_shift + i * in_shift_step, mask=real, other=0.0).to(tl.float32)
     digits += token * (8 * DIGITS * W)
     scales += token * (5 * W)
-    write_digits(value, u, scaled, shift, w, there, digits, scales, W, WORDS, DIGITS)
+    if COPIES > 1:
+        tile = tl.arange(0, WORDS * COPIES) % COPIES
+        write_planes(value, u, scaled, shift, w, tile, there, digits, scales, W, DIGITS)
+    else:
+        write_digits(value, u, scaled, shift, w, there, digits, scales, W, WORDS, DIGITS)
 
 
 @triton.jit

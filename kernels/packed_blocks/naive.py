@@ -9,13 +9,19 @@ import torch
 from torch import Tensor
 
 from bimamba_lit.kernels.binary_linear.naive import binary_linear
+from bimamba_lit.kernels.binary_linear.second_signs import chosen_inputs, whole_shift, with_doubled
 from bimamba_lit.kernels.causal_conv1d.naive import causal_conv1d_step
 from bimamba_lit.kernels.rms_norm.naive import rms_norm
 from bimamba_lit.kernels.ssd.naive import accumulator, ssd_step
 
 
 class Packed(NamedTuple):
-    """A packed projection: signs (O, ceil(I / 8)) and the terms of `ops.binary_linear`."""
+    """A packed projection: signs (O, ceil(I / 8)) and the terms of `ops.binary_linear`.
+
+    With a `bitmap` of the words of 32 inputs that have a second sign, (ceil(I / 32 / 8),) uint8, there are k inputs
+    more behind the others, those of these words again, and terms for them: signs are (O, (I + k) / 8). `in_shift` may
+    be that of the first I alone.
+    """
 
     signs: Tensor
     in_scale: Tensor | None = None
@@ -24,6 +30,7 @@ class Packed(NamedTuple):
     in_shift: Tensor | None = None
     out_shift: Tensor | None = None
     bias: Tensor | None = None
+    bitmap: Tensor | None = None
 
 
 class BlockParameters(NamedTuple):
@@ -72,7 +79,7 @@ def _block(x: Tensor, conv_state: Tensor, ssm_state: Tensor, block: BlockParamet
     batch, heads, width, size = ssm_state.shape
     inner, wide = heads * width, accumulator(x)
     normed = rms_norm(x.to(wide), block.norm_weight, eps=block.eps).to(block.norm_weight.dtype)
-    projected = binary_linear(normed, block.in_proj.signs, x.shape[1], *block.in_proj[1:])
+    projected = _project(normed, block.in_proj)
     z, xbc, dt = projected.split([inner, inner + 2 * size, heads], dim=1)
     xbc, conv_state = causal_conv1d_step(xbc, conv_state, block.conv_weight, block.conv_bias, "silu")
     values, into, out = xbc.split([inner, size, size], dim=1)
@@ -81,4 +88,13 @@ def _block(x: Tensor, conv_state: Tensor, ssm_state: Tensor, block: BlockParamet
         into[:, None], out[:, None], block.D, dt_bias=block.dt_bias, dt_softplus=True,
     )  # fmt: skip
     y = rms_norm(y.flatten(1), block.gated_weight, z, block.gated_eps)
-    return x + binary_linear(y, block.out_proj.signs, inner, *block.out_proj[1:]), conv_state, ssm_state
+    return x + _project(y, block.out_proj), conv_state, ssm_state
+
+
+def _project(x: Tensor, packed: Packed) -> Tensor:
+    if packed.bitmap is not None:
+        inputs = x.shape[1]
+        x = with_doubled(x, chosen_inputs(packed.bitmap, inputs, 8 * packed.signs.shape[1] - inputs))
+    if packed.in_shift is not None:
+        packed = packed._replace(in_shift=whole_shift(packed.in_shift, x.shape[1]))
+    return binary_linear(x, packed.signs, x.shape[1], *packed[1:7])

@@ -10,6 +10,7 @@ import torch
 import triton
 from torch import Tensor
 
+from bimamba_lit.kernels.binary_linear.triton_counts import counts_fit
 from bimamba_lit.kernels.binary_linear.triton_words import (
     BITS,
     empty_digits,
@@ -29,7 +30,7 @@ from bimamba_lit.kernels.packed_blocks.triton_kernels import mix, project, scan
 MOST_TOKENS = 4  # every token reads all signs anew, from the cache
 LARGEST_STATE = 256
 
-Made = tuple[Tensor, Tensor]  # digits and scales
+Made = tuple[Tensor, Tensor]  # digits or planes, and scales
 
 
 def packed_blocks(
@@ -53,9 +54,15 @@ def supports(x: Tensor, conv_state: Tensor, ssm_state: Tensor, block: BlockParam
         and conv_state.shape[2] >= 1
         and width % BITS == 0
         and size <= LARGEST_STATE
-        and fits(x.shape[1], block.in_proj.group_scale)
-        and fits(heads * width, block.out_proj.group_scale)
+        and block.in_proj.bitmap is None
+        and x.shape[1] % BITS == 0
+        and (_counted(x, block) or all(fits(_inputs(p), p.group_scale) for p in (block.in_proj, block.out_proj)))
     )
+
+
+def _inputs(packed: Packed) -> int:
+    """Return how many inputs, whole words, a projection has, those with a second sign twice."""
+    return 8 * packed.signs.shape[1]
 
 
 def _flat(blocks: list[BlockParameters]) -> tuple[list[Tensor | None], list[float]]:
@@ -65,11 +72,11 @@ def _flat(blocks: list[BlockParameters]) -> tuple[list[Tensor | None], list[floa
 
 
 def _unflat(tensors: list[Any], numbers: list[float]) -> list[BlockParameters]:
-    each = len(tensors) // (len(numbers) // 2)
+    each, size = len(tensors) // (len(numbers) // 2), len(Packed._fields)
     blocks = []
     for n in range(len(numbers) // 2):
         norm, *rest = tensors[n * each : (n + 1) * each]
-        fields = [norm, Packed(*rest[:7]), *rest[7:-7], Packed(*rest[-7:]), *numbers[2 * n : 2 * n + 2]]
+        fields = [norm, Packed(*rest[:size]), *rest[size:-size], Packed(*rest[-size:]), *numbers[2 * n : 2 * n + 2]]
         blocks.append(BlockParameters(*fields))
     return blocks
 
@@ -96,21 +103,29 @@ def run(x: Tensor, conv_states: list[Tensor], ssm_states: list[Tensor], blocks: 
         raise LookupError("no step of packed blocks for AMD")
     digits = 3 if blocks[0].norm_weight.dtype == torch.float32 else 2
     first = blocks[0].in_proj
-    made = make_digits(x, digits, blocks[0].norm_weight, first.in_scale, first.in_shift)
+    planes = all(_counted(x, block) for block in blocks)
+    made = make_digits(x, digits, blocks[0].norm_weight, first.in_scale, first.in_shift, planes)
     for conv_state, ssm_state, block, after in zip(conv_states, ssm_states, blocks, [*blocks[1:], None], strict=True):
-        projected = _project(made, conv_state, block, x.shape[1], digits)
-        gated = _scan(projected, ssm_state, block, digits)
-        x, made = _mix(x, gated, made, block, after, digits)
+        projected = _project(made, conv_state, block, x.shape[1], digits, planes)
+        gated = _scan(projected, ssm_state, block, digits, planes)
+        x, made = _mix(x, gated, made, block, after, digits, planes)
     return x
 
 
-def _project(made: Made, conv_state: Tensor, block: BlockParameters, in_features: int, digits: int) -> Tensor:
+def _counted(x: Tensor, block: BlockParameters) -> bool:
+    return all(counts_fit(_inputs(p), p.group_scale, x.device) for p in (block.in_proj, block.out_proj))
+
+
+def _project(
+    made: Made, conv_state: Tensor, block: BlockParameters, in_features: int, digits: int, planes: bool
+) -> Tensor:
     tokens, channels, past = conv_state.shape
     packed, weight = block.in_proj, block.conv_weight
     out_features, words = packed.signs.shape[0], in_features // BITS
     heads = block.A_log.shape[0]
     y = torch.empty(tokens, out_features, dtype=torch.float32, device=conv_state.device)
-    chosen = configuration("packed_blocks/project", weight.dtype, words, y.device)
+    name = "packed_blocks/project_planes" if planes else "packed_blocks/project"
+    chosen = configuration(name, weight.dtype, words, y.device)
     project[(triton.cdiv(out_features, chosen.blocks["ROWS"]), tokens)](
         *row_arguments(packed.signs, made, packed[1:6], packed.bias),
         conv_state, weight, block.conv_bias, y, out_features, in_features, block.eps, out_features - channels - heads,
@@ -120,25 +135,34 @@ def _project(made: Made, conv_state: Tensor, block: BlockParameters, in_features
     return y
 
 
-def _scan(projected: Tensor, state: Tensor, block: BlockParameters, digits: int) -> Made:
+def _scan(projected: Tensor, state: Tensor, block: BlockParameters, digits: int, planes: bool) -> Made:
     tokens, heads, width, size = state.shape
     packed, inner = block.out_proj, heads * width
-    words = inner // BITS
+    words = _inputs(packed) // BITS
     made = empty_digits(tokens, words, digits, state.device)
     chosen = configuration("packed_blocks/scan", state.dtype, size, state.device)
     per_head = (block.dt_bias, block.A_log, block.D)
     per_input = (block.gated_weight, packed.in_scale, packed.in_shift)
-    scan[(words, tokens)](
-        projected, state, *per_head, *per_input, *made, projected.shape[1], inner, *state.stride(),
+    scan[(inner // BITS, tokens)](
+        projected, state, *per_head, *per_input, packed.bitmap, *made, projected.shape[1], inner,
+        words * BITS if packed.in_shift is None or stride_of(packed.in_shift) == 0 else packed.in_shift.shape[0],
+        *state.stride(),
         *(t.stride(0) for t in per_head), *map(stride_of, per_input),
-        P=width, N=size, BLOCK_N=triton.next_power_of_2(size), W=words, DIGITS=digits, PDL=overlaps(state.device),
-        **chosen.launch(), **launch_early(state.device),
+        P=width, N=size, BLOCK_N=triton.next_power_of_2(size), W=words, ALL=triton.next_power_of_2(words),
+        DIGITS=digits, COPIES=max(4, chosen.num_warps) if planes else 1,
+        PDL=overlaps(state.device), **chosen.launch(), **launch_early(state.device),
     )  # fmt: skip
     return made
 
 
 def _mix(
-    x: Tensor, gated: Made, last: Made, block: BlockParameters, after: BlockParameters | None, digits: int
+    x: Tensor,
+    gated: Made,
+    last: Made,
+    block: BlockParameters,
+    after: BlockParameters | None,
+    digits: int,
+    planes: bool,
 ) -> tuple[Tensor, Made]:
     """Return the new x and its digits for the block after; where there is none, `last` unchanged."""
     packed, words = block.out_proj, gated[0].shape[2]
@@ -149,10 +173,12 @@ def _mix(
     if after is not None:
         made = torch.empty_like(last[0]), torch.empty_like(last[1])
         inputs = (after.norm_weight, after.in_proj.in_scale, after.in_proj.in_shift)
-    chosen = configuration("packed_blocks/mix", block.norm_weight.dtype, words, x.device)
+    name = "packed_blocks/mix_planes" if planes else "packed_blocks/mix"
+    chosen = configuration(name, block.norm_weight.dtype, words, x.device)
     mix[(triton.cdiv(out_features, BITS), tokens)](
-        *row_arguments(packed.signs, gated, packed[1:6], packed.bias), x, y, out_features, words * BITS,
-        block.gated_eps, *x.stride(), *inputs, *made, *map(stride_of, inputs), NEXT=made[0].shape[2],
+        *row_arguments(packed.signs, gated, packed[1:6], packed.bias), x, y, out_features,
+        block.gated_weight.shape[0], block.gated_eps, *x.stride(), *inputs, *made, *map(stride_of, inputs),
+        NEXT=made[0].shape[2], COPIES=max(4, chosen.num_warps) if planes else 1,
         **row_constants(words, digits, x.device, chosen),
     )  # fmt: skip
     return y, made
@@ -161,14 +187,16 @@ def _mix(
 def compile_cases() -> list[CompileCase]:
     """Return the calls by which the kernels are compiled without a GPU."""
 
-    def call(d_model: int, dtype: torch.dtype, more: bool) -> None:
+    def call(d_model: int, dtype: torch.dtype, more: bool, share: float = 0.0) -> None:
         def meta(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
             return torch.empty(*shape, dtype=dtype, device="meta")
 
-        def packed(out_features: int, in_features: int) -> Packed:
+        def packed(out_features: int, in_features: int, share: float = 0.0) -> Packed:
+            bitmap = meta(in_features // 256, dtype=torch.uint8) if share else None
+            shifted, in_features = in_features, in_features + BITS * int(share * in_features / BITS)
             signs = meta(out_features, in_features // 8, dtype=torch.uint8)
             if not more:
-                return Packed(signs, in_scale=meta(in_features), in_shift=meta(in_features))
+                return Packed(signs, in_scale=meta(in_features), in_shift=meta(shifted), bitmap=bitmap)
             rows, groups = meta(out_features), meta(out_features, in_features // 128)
             return Packed(signs, out_scale=rows, group_scale=groups, out_shift=rows, bias=rows)
 
@@ -176,7 +204,7 @@ def compile_cases() -> list[CompileCase]:
         heads, channels = inner // 64, inner + 2 * size
         block = BlockParameters(
             meta(d_model), packed(inner + channels + heads, d_model), meta(channels, 4), meta(channels), meta(heads),
-            meta(heads), meta(heads), meta(inner), packed(d_model, inner), 1e-5, 1e-5,
+            meta(heads), meta(heads), meta(inner), packed(d_model, inner, share), 1e-5, 1e-5,
         )  # fmt: skip
         state = meta(1, heads, 64, size, dtype=torch.float32)
         run(meta(1, d_model, dtype=torch.float32), [meta(1, channels, 3)] * 2, [state] * 2, [block] * 2)
@@ -184,5 +212,8 @@ def compile_cases() -> list[CompileCase]:
     return [
         CompileCase("780M bf16", partial(call, 1536, torch.bfloat16, False), representative=True),
         CompileCase("2.7B bf16", partial(call, 2560, torch.bfloat16, False)),
+        CompileCase("2.7B fp32", partial(call, 2560, torch.float32, False)),
+        CompileCase("2.7B bf16, second signs", partial(call, 2560, torch.bfloat16, False, 0.73)),
+        CompileCase("780M fp32, second signs", partial(call, 1536, torch.float32, False, 0.6)),
         CompileCase("2.7B fp32, all rows' terms", partial(call, 2560, torch.float32, True)),
     ]

@@ -6,12 +6,16 @@ registers, moves them on in place, and leaves gated outputs as digits, the norm'
 multiplied in. The norm's mean needs all heads, and is one factor of the whole product: `mix` applies it to sums, adds
 the residual stream, and leaves the digits of its 32 rows for the next block's `project`, in the same way.
 
+Products are counts of planes where SPLIT is given, and digits are planes then; see `binary_linear.triton_word_counts`.
+
 Legend: B batch, E inner width, H heads, P head width, N state size, W words of a row.
 """
 
 import triton
 import triton.language as tl
 
+from bimamba_lit.kernels.binary_linear.triton_counts import ask
+from bimamba_lit.kernels.binary_linear.triton_word_counts import multiply_planes
 from bimamba_lit.kernels.binary_linear.triton_words import (
     begin_next,
     load_terms,
@@ -19,8 +23,39 @@ from bimamba_lit.kernels.binary_linear.triton_words import (
     multiply,
     wait,
     write_digits,
+    write_planes,
 )
 from bimamba_lit.kernels.pointwise import LOG2_E, sigmoid, softplus
+
+
+@triton.jit
+def _load(
+    signs, rows, there, out_features, ROWS: tl.constexpr, W: tl.constexpr, CHUNK: tl.constexpr, SPLIT: tl.constexpr
+):
+    if SPLIT:
+        return ask(signs, tl.program_id(0) * ROWS, out_features, ROWS, SPLIT, W)
+    else:
+        return load_words(signs, rows, there, W, CHUNK)
+
+
+@triton.jit
+def _multiply(
+    words, terms, rows, there, digits, scales, group_scale, in_shift, out_shift, groups, in_features, eps,
+    ROWS: tl.constexpr, CHUNK: tl.constexpr, W: tl.constexpr, ALL: tl.constexpr, DIGITS: tl.constexpr,
+    PTX: tl.constexpr, SPLIT: tl.constexpr,
+):  # fmt: skip
+    token = tl.program_id(1).to(tl.int64)
+    digits += token * (8 * DIGITS * W)
+    scales += token * (5 * W)
+    if SPLIT:
+        return multiply_planes(
+            words, terms, digits, scales, in_shift, out_shift, in_features, eps, ROWS, SPLIT, W, ALL, DIGITS, PTX
+        )
+    else:
+        return multiply(
+            words, terms, rows, there, digits, scales, group_scale, in_shift, out_shift, groups, in_features, eps,
+            ROWS, CHUNK, W, ALL, DIGITS, True, PTX,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -30,14 +65,14 @@ def project(
     conv_state, conv_weight, conv_bias, y, out_features, in_features, eps, inner, channels,
     state_b, state_c, state_t, weight_c, weight_t,
     TAPS: tl.constexpr, W: tl.constexpr, ALL: tl.constexpr, DIGITS: tl.constexpr, ROWS: tl.constexpr,
-    CHUNK: tl.constexpr, PTX: tl.constexpr, PDL: tl.constexpr,
+    PTX: tl.constexpr, PDL: tl.constexpr, CHUNK: tl.constexpr = 0, SPLIT: tl.constexpr = 0,
 ):  # fmt: skip
     """Write y (B, O) float32: z, the convolved and activated x, B and C, and dt."""
     begin_next(PDL)
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     token = tl.program_id(1).to(tl.int64)
     there = rows < out_features
-    words = load_words(signs, rows, there, W, CHUNK)
+    words = _load(signs, rows, there, out_features, ROWS, W, CHUNK, SPLIT)
     terms = load_terms(rows, there, out_scale, out_shift, bias, out_scale_step, out_shift_step, bias_step, ROWS)
     channel = rows - inner
     convolved = (channel >= 0) & (channel < channels)
@@ -52,9 +87,9 @@ def project(
         total += before[t].to(tl.float32) * tl.load(tap + t * weight_t, mask=convolved, other=0.0).to(tl.float32)
     last_tap = tl.load(tap + (TAPS - 1) * weight_t, mask=convolved, other=0.0).to(tl.float32)
     wait(PDL)
-    result = multiply(
-        words, terms, rows, there, digits + token * (8 * DIGITS * W), scales + token * (5 * W), group_scale, in_shift,
-        out_shift, groups, in_features, eps, ROWS, CHUNK, W, ALL, DIGITS, True, PTX,
+    result = _multiply(
+        words, terms, rows, there, digits, scales, group_scale, in_shift, out_shift, groups, in_features, eps,
+        ROWS, CHUNK, W, ALL, DIGITS, PTX, SPLIT,
     )  # fmt: skip
     new = result.to(conv_state.dtype.element_ty)
     total += new.to(tl.float32) * last_tap
@@ -69,11 +104,15 @@ def project(
 
 @triton.jit
 def scan(
-    projected, state, dt_bias, A_log, D, gated_weight, in_scale, in_shift, digits, scales, out_features, inner,
-    state_b, state_h, state_p, state_n, dt_bias_h, A_h, D_h, gated_step, in_scale_step, in_shift_step,
-    P: tl.constexpr, N: tl.constexpr, BLOCK_N: tl.constexpr, W: tl.constexpr, DIGITS: tl.constexpr, PDL: tl.constexpr,
+    projected, state, dt_bias, A_log, D, gated_weight, in_scale, in_shift, bitmap, digits, scales, out_features, inner,
+    shifted_inputs, state_b, state_h, state_p, state_n, dt_bias_h, A_h, D_h, gated_step, in_scale_step, in_shift_step,
+    P: tl.constexpr, N: tl.constexpr, BLOCK_N: tl.constexpr, W: tl.constexpr, ALL: tl.constexpr, DIGITS: tl.constexpr,
+    COPIES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Advance 32 rows of a head's state (B, H, P, N) in place, and write the digits and scales of their outputs."""
+    """Advance 32 rows of a head's state (B, H, P, N) in place, and write the digits and scales of their outputs.
+
+    Those of a word with a second sign, by `bitmap`, are written again behind the others, with scales of their own.
+    """
     begin_next(PDL)
     word = tl.program_id(0)
     token = tl.program_id(1).to(tl.int64)
@@ -86,7 +125,15 @@ def scan(
     rate = -tl.exp2(tl.load(A_log + head * A_h).to(tl.float32) * LOG2_E) * LOG2_E
     bias = tl.load(dt_bias + head * dt_bias_h).to(tl.float32)
     skip = tl.load(D + head * D_h).to(tl.float32)
-    gains = load_gains(gated_weight, in_scale, in_shift, e, gated_step, in_scale_step, in_shift_step)
+    steps = (gated_step, in_scale_step, in_shift_step)
+    gains = load_gains(gated_weight, in_scale, in_shift, e, e, inner, steps, COPIES)
+    if bitmap is not None:
+        again = (tl.load(bitmap + word // 8).to(tl.int32) >> (word % 8)) & 1
+        j = tl.arange(0, ALL)
+        earlier = (tl.load(bitmap + j // 8, mask=j < word, other=0).to(tl.int32) >> (j % 8)) & 1
+        place = tl.where(again == 1, inner // 32 + tl.sum(earlier, 0), word)
+        i = place * 32 + tl.arange(0, 32)
+        gains_again = load_gains(gated_weight, in_scale, in_shift, e, i, shifted_inputs, steps, COPIES)
     wait(PDL)
     projected += token * out_features
     z = tl.load(projected + e)
@@ -97,31 +144,58 @@ def scan(
     after = tl.exp2(step * rate) * before + (step * x)[:, None] * into[None, :]
     tl.store(at, after, mask=real)
     gated = (tl.sum(after * out[None, :], 1) + skip * x) * z * sigmoid(z)
-    write_word(gated, gains, word, digits + token * (8 * DIGITS * W), scales + token * (5 * W), W, DIGITS)
+    digits += token * (8 * DIGITS * W)
+    scales += token * (5 * W)
+    write_word(gated, gains, word, word < W, digits, scales, W, DIGITS, COPIES, False)
+    if bitmap is not None:
+        write_word(gated, gains_again, place, again == 1, digits, scales, W, DIGITS, COPIES, True)
 
 
 @triton.jit
-def load_gains(norm_weight, in_scale, in_shift, i, norm_step, in_scale_step, in_shift_step):
-    """Return, of inputs i, a norm's gain, and that times `in_scale` and `in_shift`, float32."""
-    gain = tl.load(norm_weight + i * norm_step).to(tl.float32)
+def load_gains(norm_weight, in_scale, in_shift, i, j, shifted_inputs, steps, COPIES: tl.constexpr):
+    """Return, of inputs i, a norm's gain, and that times `in_scale` and `in_shift` of inputs j, float32.
+
+    Only the first inputs have a shift.
+    """
+    if COPIES > 1:
+        copy = tl.zeros([COPIES, 1], tl.int32)
+        i, j = copy + i[None, :], copy + j[None, :]
+    gain = tl.load(norm_weight + i * steps[0]).to(tl.float32)
     scaled, shift = gain, gain
     if in_scale is not None:
-        scaled = gain * tl.load(in_scale + i * in_scale_step).to(tl.float32)
+        scaled = gain * tl.load(in_scale + j * steps[1]).to(tl.float32)
     if in_shift is not None:
-        shift = gain * tl.load(in_shift + i * in_shift_step).to(tl.float32)
+        shift = gain * tl.load(in_shift + j * steps[2], mask=j < shifted_inputs, other=0.0).to(tl.float32)
     return gain, scaled, shift
 
 
 @triton.jit
-def write_word(x, gains, word, digits, scales, W: tl.constexpr, DIGITS: tl.constexpr):
-    """Write digits and scales of a word's 32 inputs x."""
+def write_word(
+    x, gains, word, there, digits, scales, W: tl.constexpr, DIGITS: tl.constexpr, COPIES: tl.constexpr,
+    AGAIN: tl.constexpr,
+):  # fmt: skip
+    """Write the digits and scales of a word's 32 inputs x; or the planes, where there are COPIES, one a warp.
+
+    A warp of its own for each copy keeps sums over the inputs from waiting for other warps. AGAIN leaves the inputs out
+    of the norm's mean, which takes each once.
+    """
     gain, scaled, shift = gains
-    w = word + tl.arange(0, 1)
-    # Reshaped, not broadcast: the layout, and with it where sums are taken, stays what it is.
-    write_digits(
-        tl.reshape(x, [1, 32]), tl.reshape(x * gain, [1, 32]), tl.reshape(x * scaled, [1, 32]),
-        tl.reshape(x * shift, [1, 32]), w, w < W, digits, scales, W, 1, DIGITS,
-    )  # fmt: skip
+    if COPIES > 1:
+        tile = tl.arange(0, COPIES)
+        x = tl.broadcast_to(x[None, :], [COPIES, 32])
+        value = tl.zeros_like(x) if AGAIN else x
+        write_planes(
+            value, x * gain, x * scaled, x * shift, word + 0 * tile, tile, there & (tile < COPIES), digits, scales,
+            W, DIGITS,
+        )  # fmt: skip
+    else:
+        w = word + tl.arange(0, 1)
+        value = tl.zeros_like(x) if AGAIN else x
+        # Reshaped, not broadcast: the layout, and with it where sums are taken, stays what it is.
+        write_digits(
+            tl.reshape(value, [1, 32]), tl.reshape(x * gain, [1, 32]), tl.reshape(x * scaled, [1, 32]),
+            tl.reshape(x * shift, [1, 32]), w, there & (w < W), digits, scales, W, 1, DIGITS,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -129,8 +203,8 @@ def mix(
     signs, digits, scales, out_scale, group_scale, in_shift, out_shift, bias,
     out_scale_step, out_shift_step, bias_step, groups, x, y, out_features, in_features, eps, x_b, x_d,
     next_norm, next_scale, next_shift, next_digits, next_scales, norm_step, next_scale_step, next_shift_step,
-    NEXT: tl.constexpr, W: tl.constexpr, ALL: tl.constexpr, DIGITS: tl.constexpr, CHUNK: tl.constexpr,
-    PTX: tl.constexpr, PDL: tl.constexpr,
+    NEXT: tl.constexpr, W: tl.constexpr, ALL: tl.constexpr, DIGITS: tl.constexpr, COPIES: tl.constexpr,
+    PTX: tl.constexpr, PDL: tl.constexpr, CHUNK: tl.constexpr = 0, SPLIT: tl.constexpr = 0,
 ):  # fmt: skip
     """Write y (B, O), x and the output projection of the normed digits; and, before a block, y's own digits."""
     begin_next(PDL)
@@ -138,20 +212,20 @@ def mix(
     rows = word * 32 + tl.arange(0, 32)
     token = tl.program_id(1).to(tl.int64)
     there = rows < out_features
-    words = load_words(signs, rows, there, W, CHUNK)
+    words = _load(signs, rows, there, out_features, 32, W, CHUNK, SPLIT)
     terms = load_terms(rows, there, out_scale, out_shift, bias, out_scale_step, out_shift_step, bias_step, 32)
     if next_norm is not None:
-        gains = load_gains(next_norm, next_scale, next_shift, rows, norm_step, next_scale_step, next_shift_step)
+        steps = (norm_step, next_scale_step, next_shift_step)
+        gains = load_gains(next_norm, next_scale, next_shift, rows, rows, out_features, steps, COPIES)
     wait(PDL)
     residual = tl.load(x + token * x_b + rows * x_d, mask=there, other=0.0).to(tl.float32)
-    result = multiply(
-        words, terms, rows, there, digits + token * (8 * DIGITS * W), scales + token * (5 * W), group_scale, in_shift,
-        out_shift, groups, in_features, eps, 32, CHUNK, W, ALL, DIGITS, True, PTX,
+    result = _multiply(
+        words, terms, rows, there, digits, scales, group_scale, in_shift, out_shift, groups, in_features, eps,
+        32, CHUNK, W, ALL, DIGITS, PTX, SPLIT,
     )  # fmt: skip
     new = (residual + result).to(y.dtype.element_ty)
     tl.store(y + token * out_features + rows, new, mask=there)
     if next_norm is not None:
-        write_word(
-            new.to(tl.float32), gains, word, next_digits + token * (8 * DIGITS * NEXT),
-            next_scales + token * (5 * NEXT), NEXT, DIGITS,
-        )  # fmt: skip
+        next_digits += token * (8 * DIGITS * NEXT)
+        next_scales += token * (5 * NEXT)
+        write_word(new.to(tl.float32), gains, word, word < NEXT, next_digits, next_scales, NEXT, DIGITS, COPIES, False)

@@ -2,7 +2,8 @@
 
 Sound: no register spilled, shared memory within a block's limit, and on Hopper no product whose left operand lies in
 registers while earlier products may still be running (triton #9433, in Triton up to 3.6): in PTX, a ``wgmma`` with two
-register lists in a kernel that waits for fewer than all groups.
+register lists in a kernel that waits for fewer than all groups. Where a kernel writes an instruction of a warp itself,
+its tensors have one element a thread, in order.
 """
 
 import importlib
@@ -28,6 +29,7 @@ if triton.knobs.runtime.interpret:
 SHARED_LIMIT = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448, "sm_120": 101_376, "gfx942": 65_536}
 REGISTER_LEFT = re.compile(r"wgmma\.mma_async\S*\s*\{[^}]*\}\s*,\s*\{")
 WAIT_FOR_SOME = re.compile(r"wgmma\.wait_group\.sync\.aligned\s+[1-9]")
+ONE_A_THREAD = "#ttg.blocked<{{sizePerThread = [1], threadsPerWarp = [32], warpsPerCTA = [{}], order = [0]}}>"
 MODULES = sorted(
     f"bimamba_lit.kernels.{path.parent.name}.triton"
     for path in (Path(bimamba_lit.__file__).parent / "kernels").resolve().glob("*/triton.py")
@@ -91,6 +93,17 @@ def spills(binary, architecture):
     return sum(int(count) for count in re.findall(r"STACK:(\d+)", usage) or ["-1"])
 
 
+def places(binary):
+    """Return how tensors lie whose elements an instruction takes as those of threads."""
+    text = binary.asm.get("ttgir", "")
+    used = [line for line in text.splitlines() if "mma.sync" in line or "shfl.sync" in line]
+    return {
+        re.search(rf"^{layout} = (.*)$", text, re.MULTILINE)[1]
+        for line in used
+        for layout in re.findall(r"tensor<\d+xi32, (#\w+)>", line)
+    }
+
+
 def cases():
     for module in MODULES:
         for case in importlib.import_module(module).compile_cases():
@@ -113,7 +126,9 @@ def test_kernels_compile_and_are_sound(case, architecture, monkeypatch):
             pytest.skip(str(error))
     assert launches, "the case launches no kernel"
     for kernel, args, kwargs in launches:
-        assert not faults(compiled(kernel, args, kwargs, architecture), architecture), f"{kernel.__name__} {kwargs}"
+        binary = compiled(kernel, args, kwargs, architecture)
+        assert not faults(binary, architecture), f"{kernel.__name__} {kwargs}"
+        assert places(binary) <= {ONE_A_THREAD.format(kwargs["num_warps"])}, f"{kernel.__name__} {kwargs}"
 
 
 def test_every_row_of_the_table_is_compiled(monkeypatch):
@@ -140,6 +155,23 @@ def test_every_row_of_the_table_is_compiled(monkeypatch):
         if row.architectures != (configurations.INTERPRETER,) and not any(row is other for other in reached)
     ]
     assert not missed, "no compile case reaches these rows"
+
+
+@triton.jit
+def from_lane(x, pairs: tl.constexpr):
+    """Ask lanes for what others have, with one element a thread, or two."""
+    i = tl.arange(0, 128 * pairs)
+    value = tl.inline_asm_elementwise(
+        "shfl.sync.idx.b32 $0, $1, $2, 31, -1;", "=r,r,r", [tl.load(x + i), i % 32], tl.int32, True, 1
+    )
+    tl.store(x + i, value)
+
+
+@pytest.mark.parametrize("pairs", [1, 2])
+def test_elements_that_lie_otherwise_are_seen(pairs):
+    x = torch.empty(256, dtype=torch.int32, device="meta")
+    binary = compiled(from_lane, (x,), {"pairs": pairs, "num_warps": 4}, "sm_80")
+    assert (places(binary) == {ONE_A_THREAD.format(4)}) == (pairs == 1)
 
 
 @triton.jit

@@ -8,17 +8,20 @@ from bimamba_lit.binarize import FBI, ScaledSign, Sign, binarize_, pack_
 from bimamba_lit.models.packed_step import packed_parameters
 
 
-def make(scheme=FBI, activation_bits=None, targets=("in_proj", "out_proj"), **options):
+def make(scheme=FBI, activation_bits=None, targets=("in_proj", "out_proj"), double_inputs=None, **options):
     torch.manual_seed(0)
     config = MambaConfig(d_model=64, n_layer=2, vocab_size=11, headdim=32, d_state=8, **options)
     lm = MambaLM(config).eval()
-    return pack_(binarize_(lm, scheme, targets=targets), activation_bits)
+    return pack_(binarize_(lm, scheme, targets=targets, double_inputs=double_inputs or {}), activation_bits)
 
 
-@pytest.mark.parametrize("scheme", [FBI, lambda layer: FBI(layer, "row"), Sign, ScaledSign])
+@pytest.mark.parametrize(
+    ("scheme", "double_inputs"),
+    [(FBI, {}), (lambda layer: FBI(layer, "row"), {}), (Sign, {}), (ScaledSign, {}), (FBI, {"*": 0.6})],
+)
 @torch.no_grad()
-def test_the_op_does_what_the_blocks_do(scheme):
-    lm = make(scheme)
+def test_the_op_does_what_the_blocks_do(scheme, double_inputs):
+    lm = make(scheme, double_inputs=double_inputs)
     blocks, states = lm.backbone.layers, lm.prefill(torch.tensor([[3, 1, 4]]), lm.init_state(1))[1].layers
     x = torch.randn(1, 64)
     y, conv_states, ssm_states = ops.packed_blocks(

@@ -104,8 +104,9 @@ def case_of(kernel: str) -> str:
         "causal_conv1d": "conv",
         "rms_norm": "norm",
         "signs": "gemm",
-        "binary_linear": "gemm",
+        "binary_linear": "gemm" if "gemm" in kernel else "gemv",
         "binary_weight": "binary_layer",
+        "linear_rows": "decode",
         "packed_blocks": "decode",
     }
     op = kernel.split("/")[0]

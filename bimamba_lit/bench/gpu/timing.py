@@ -40,7 +40,9 @@ def measure(case: Case, at: Machine) -> list[Row]:
     first = _fresh(case)
     sets = [first]
     if case.rotate:
-        count = min(MAX_SETS, int(COLD_BYTES // max(_bytes(first), 1)) + 1)
+        # What a call reads, not all that peers need beside it: a packed weight is a sixteenth of a dense one.
+        read = _bytes(first) if case.work is None else min(case.work.bytes, _bytes(first))
+        count = min(MAX_SETS, int(COLD_BYTES // max(read, 1)) + 1)
         sets += [case.inputs() for _ in range(count - 1)]
     right = None if case.right is None else [t.detach() for t in tensors(case.right(first))]
     rows, runs = [], {}
@@ -98,7 +100,8 @@ def _graphed(calls: list[Callable[[], Any]]) -> tuple[Callable[[], Any], bool]:
     current, side = torch.cuda.current_stream(), torch.cuda.Stream()
     side.wait_stream(current)
     with torch.cuda.stream(side):
-        calls[0]()
+        for call in calls:  # a peer may prepare something for each set
+            call()
     current.wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     try:

@@ -6,6 +6,7 @@ from torch.library import opcheck
 
 from bimamba_lit import ops
 from bimamba_lit.kernels.binary_linear import triton as kernel
+from bimamba_lit.kernels.binary_linear.triton_counts import counts_fit
 from bimamba_lit.kernels.binary_weight import triton as weight_kernel
 from bimamba_lit.kernels.configurations import Configuration, overriding
 
@@ -146,6 +147,33 @@ def test_outliers_zeros_and_numbers_that_are_not_finite():
     right = ops.binary_linear(x.double(), signs, 64, backend="naive")
     assert ratio(y[0] - y[0, :1], right[0] - right[0, :1]) <= 1e-4 and not y[1].any()
     assert not y[2:4].isfinite().any() and y[4].isfinite().all()
+
+
+@pytest.mark.parametrize(("rows", "split", "bits"), [(16, 1, None), (32, 2, 8), (16, 4, None)])
+@pytest.mark.parametrize("terms", [(), tuple(name for name in TERMS if name != "group_scale")])
+def test_counts_of_planes(rows, split, bits, terms):
+    out_features, in_features = 24, 25 * 32
+    signs = ops.pack_signs(normal(out_features + 1, in_features))[1:]
+    given = make(out_features, in_features, 1, terms) | {"activation_bits": bits}
+    x = normal(in_features, 2, dtype=torch.bfloat16).t()
+    assert counts_fit(in_features, None, x.device)
+    chosen = Configuration({"ROWS": rows, "SPLIT": split}, num_warps=rows // 16 * split)
+    with overriding("binary_linear/counts", chosen):
+        y = ops.binary_linear(x, signs, in_features, **given, backend="triton")
+    right = ops.binary_linear(x.double(), signs, in_features, **given, backend="naive")
+    assert ratio(y, right) <= 0.005
+
+
+def test_counts_are_exact_and_show_what_is_not_finite():
+    signs = ops.pack_signs(normal(40, 384))
+    x = torch.randint(-127, 128, (2, 384), generator=torch.Generator().manual_seed(0)).half()
+    x[:, 0] = 127  # the step is 1, or 1 / 256
+    for bits in (None, 8):
+        y = ops.binary_linear(x, signs, 384, activation_bits=bits, backend="triton")
+        assert torch.equal(y, ops.binary_linear(x.float(), signs, 384, backend="naive").half())
+    x[0, 5], x[1] = torch.inf, 0
+    y = ops.binary_linear(x, signs, 384, backend="triton")
+    assert not y[0].isfinite().any() and not y[1].any()
 
 
 @pytest.mark.parametrize("straight_through", SLOPES)

@@ -5,6 +5,7 @@ import torch
 from torch.library import opcheck
 
 from bimamba_lit import ops
+from bimamba_lit.kernels.configurations import Configuration, overriding
 from bimamba_lit.kernels.packed_blocks import triton as kernel
 
 pytestmark = pytest.mark.usefixtures("poisoned")
@@ -23,40 +24,62 @@ class Normal:
         return torch.randn(*shape, generator=self.generator).to(dtype)
 
 
-def packed(normal, out_features, in_features, names, groups=1, single=False):
+@pytest.fixture(autouse=True)
+def by_digits(request, monkeypatch):
+    """Take what GPUs do that have no instruction for counts, in tests that do not ask for counts."""
+    if "counted" not in request.fixturenames:
+        monkeypatch.setattr(kernel, "counts_fit", lambda *given: False)
+
+
+def packed(normal, out_features, in_features, names, groups=1, single=False, second=()):
+    bitmap = ops.pack_signs(torch.tensor([second], dtype=torch.float32))[0] if second else None
+    first, in_features = in_features, in_features + 32 * sum(second)
     i, o = (1, 1) if single else (in_features, out_features)
     shapes = {
         "in_scale": (i,),
         "out_scale": (o,),
         "group_scale": (out_features, groups),
-        "in_shift": (i,),
+        "in_shift": (1 if single else first,),
         "out_shift": (o,),
         "bias": (o,),
     }
     terms = {name: normal(*shapes[name]) / 4 for name in names}
-    return ops.Packed(ops.pack_signs(normal(out_features, in_features)), **terms)
+    return ops.Packed(ops.pack_signs(normal(out_features, in_features)), **terms, bitmap=bitmap)
 
 
-def make(names=(), dtype=torch.float32, batch=1, single=False, conv_bias=True, blocks=2):
+def make(
+    names=(),
+    dtype=torch.float32,
+    batch=1,
+    single=False,
+    conv_bias=True,
+    blocks=2,
+    d_model=D_MODEL,
+    heads=HEADS,
+    second=(),
+):
     """Return the arguments of a step: states that are not contiguous, numbers that `dtype` holds."""
     normal = Normal()
-    conv_states = [normal(batch, TAPS - 1, CHANNELS, dtype=dtype).mT for _ in range(blocks)]
-    ssm_states = [normal(batch, HEADS, SIZE, WIDTH).mT for _ in range(blocks)]
-    made = [make_block(normal, names, dtype, single, conv_bias) for _ in range(blocks)]
-    return normal(batch, D_MODEL), conv_states, ssm_states, made
+    channels = heads * WIDTH + 2 * SIZE
+    conv_states = [normal(batch, TAPS - 1, channels, dtype=dtype).mT for _ in range(blocks)]
+    ssm_states = [normal(batch, heads, SIZE, WIDTH).mT for _ in range(blocks)]
+    made = [make_block(normal, names, dtype, single, conv_bias, d_model, heads, second) for _ in range(blocks)]
+    return normal(batch, d_model), conv_states, ssm_states, made
 
 
-def make_block(normal, names, dtype, single, conv_bias):
+def make_block(normal, names, dtype, single, conv_bias, d_model, heads, second):
+    inner = heads * WIDTH
+    channels = inner + 2 * SIZE
     block = ops.BlockParameters(
-        norm_weight=normal(D_MODEL),
-        in_proj=packed(normal, INNER + CHANNELS + HEADS, D_MODEL, names, 2, single),
-        conv_weight=normal(CHANNELS, TAPS),
-        conv_bias=normal(CHANNELS) if conv_bias else None,
-        dt_bias=normal(HEADS) - 2,
-        A_log=normal(HEADS),
-        D=normal(HEADS),
-        gated_weight=normal(INNER),
-        out_proj=packed(normal, D_MODEL, INNER, names, 2, single),
+        norm_weight=normal(d_model),
+        in_proj=packed(normal, inner + channels + heads, d_model, names, 2, single),
+        conv_weight=normal(channels, TAPS),
+        conv_bias=normal(channels) if conv_bias else None,
+        dt_bias=normal(heads) - 2,
+        A_log=normal(heads),
+        D=normal(heads),
+        gated_weight=normal(inner),
+        out_proj=packed(normal, d_model, inner, names, 2, single, second),
         eps=1e-5,
         gated_eps=1e-3,
     )
@@ -95,9 +118,71 @@ def test_every_term(names, single):
     check(make(names, single=single, blocks=1 + len(names) // 6), 5e-5)
 
 
+@pytest.mark.parametrize(
+    ("names", "shifts"), [((), 0), (SECOND := ("in_scale", "in_shift", "out_shift"), 96), (SECOND, 1), (SECOND, 160)]
+)
+def test_words_with_a_second_sign(names, shifts):
+    """A shift is of the first inputs, one for all, or of all that there are."""
+    given = make(names, batch=2, blocks=1, heads=3, second=(1, 0, 1))
+    if shifts:
+        block = given[3][0]
+        given[3][0] = block._replace(out_proj=block.out_proj._replace(in_shift=Normal()(shifts)))
+    assert kernel.supports(given[0], given[1][0], given[2][0], given[3][0])
+    check(given, 5e-5)
+
+
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.bfloat16, 0.005), (torch.float16, 0.001)])
 def test_half_precision_and_several_sequences(dtype, bound):
     check(make(TERMS, dtype, batch=2, conv_bias=False), bound)
+
+
+NO_GROUPS = tuple(name for name in TERMS if name != "group_scale")
+
+
+@pytest.fixture
+def counted(request, monkeypatch):
+    """Rows of a program and warps that share them, of `project` and `mix`; fails where digits are made, not planes."""
+    rows, split, mix_split = request.param
+    monkeypatch.setattr(kernel, "make_digits", lambda *args: args[-1] and made(*args))
+    project = Configuration({"ROWS": rows, "SPLIT": split}, num_warps=rows // 16 * split)
+    mix = Configuration({"SPLIT": mix_split}, num_warps=2 * mix_split)
+    with overriding("packed_blocks/project_planes", project), overriding("packed_blocks/mix_planes", mix):
+        yield
+
+
+made = kernel.make_digits
+
+
+@pytest.mark.parametrize(
+    ("counted", "dtype", "bound", "more"),
+    [
+        ((32, 1, 2), torch.float32, 5e-5, {"names": NO_GROUPS}),
+        ((16, 2, 1), torch.float32, 5e-5, {"blocks": 1, "names": NO_GROUPS, "single": True}),
+        (
+            (16, 4, 4),
+            torch.bfloat16,
+            0.01,
+            {"batch": 2, "conv_bias": False, "blocks": 1},
+        ),  # rounded towards 0 in the interpreter
+        (
+            (32, 1, 2),
+            torch.float32,
+            5e-5,
+            {"blocks": 1, "heads": 8, "second": (0, 1, 1, 0, 0, 0, 1, 0), "names": NO_GROUPS},
+        ),
+        ((64, 1, 2), torch.float16, 0.001, {"d_model": 640, "blocks": 1}),
+    ],
+    indirect=["counted"],
+)
+def test_counts_of_planes(counted, dtype, bound, more):
+    check(make(dtype=dtype, **{"d_model": 128, "heads": 4} | more), bound)
+
+
+@pytest.mark.parametrize("counted", [(32, 1, 2)], indirect=True)
+def test_words_far_smaller_than_others_are_counted_in_their_places(counted):
+    given = make(blocks=1, d_model=128, heads=4)
+    given[0][:] *= torch.tensor([1.0, 1e-3, 1e-6, 1e-12]).repeat_interleave(32)
+    check(given, 5e-5)
 
 
 def test_shapes_that_the_kernels_do_not_take_are_composed():
@@ -108,6 +193,15 @@ def test_shapes_that_the_kernels_do_not_take_are_composed():
 
 
 def test_numbers_that_are_not_finite_stay_so():
+    check_not_finite()
+
+
+@pytest.mark.parametrize("counted", [(32, 1, 2)], indirect=True)
+def test_counts_of_numbers_that_are_not_finite_stay_so(counted):
+    check_not_finite()
+
+
+def check_not_finite():
     given = make(batch=3, blocks=1)
     given[0][0, 3], given[0][1, 40] = torch.inf, torch.nan
     with torch.no_grad():

@@ -1,0 +1,1 @@
+"""A dense linear layer of one token on a GPU."""
