@@ -103,8 +103,9 @@ def case_of(kernel: str) -> str:
     names = {
         "causal_conv1d": "conv",
         "rms_norm": "norm",
+        "sums": "norm",
         "signs": "gemm",
-        "binary_linear": "gemm" if "gemm" in kernel else "gemv",
+        "binary_linear": "gemm" if kernel.endswith("8") else "gemv",
         "binary_weight": "binary_layer",
         "linear_rows": "decode",
         "packed_blocks": "decode",
