@@ -146,8 +146,9 @@ def _mix_backward(
 
 
 @_mix_backward.register_fake
-def _(gout, xbc, y, scale, *inputs):
-    return [t.new_empty(t.shape) for t in inputs[:7]]
+def _(gout, xbc, y, scale, projected, conv_weight, *inputs):
+    g_weight = conv_weight.new_empty(conv_weight.shape[::-1]).t()
+    return [projected.new_empty(projected.shape), g_weight, *(t.new_empty(t.shape) for t in inputs[:5])]
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -109,6 +109,10 @@ def test_what_has_no_kernel_takes_the_ops_one_by_one():
 def test_opcheck():
     inputs = (*make(4).values(), documents(4).int(), padding(4), 1, 1e-5)
     torch.library.opcheck(torch.ops.bimamba_lit.conv_ssd_norm.default, inputs)
+    with torch.no_grad():
+        out, *kept = torch.ops.bimamba_lit.conv_ssd_norm(*inputs)
+    backward = torch.ops.bimamba_lit.conv_ssd_norm_backward.default
+    torch.library.opcheck(backward, (out, *kept, *inputs), test_utils=("test_schema", "test_faketensor"))
 
 
 def test_compiles_without_a_graph_break():
