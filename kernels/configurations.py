@@ -270,6 +270,61 @@ TABLE: dict[str, tuple[Row, ...]] = {
         Row(Configuration({"ROWS": 4, "BLOCK": 64}, num_warps=1), architectures=(INTERPRETER,)),
         Row(Configuration({"ROWS": 2, "BLOCK": 512}, num_warps=2)),
     ),
+    # hopper: the size is the number of tokens, and the width that of what is multiplied; hopper_tokens: that of inputs
+    "binary_linear/hopper_tokens": (
+        Row(Configuration({"INPUTS": 2048}, num_warps=4), architectures=("sm_90",), up_to=2048),
+        Row(Configuration({"INPUTS": 4096}, num_warps=8), architectures=("sm_90",), up_to=4096),
+        Row(Configuration({"INPUTS": 8192}, num_warps=8), architectures=("sm_90",)),
+    ),
+    "binary_linear/hopper": (
+        Row(
+            Configuration({"TOKENS": 32, "ROWS": 64, "WORDS": 4, "NEAR": 8, "STAGES": 8}),
+            architectures=("sm_90",),
+            itemsize=1,
+            up_to=32,
+        ),
+        Row(
+            Configuration({"TOKENS": 64, "ROWS": 64, "WORDS": 4, "NEAR": 8, "STAGES": 6}),
+            architectures=("sm_90",),
+            itemsize=1,
+            up_to=64,
+        ),
+        Row(
+            Configuration({"TOKENS": 128, "ROWS": 64, "WORDS": 4, "NEAR": 8, "STAGES": 4}),
+            architectures=("sm_90",),
+            itemsize=1,
+            up_to=256,
+        ),
+        Row(
+            Configuration({"TOKENS": 128, "ROWS": 128, "WORDS": 4, "NEAR": 8, "STAGES": 4}, 8),
+            architectures=("sm_90",),
+            itemsize=1,
+        ),
+        Row(
+            Configuration({"TOKENS": 32, "ROWS": 64, "WORDS": 4, "NEAR": 8, "STAGES": 6}),
+            architectures=("sm_90",),
+            itemsize=2,
+            up_to=32,
+        ),
+        Row(
+            Configuration({"TOKENS": 64, "ROWS": 64, "WORDS": 4, "NEAR": 8, "STAGES": 4}),
+            architectures=("sm_90",),
+            itemsize=2,
+            up_to=64,
+        ),
+        Row(
+            Configuration({"TOKENS": 128, "ROWS": 64, "WORDS": 4, "NEAR": 8, "STAGES": 3}),
+            architectures=("sm_90",),
+            itemsize=2,
+            up_to=128,
+        ),
+        Row(
+            Configuration({"TOKENS": 128, "ROWS": 128, "WORDS": 4, "NEAR": 8, "STAGES": 3}, 8),
+            architectures=("sm_90",),
+            itemsize=2,
+        ),
+    ),
+    "binary_linear/hopper_parts": (Row(Configuration({"TOKENS": 8, "ROWS": 128}), architectures=("sm_90",)),),
     # packed_blocks: the size is the number of words of a row, or that of a head's state
     "packed_blocks/project": (
         Row(Configuration({"ROWS": 128, "CHUNK": 4}, num_warps=1), architectures=(INTERPRETER,)),

@@ -1,5 +1,7 @@
 """The packed linear layer on a GPU: the integer units for a few tokens, a dense weight and cuBLAS for many.
 
+Between them, and beyond with 8 bits, Hopper unpacks signs in registers (`triton_hopper`).
+
 The dense weight holds every term of the formula, so beyond the product there is one pass that writes it: 2 bytes a
 weight beside 2 M operations, a tenth of the product's time at 2,048 tokens.
 
@@ -21,7 +23,13 @@ from bimamba_lit.kernels.binary_linear.triton_words import fits, words_gemv
 from bimamba_lit.kernels.binary_weight.triton import Terms, dense_weight, weight_forward, weight_gradients
 from bimamba_lit.kernels.configurations import CompileCase, architecture
 
+try:
+    from bimamba_lit.kernels.binary_linear.triton_hopper import binary_gemm_hopper
+except ImportError:  # what it is written in is an experiment of Triton's, whose names may move
+    binary_gemm_hopper = None  # type: ignore[assignment]
+
 FEWEST = 2  # tokens that words take: each reads all signs anew, where the integer units take eight columns at once
+FEWEST_ON_HOPPER = 17  # tokens; up to 16 of 16 bits fit the integer units' columns
 MOST_COLUMNS = 32  # tokens times digits; beyond, the dense product is faster
 
 
@@ -100,7 +108,7 @@ def linear_forward(
     bias: Tensor | None,
     activation_bits: int | None,
 ) -> Tensor:
-    """Map x (M, I) to (M, O), by the faster of the two ways."""
+    """Map x (M, I) to (M, O), by the fastest way."""
     if x.shape[0] == 0 or signs.shape[0] == 0:
         return x.new_empty(x.shape[0], signs.shape[0])
     in_scale, out_scale, group_scale, in_shift, out_shift = terms
@@ -110,6 +118,8 @@ def linear_forward(
         return counts_gemv(x, signs, digits, terms, bias)
     if x.shape[0] <= FEWEST and fits(in_features, group_scale) and not architecture(x.device).startswith("gfx"):
         return words_gemv(x, signs, min(digits, 3), terms, bias)
+    if _on_hopper(x, signs.shape[0], in_features, group_scale, activation_bits):
+        return binary_gemm_hopper(x, signs, in_features, terms, bias, activation_bits)
     if x.shape[0] * digits <= MOST_COLUMNS and (groups == 1 or in_features // groups % 8 == 0):
         return binary_gemv(x, signs, in_features, digits, terms, bias)
     if activation_bits is None:
@@ -123,6 +133,21 @@ def linear_forward(
     numbers, step = naive.eight_bits(naive.scaled_inputs(x_wide, in_scale, None))
     y = F.linear(numbers.to(x.dtype), weight).float() * step
     return naive.add_terms(y, x_wide, out_scale, in_shift, out_shift, bias).to(x.dtype)
+
+
+def _on_hopper(
+    x: Tensor, out_features: int, in_features: int, group_scale: Tensor | None, activation_bits: int | None
+) -> bool:
+    """Return whether signs that become numbers in registers can multiply x, and do so faster than a dense weight."""
+    tokens, weights = x.shape[0], out_features * in_features
+    if binary_gemm_hopper is None or architecture(x.device) != "sm_90" or tokens < FEWEST_ON_HOPPER:
+        return False
+    if group_scale is not None or in_features % MULTIPLE or x.itemsize != 2 or weights < 1 << 22:
+        return False
+    if activation_bits == 8:
+        return tokens <= 256 or out_features > 2048
+    # A dense weight costs bytes by its size, and registers a share of the product's time.
+    return tokens <= weights >> (15 if weights > 1 << 24 else 16)
 
 
 def compile_cases() -> list[CompileCase]:
@@ -157,8 +182,15 @@ def compile_cases() -> list[CompileCase]:
         CompileCase("8 tokens bf16", partial(call, 8, 2560, 5120, bf16, 1, None)),
         CompileCase("16 tokens bf16", partial(call, 16, 2560, 5120, bf16, 1, None)),
         CompileCase("8 tokens fp32 groups", partial(call, 8, 2560, 5120, fp32, 40, None)),
+        CompileCase("24 tokens bf16", partial(call, 24, 1536, 3072, bf16, 1, None)),
+        CompileCase("24 tokens bf16 8-bit", partial(call, 24, 1536, 3072, bf16, 1, 8)),
+        CompileCase("64 tokens bf16", partial(call, 64, 2560, 5120, bf16, 1, None), representative=True),
+        CompileCase("64 tokens bf16 8-bit", partial(call, 64, 2560, 5120, bf16, 1, 8)),
+        CompileCase("101 tokens fp16", partial(call, 101, 10001, 1024, torch.float16, 1, None)),
+        CompileCase("101 tokens fp16 8-bit", partial(call, 101, 10001, 1024, torch.float16, 1, 8)),
+        CompileCase("512 tokens bf16", partial(call, 512, 10576, 2560, bf16, 1, None)),
         CompileCase("2048 tokens bf16", partial(call, 2048, 10576, 2560, bf16, 1, None)),
         CompileCase("2048 tokens bf16 8-bit", partial(call, 2048, 10576, 2560, bf16, 1, 8)),
-        CompileCase("4096 tokens bf16 8-bit", partial(call, 4096, 8192, 8192, bf16, 1, 8)),
+        CompileCase("4096 tokens fp32 8-bit", partial(call, 4096, 8192, 8192, fp32, 1, 8)),
         CompileCase("300 tokens fp32 8-bit odd", partial(call, 300, 1001, 2048, fp32, 1, 8)),
     ]

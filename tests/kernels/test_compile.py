@@ -23,6 +23,7 @@ from bimamba_lit.kernels.configurations import ARCHITECTURES, TABLE, compiling_f
 triton = pytest.importorskip("triton")
 tl = pytest.importorskip("triton.language")
 jit = importlib.import_module("triton.runtime.jit")
+gluon = importlib.import_module("triton.experimental.gluon._runtime")
 if triton.knobs.runtime.interpret:
     pytest.skip("compiles nothing in the interpreter", allow_module_level=True)
 
@@ -64,7 +65,8 @@ def compiled(kernel, args, kwargs, architecture):
         *args, **kwargs
     )
     options, signature, constants, attributes = kernel._pack_args(backend, kwargs, bound, specialization, options)
-    source = triton.compiler.ASTSource(kernel, signature, constants, attributes)
+    kind = gluon.GluonASTSource if kernel.is_gluon() else triton.compiler.ASTSource
+    source = kind(kernel, signature, constants, attributes)
     return triton.compile(source, target=target(architecture), options=options.__dict__)
 
 

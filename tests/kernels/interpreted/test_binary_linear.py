@@ -5,7 +5,9 @@ import torch
 from torch.library import opcheck
 
 from bimamba_lit import ops
+from bimamba_lit.kernels.binary_linear import naive
 from bimamba_lit.kernels.binary_linear import triton as kernel
+from bimamba_lit.kernels.binary_linear import triton_hopper as hopper
 from bimamba_lit.kernels.binary_linear.triton_counts import counts_fit
 from bimamba_lit.kernels.binary_weight import triton as weight_kernel
 from bimamba_lit.kernels.configurations import Configuration, overriding
@@ -137,6 +139,21 @@ def test_products_of_many_tokens_of_8_bits_are_exact(inputs, descriptors):
         shifted = ops.binary_linear(x, signs, 256, **terms, activation_bits=8, backend="triton")
     assert torch.equal(y, ops.binary_linear(x, signs, 256, backend="naive"))
     assert ratio(shifted, ops.binary_linear(x.double(), signs, 256, **terms, backend="naive")) <= 1e-6
+
+
+@pytest.mark.parametrize("inputs", [64, 256])
+def test_tokens_are_prepared_in_the_order_of_bits(inputs):
+    x, scale, shift = normal(256, 3).t(), normal(256, seed=1), normal(256, seed=2)
+    terms = (scale, None, None, shift, None)
+    with overriding("binary_linear/hopper_tokens", Configuration({"INPUTS": inputs})):
+        numbers, scales = hopper._prepare(x, 256, terms, torch.int8)
+        plain, again = hopper._prepare(x, 256, terms, torch.float16)
+    right, step = naive.eight_bits(x * scale)
+    assert torch.equal(numbers, right.unflatten(1, (-1, 4, 8)).transpose(2, 3).flatten(1).to(torch.int8))
+    assert torch.equal(scales[3].view(torch.int32), right.sum(1).int())
+    assert ratio(plain * step, (x * scale).unflatten(1, (-1, 2, 16)).transpose(2, 3).flatten(1)) <= 1e-3
+    for found in (scales, again):
+        assert ratio(found[:3], torch.stack([step[:, 0], x.sum(1), (x * shift).sum(1)])) <= 1e-5
 
 
 def test_outliers_zeros_and_numbers_that_are_not_finite():

@@ -1,0 +1,333 @@
+"""The packed linear layer for tens to thousands of tokens on Hopper: signs become numbers in registers.
+
+Its tensor cores take their left operand from registers, so y^T = W x^T needs no dense weight in memory: each warp reads
+words of 32 signs and writes those of its rows as 0 and 1 in 8 bits, or as -1 and 1 in 16 bits. One launch before it
+brings tokens to steps of their largest scaled input, so that the terms of the formula remain for the epilogue.
+
+Legend: M tokens, O out features, I in features.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from bimamba_lit.kernels.binary_linear.triton_gemv import scaled_inputs, step_of, survey
+from bimamba_lit.kernels.binary_linear.triton_words import aligned_words
+from bimamba_lit.kernels.binary_weight.triton import Terms
+from bimamba_lit.kernels.configurations import configuration, multiprocessors
+
+MULTIPLE = 128  # of in_features
+FEWEST_INPUTS = 512  # of a part of the inputs
+_barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # its name in Triton 3.6
+
+
+def binary_gemm_hopper(
+    x: Tensor, signs: Tensor, in_features: int, terms: Terms, bias: Tensor | None, activation_bits: int | None
+) -> Tensor:
+    """Map x (M, I) to (M, O) in x's dtype; I a multiple of `MULTIPLE`, no group scales, 16 bits unless rounded to 8."""
+    tokens, out_features = x.shape[0], signs.shape[0]
+    _, out_scale, _, _, out_shift = terms
+    numbers, scales = _prepare(x, in_features, terms, x.dtype if activation_bits is None else torch.int8)
+    chosen = configuration("binary_linear/hopper", numbers.dtype, tokens, x.device)
+    blocks = chosen.blocks
+    tiles = triton.cdiv(tokens, blocks["TOKENS"]) * triton.cdiv(out_features, blocks["ROWS"])
+    parts = _parts(tiles, in_features, x.device)
+    y = torch.empty(tokens, out_features, dtype=x.dtype, device=x.device)
+    sums = y
+    if parts > 1:
+        dtype = torch.int32 if activation_bits == 8 else torch.float32
+        sums = torch.empty(parts, tokens, out_features, dtype=dtype, device=x.device)
+    block = [blocks["TOKENS"], 32 * blocks["WORDS"]]
+    kind = gl.int8 if activation_bits == 8 else {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}[x.dtype]
+    layout = gl.NVMMASharedLayout.get_default_for(block, kind)
+    epilogue = (scales, out_scale, out_shift, bias)
+    steps = (step_of(out_scale), step_of(out_shift), step_of(bias))
+    _gemm_kernel[(tiles, parts)](
+        TensorDescriptor.from_tensor(numbers, block, layout), aligned_words(signs), *epilogue, sums, tokens,
+        out_features, in_features, in_features // 32, parts, *steps, SPLIT=parts > 1, **chosen.launch(),
+    )  # fmt: skip
+    if parts > 1:
+        adding = configuration("binary_linear/hopper_parts", x.dtype, out_features, x.device)
+        tiles = triton.cdiv(tokens, adding.blocks["TOKENS"]) * triton.cdiv(out_features, adding.blocks["ROWS"])
+        _add_parts_kernel[(tiles,)](
+            sums, *epilogue, y, tokens, out_features, parts, *steps, **adding.launch(),
+        )  # fmt: skip
+    return y
+
+
+def _parts(tiles: int, in_features: int, device: torch.device) -> int:
+    """Return into how many parts the inputs are split: as few tiles as there are leave processors idle."""
+    return max(1, min(multiprocessors(device) // tiles, in_features // FEWEST_INPUTS))
+
+
+def _prepare(x: Tensor, in_features: int, terms: Terms, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return numbers (M, I); their steps, sums of x, sums of `in_shift` times x, and sums of numbers (4, M)."""
+    tokens = x.shape[0]
+    in_scale, _, _, in_shift, _ = terms
+    numbers = torch.empty(tokens, in_features, dtype=dtype, device=x.device)
+    scales = torch.empty(4, tokens, dtype=torch.float32, device=x.device)
+    chosen = configuration("binary_linear/hopper_tokens", x.dtype, in_features, x.device)
+    _prepare_kernel[(tokens,)](
+        x, in_scale, in_shift, numbers, scales, tokens, in_features, x.stride(0), x.stride(1),
+        step_of(in_scale), step_of(in_shift), SINGLE=in_features <= chosen.blocks["INPUTS"], **chosen.launch(),
+    )  # fmt: skip
+    return numbers, scales
+
+
+@triton.jit
+def _prepare_kernel(
+    x, in_scale, in_shift, numbers, scales, tokens, in_features, stride_m, stride_i, in_scale_step, in_shift_step,
+    INPUTS: tl.constexpr, SINGLE: tl.constexpr,
+):  # fmt: skip
+    """Write a token, times the inputs' scales, in steps of a 127th of its largest and in an order that unpacks fast.
+
+    Of the 32 inputs of a word, 8 bits have input 8 j + k at 4 k + j, so that a shift of the word by k has the signs of
+    four neighbours at the ends of its four bytes; 16 bits have input 16 j + k at 2 k + j, for the two halves. SINGLE
+    says that INPUTS covers a token: it is read once.
+    """
+    token = tl.program_id(0)
+    block = tl.arange(0, INPUTS)
+    x += token.to(tl.int64) * stride_m
+    numbers += token.to(tl.int64) * in_features
+    scaled, inverse, finite = survey(
+        x, in_scale, in_shift, scales, token, tokens, in_features, stride_i, in_scale_step, in_shift_step,
+        127, INPUTS, SINGLE,
+    )  # fmt: skip
+    total = tl.zeros([INPUTS], tl.int32)
+    for start in range(0, INPUTS if SINGLE else in_features, INPUTS):
+        i = start + block
+        inside = i < in_features
+        if not SINGLE:
+            _, scaled = scaled_inputs(x, in_scale, i, inside, stride_i, in_scale_step)
+        number = tl.where(finite, scaled, 0.0) * inverse
+        if numbers.dtype.element_ty == tl.int8:
+            whole = tl.floor(number + 0.5).to(tl.int32)
+            total += whole
+            by_bit = tl.permute(tl.reshape(whole.to(tl.int8), [INPUTS // 32, 4, 8]), [0, 2, 1])
+        else:
+            of_kind = number.to(numbers.dtype.element_ty)
+            by_bit = tl.permute(tl.reshape(of_kind, [INPUTS // 32, 2, 16]), [0, 2, 1])
+        tl.store(numbers + i, tl.reshape(by_bit, [INPUTS]), mask=inside)
+    tl.store(scales + 3 * tokens + token, tl.sum(total, 0).to(tl.float32, bitcast=True))
+
+
+@gluon.constexpr_function
+def _sign_layout(rows, words, eight, warps):
+    """Return the layout of signs (rows, words, 32) that the product's left operand has, up to the order of inputs."""
+
+    def powers(first, end):
+        return [first << k for k in range(((end - 1) // first).bit_length())]
+
+    registers = [[0, 0, bit] for bit in ([1, 2] if eight else [1])] + [[0, word, 0] for word in powers(1, words)]
+    registers += [[8, 0, 0]] + [[0, 0, bit] for bit in ([16] if eight else [8, 16])]
+    registers += [[row, 0, 0] for row in powers(16 * warps, rows)]
+    lanes = [[0, 0, bit] for bit in ([4, 8] if eight else [2, 4])] + [[row, 0, 0] for row in (1, 2, 4)]
+    of_warps = [[row, 0, 0] for row in powers(16, 16 * warps)]
+    return gl.DistributedLinearLayout(registers, lanes, of_warps, [], [rows, words, 32])
+
+
+@gluon.constexpr_function
+def _sign_code(kind):
+    """Return what writes two signs of a word, brought to the ends of its halves, as those of two ones."""
+    ones = "0x3F803F80" if kind == gl.bfloat16 else "0x3C003C00"
+    return f"{{ .reg .b32 t; shl.b32 t, $1, $3; lop3.b32 $0, t, 0x80008000, {ones}, 0xA6; }}"
+
+
+@gluon.jit
+def _left(word, LAYOUT: gl.constexpr, KIND: gl.constexpr):
+    """Return signs of words (rows, words) as numbers (rows, 32 words): 0 and 1 of int8, or -1 and 1 of 16 bits."""
+    place = gl.arange(0, 32, gl.SliceLayout(0, gl.SliceLayout(1, LAYOUT)))
+    shift = place // 4 if KIND == gl.int8 else 15 - place // 2
+    wide, shift = gl.broadcast(gl.expand_dims(word, 2), gl.expand_dims(gl.expand_dims(shift, 0), 1))
+    if KIND == gl.int8:
+        number = gl.inline_asm_elementwise(
+            "{ .reg .b32 t; shr.b32 t, $1, $5; and.b32 $0, t, 0x01010101; }",
+            "=r,r,r,r,r,r,r,r,r", [wide, shift], dtype=gl.int8, is_pure=False, pack=4,
+        )  # fmt: skip
+    else:
+        number = gl.inline_asm_elementwise(
+            _sign_code(KIND), "=r,r,r,r,r", [wide, shift], dtype=gl.int16, is_pure=False, pack=2
+        ).to(KIND, bitcast=True)
+    return gl.reshape(number, [word.shape[0], 32 * word.shape[1]])
+
+
+@gluon.jit
+def _ask(x, bars, xs, slot, first_token, first_input, wanted):
+    """Ask for a block of tokens' inputs; those beyond the last are zeros."""
+    mbarrier.expect(bars.index(slot), x.block_type.nbytes, pred=wanted)
+    tma.async_copy_global_to_shared(x, [first_token, first_input], bars.index(slot), xs.index(slot), pred=wanted)
+
+
+@gluon.jit
+def _refill(x, bars, xs, first_token, first_input, step, steps, INPUTS: gl.constexpr, STAGES: gl.constexpr):
+    """Ask for what comes STAGES steps after one whose product is over for this warp."""
+    _barrier()
+    more = (step >= 0) & (step + STAGES < steps)
+    _ask(x, bars, xs, (step + STAGES) % STAGES, first_token, first_input + (step + STAGES) * INPUTS, more)
+
+
+@gluon.jit
+def _hold(left, PACK: gl.constexpr):
+    """Keep registers that a product under way reads from being written before here."""
+    gl.inline_asm_elementwise("// $0 $1", "=r,0", [left], dtype=left.dtype, is_pure=False, pack=PACK)
+
+
+@gluon.jit
+def _gemm_kernel(
+    x, words, scales, out_scale, out_shift, bias, sums, tokens, out_features, in_features, width, parts,
+    out_scale_step, out_shift_step, bias_step,
+    TOKENS: gl.constexpr, ROWS: gl.constexpr, WORDS: gl.constexpr, NEAR: gl.constexpr, STAGES: gl.constexpr,
+    SPLIT: gl.constexpr,
+):  # fmt: skip
+    """Multiply a tile and a part of the inputs; `sums` is y, or a sum for each part that `_add_parts_kernel` ends."""
+    KIND: gl.constexpr = x.dtype
+    EIGHT: gl.constexpr = KIND == gl.int8
+    PACK: gl.constexpr = 4 if EIGHT else 2
+    INPUTS: gl.constexpr = 32 * WORDS
+    WARPS: gl.constexpr = gl.num_warps()
+    MMA: gl.constexpr = gl.NVMMADistributedLayout(
+        [3, 0], [WARPS, 1], [16, min(TOKENS, 128) if EIGHT else TOKENS, 32 if EIGHT else 16]
+    )
+    LEFT: gl.constexpr = gl.DotOperandLayout(0, MMA, PACK)
+    SIGNS: gl.constexpr = _sign_layout(ROWS, WORDS, EIGHT, WARPS)
+    OF_WORD: gl.constexpr = gl.SliceLayout(2, SIGNS)
+    # Tiles of NEAR blocks of tokens run side by side, so that they share what they read of the signs.
+    token_tiles, row_tiles = gl.cdiv(tokens, TOKENS), gl.cdiv(out_features, ROWS)
+    band = gl.program_id(0) // (NEAR * row_tiles)
+    near = gl.minimum(token_tiles - band * NEAR, NEAR)
+    within = gl.program_id(0) % (NEAR * row_tiles)
+    first_token, first_row = (band * NEAR + within % near) * TOKENS, within // near * ROWS
+
+    xs = gl.allocate_shared_memory(KIND, [STAGES, TOKENS, INPUTS], x.layout)
+    bars = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(bars.index(stage), count=1)
+    last = in_features // INPUTS - 1
+    steps = gl.cdiv(last + 1, parts)
+    begin = gl.program_id(1) * steps
+    for stage in gl.static_range(STAGES):
+        _ask(x, bars, xs, stage, first_token, (begin + stage) * INPUTS, stage < steps)
+
+    row = (first_row + gl.arange(0, ROWS, gl.SliceLayout(1, OF_WORD))) % out_features
+    at = words + gl.expand_dims(row.to(gl.int64) * width, 1)
+    at += gl.expand_dims(gl.arange(0, WORDS, gl.SliceLayout(0, OF_WORD)), 0)
+    acc = gl.zeros([ROWS, TOKENS], gl.int32 if EIGHT else gl.float32, MMA)
+    word = gl.load(at + gl.minimum(begin, last) * WORDS)
+    for step in range(steps):
+        mbarrier.wait(bars.index(step % STAGES), (step // STAGES) & 1)
+        left = gl.convert_layout(_left(word, SIGNS, KIND), LEFT)
+        word = gl.load(at + gl.minimum(begin + step + 1, last) * WORDS)
+        acc = warpgroup_mma(left, xs.index(step % STAGES).permute((1, 0)), acc, is_async=True)
+        acc = warpgroup_mma_wait(0, deps=(acc,))
+        _hold(left, PACK)
+        _refill(x, bars, xs, first_token, begin * INPUTS, step, steps, INPUTS, STAGES)
+    _barrier()
+    for stage in gl.static_range(STAGES):
+        mbarrier.invalidate(bars.index(stage))
+    if SPLIT:
+        sums += gl.program_id(1).to(gl.int64) * tokens * out_features
+    _finish(
+        acc, scales, out_scale, out_shift, bias, sums, first_token, first_row, tokens, out_features,
+        out_scale_step, out_shift_step, bias_step, SPLIT, WARPS,
+    )  # fmt: skip
+
+
+@gluon.jit
+def _finish(
+    acc, scales, out_scale, out_shift, bias, sums, first_token, first_row, tokens, out_features,
+    out_scale_step, out_shift_step, bias_step, SPLIT: gl.constexpr, WARPS: gl.constexpr,
+):  # fmt: skip
+    """Write a tile, 64 tokens at a time: few terms are in registers at once."""
+    if acc.shape[1] > 64:
+        ROWS: gl.constexpr = acc.shape[0]
+        HALF: gl.constexpr = acc.shape[1] // 2
+        first, second = gl.split(gl.permute(gl.reshape(acc, [ROWS, 2, HALF]), [0, 2, 1]))
+        _finish(
+            first, scales, out_scale, out_shift, bias, sums, first_token, first_row, tokens, out_features,
+            out_scale_step, out_shift_step, bias_step, SPLIT, WARPS,
+        )  # fmt: skip
+        _finish(
+            second, scales, out_scale, out_shift, bias, sums, first_token + HALF, first_row, tokens, out_features,
+            out_scale_step, out_shift_step, bias_step, SPLIT, WARPS,
+        )  # fmt: skip
+    else:
+        result = gl.convert_layout(acc, _stored_layout(WARPS))
+        if not SPLIT:
+            result = _with_terms(
+                result, scales, out_scale, out_shift, bias, first_token, first_row, tokens, out_features,
+                out_scale_step, out_shift_step, bias_step,
+            )  # fmt: skip
+        _store(result, sums, first_token, first_row, tokens, out_features)
+
+
+@gluon.jit
+def _add_parts_kernel(
+    sums, scales, out_scale, out_shift, bias, y, tokens, out_features, parts,
+    out_scale_step, out_shift_step, bias_step, TOKENS: gl.constexpr, ROWS: gl.constexpr,
+):  # fmt: skip
+    """Add the parts' sums, always in the same order, and the terms."""
+    WARPS: gl.constexpr = gl.num_warps()
+    LAYOUT: gl.constexpr = _stored_layout(WARPS)
+    row_tiles = gl.cdiv(out_features, ROWS)
+    first_token, first_row = gl.program_id(0) // row_tiles * TOKENS, gl.program_id(0) % row_tiles * ROWS
+    token = first_token + gl.arange(0, TOKENS, gl.SliceLayout(0, LAYOUT))
+    row = first_row + gl.arange(0, ROWS, gl.SliceLayout(1, LAYOUT))
+    there = gl.expand_dims(token < tokens, 0) & gl.expand_dims(row < out_features, 1)
+    at = sums + gl.expand_dims(token.to(gl.int64) * out_features, 0) + gl.expand_dims(row, 1)
+    total = gl.load(at, mask=there, other=0)
+    for _ in range(1, parts):
+        at += tokens.to(gl.int64) * out_features
+        total += gl.load(at, mask=there, other=0)
+    result = _with_terms(
+        total, scales, out_scale, out_shift, bias, first_token, first_row, tokens, out_features,
+        out_scale_step, out_shift_step, bias_step,
+    )  # fmt: skip
+    _store(result, y, first_token, first_row, tokens, out_features)
+
+
+@gluon.jit
+def _with_terms(
+    total, scales, out_scale, out_shift, bias, first_token, first_row, tokens, out_features,
+    out_scale_step, out_shift_step, bias_step,
+):  # fmt: skip
+    """Return y^T of a tile (rows, tokens) from its sums; those of whole numbers were of signs 0 and 1."""
+    LAYOUT: gl.constexpr = total.type.layout
+    token = first_token + gl.arange(0, total.shape[1], gl.SliceLayout(0, LAYOUT))
+    row = first_row + gl.arange(0, total.shape[0], gl.SliceLayout(1, LAYOUT))
+    counted, there = token < tokens, row < out_features
+    if total.dtype == gl.int32:
+        number = gl.load(scales + 3 * tokens + token, mask=counted, other=0.0).to(gl.int32, bitcast=True)
+        total = 2 * total - gl.expand_dims(number, 0)
+    y = total.to(gl.float32) * gl.expand_dims(gl.load(scales + token, mask=counted, other=0.0), 0)
+    if out_scale is not None:
+        scale = gl.load(out_scale + row * out_scale_step, mask=there, other=0.0).to(gl.float32)
+        y *= gl.expand_dims(scale, 1)
+    if out_shift is not None:
+        x_sum = gl.load(scales + tokens + token, mask=counted, other=0.0)
+        shift = gl.load(out_shift + row * out_shift_step, mask=there, other=0.0).to(gl.float32)
+        y += gl.expand_dims(shift, 1) * gl.expand_dims(x_sum, 0)
+    y += gl.expand_dims(gl.load(scales + 2 * tokens + token, mask=counted, other=0.0), 0)
+    if bias is not None:
+        y += gl.expand_dims(gl.load(bias + row * bias_step, mask=there, other=0.0).to(gl.float32), 1)
+    return y
+
+
+@gluon.constexpr_function
+def _stored_layout(warps):
+    """Return a layout (rows, tokens) whose threads have rows that lie side by side in memory."""
+    return gl.BlockedLayout([8, 1], [8, 4], [1, warps], [0, 1])
+
+
+@gluon.jit
+def _store(result, to, first_token, first_row, tokens, out_features):
+    LAYOUT: gl.constexpr = result.type.layout
+    token = first_token + gl.arange(0, result.shape[1], gl.SliceLayout(0, LAYOUT))
+    row = first_row + gl.arange(0, result.shape[0], gl.SliceLayout(1, LAYOUT))
+    to += gl.expand_dims(token.to(gl.int64) * out_features, 0) + gl.expand_dims(row, 1)
+    there = gl.expand_dims(token < tokens, 0) & gl.expand_dims(row < out_features, 1)
+    gl.store(to, result.to(to.dtype.element_ty), mask=there)

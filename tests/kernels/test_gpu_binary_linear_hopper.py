@@ -1,0 +1,108 @@
+"""The packed linear layer on Hopper, where signs become numbers in registers, whatever sizes it is chosen for."""
+
+import pytest
+import torch
+
+from bimamba_lit import ops
+
+layer = pytest.importorskip("bimamba_lit.kernels.binary_linear.triton")
+triton_hopper = pytest.importorskip("bimamba_lit.kernels.binary_linear.triton_hopper")
+configurations = pytest.importorskip("bimamba_lit.kernels.configurations")
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(
+        not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0), reason="needs a Hopper GPU"
+    ),
+]
+ROWS = [
+    pytest.param(row.configuration, 8 if row.itemsize == 1 else None, id=f"{row.itemsize}-{index}")
+    for index, row in enumerate(configurations.TABLE["binary_linear/hopper"])
+]
+SHAPES = [(10576, 2560), (1001, 2176), (7, 128)]  # 2,176: odd numbers of steps and of 16-byte loads
+
+
+def ratio(values, right):
+    return float((values.double() - right.double()).norm() / right.double().norm())
+
+
+def normal(*shape):
+    return torch.randn(*shape, device="cuda")
+
+
+def make(out_features, in_features):
+    torch.manual_seed(0)
+    terms = normal(in_features), normal(out_features), None, normal(in_features) / 9, normal(out_features) / 9
+    return ops.pack_signs(normal(out_features, in_features)), terms, normal(out_features)
+
+
+@pytest.fixture(params=[1, 3], ids=["one part", "three parts"])
+def parts(request, monkeypatch):
+    monkeypatch.setattr(triton_hopper, "_parts", lambda *where: request.param)
+
+
+@pytest.mark.usefixtures("parts")
+@pytest.mark.parametrize(("chosen", "bits"), ROWS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_values_with_every_term(shape, dtype, chosen, bits):
+    signs, terms, bias = make(*shape)
+    for tokens in (17, 300, 1025):
+        x = normal(shape[1], tokens).to(dtype).t()  # not contiguous
+        x[:, 3] *= 30
+        right = ops.binary_linear(x.double(), signs, shape[1], *terms, bias, activation_bits=bits, backend="naive")
+        poison = torch.full((tokens * shape[0] * 16,), torch.nan, device="cuda")
+        del poison
+        with configurations.overriding("binary_linear/hopper", chosen):
+            y = triton_hopper.binary_gemm_hopper(x, signs, shape[1], terms, bias, bits)
+            again = triton_hopper.binary_gemm_hopper(x, signs, shape[1], terms, bias, bits)
+        assert y.dtype == dtype
+        assert ratio(y, right) <= 0.005, tokens
+        assert torch.equal(y, again), tokens
+
+
+@pytest.mark.usefixtures("parts")
+@pytest.mark.parametrize(("chosen", "bits"), ROWS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_products_of_whole_numbers_are_exact(shape, chosen, bits):
+    signs, _, _ = make(*shape)
+    x = torch.randint(-127, 128, (300, shape[1]), device="cuda").to(torch.bfloat16)
+    x[:, 0] = 127  # the step is 1
+    with configurations.overriding("binary_linear/hopper", chosen):
+        y = triton_hopper.binary_gemm_hopper(x, signs, shape[1], (None,) * 5, None, bits)
+    assert torch.equal(y, (x.float() @ ops.unpack_signs(signs, shape[1]).t()).to(y.dtype))
+
+
+@pytest.mark.parametrize("bits", [None, 8])
+def test_small_and_large_tokens_keep_their_precision_and_others_are_not_touched_by_what_is_not_finite(bits):
+    signs, terms, _ = make(256, 1024)
+    terms = (terms[0], terms[1], None, None, None)
+    x = normal(64, 1024) * torch.logspace(-6, 1, 64, device="cuda")[:, None]
+    x = x.to(torch.float16)
+    x[5, 7] = torch.inf
+    y = triton_hopper.binary_gemm_hopper(x, signs, 1024, terms, None, bits).double()
+    assert not y[5].isfinite().any()
+    right = ops.binary_linear(x.double(), signs, 1024, *terms, activation_bits=bits, backend="naive")
+    for token in set(range(20, 64)) - {5}:
+        assert ratio(y[token], right[token]) <= 0.005, token
+
+
+@pytest.mark.parametrize("tokens", [40, 200])
+@pytest.mark.parametrize("bits", [None, 8])
+def test_the_layer_takes_this_way_for_tens_of_tokens(tokens, bits, monkeypatch):
+    calls = []
+
+    def spy(*args):
+        calls.append(args)
+        return triton_hopper.binary_gemm_hopper(*args)
+
+    monkeypatch.setattr(layer, "binary_gemm_hopper", spy)
+    signs, terms, bias = make(10576, 2560)
+    x = normal(tokens, 2560).bfloat16().requires_grad_()
+    y = ops.binary_linear(x, signs, 2560, *terms, bias, activation_bits=bits)
+    assert len(calls) == 1
+    right = ops.binary_linear(x.double(), signs, 2560, *terms, bias, activation_bits=bits, backend="naive")
+    assert ratio(y, right) <= 0.005
+    upstream = torch.randn_like(y)
+    (gradient,) = torch.autograd.grad(y, x, upstream)
+    assert ratio(gradient, torch.autograd.grad(right, x, upstream.double())[0]) <= 0.01
