@@ -31,6 +31,16 @@ def check_loops(trainer: pl.Trainer, checkpoint: Mapping[str, Any]) -> None:
     _compare("loops.fit_loop", expected, found)
 
 
+def check_paths(state: Mapping[str, Any]) -> None:
+    """Hold what a callback that saves checkpoints remembers of its files to what it can be: text.
+
+    Raises:
+        UserError: If it is something else.
+    """
+    for name in ("best_model_path", "kth_best_model_path", "last_model_path"):
+        _compare(f"callbacks.{name}", "last.ckpt", state.get(name, ""))
+
+
 def check_optimizers(trainer: pl.Trainer, fresh: Mapping[str, Any]) -> None:
     """Hold the optimizer and its schedule, as a checkpoint left them, to fresh ones.
 

@@ -11,10 +11,13 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.distributed.checkpoint.api import CheckpointException
+
+from bimamba_lit.training.checkpoint_check import check_paths
 
 _SLOTS = (".0.shards", ".1.shards")
 
@@ -27,6 +30,11 @@ class LinkedCheckpoint(ModelCheckpoint):
     """
 
     failure: str | None = None
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up what was remembered of earlier checkpoints."""
+        check_paths(state_dict)
+        super().load_state_dict(state_dict)
 
     def _save_checkpoint(self, trainer: pl.Trainer, filepath: str) -> None:
         if not getattr(trainer.strategy, "_save_distributed_checkpoint", False):

@@ -110,6 +110,7 @@ def goes_on_or_tells(run, bimamba, seed):
 
 @settings(**QUIET, max_examples=8, derandomize=True)
 @example(seed=109370)  # a beta of AdamW that is 2**70
+@example(seed=26335350)  # a callback that names a number where a path should be
 @example(seed=679)  # AdamW's amsgrad turned on, without its averages
 @given(seed=SEEDS)
 def test_training_goes_on_or_one_sentence(run, bimamba, seed):
