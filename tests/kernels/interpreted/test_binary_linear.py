@@ -156,6 +156,9 @@ def test_tokens_are_prepared_in_the_order_of_bits(inputs):
         assert ratio(found[:3], torch.stack([step[:, 0], x.sum(1), (x * shift).sum(1)])) <= 1e-5
 
 
+UNGROUPED = tuple(name for name in TERMS if name != "group_scale")
+
+
 def test_outliers_zeros_and_numbers_that_are_not_finite():
     signs = ops.pack_signs(normal(20, 64))
     x = normal(5, 64)
@@ -166,8 +169,15 @@ def test_outliers_zeros_and_numbers_that_are_not_finite():
     assert not y[2:4].isfinite().any() and y[4].isfinite().all()
 
 
-@pytest.mark.parametrize(("rows", "split", "bits"), [(16, 1, None), (32, 2, 8), (16, 4, None)])
-@pytest.mark.parametrize("terms", [(), tuple(name for name in TERMS if name != "group_scale")])
+@pytest.mark.parametrize(
+    ("rows", "split", "bits", "terms"),
+    [
+        (16, 1, None, ()),
+        (32, 2, 8, UNGROUPED),
+        pytest.param(16, 4, None, UNGROUPED, marks=pytest.mark.slow),
+        pytest.param(32, 2, 8, (), marks=pytest.mark.slow),
+    ],
+)
 def test_counts_of_planes(rows, split, bits, terms):
     out_features, in_features = 24, 25 * 32
     signs = ops.pack_signs(normal(out_features + 1, in_features))[1:]

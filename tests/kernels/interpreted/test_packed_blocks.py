@@ -157,13 +157,20 @@ made = kernel.make_digits
     ("counted", "dtype", "bound", "more"),
     [
         ((32, 1, 2), torch.float32, 5e-5, {"names": NO_GROUPS}),
-        ((16, 2, 1), torch.float32, 5e-5, {"blocks": 1, "names": NO_GROUPS, "single": True}),
-        (
+        pytest.param(
+            (16, 2, 1),
+            torch.float32,
+            5e-5,
+            {"blocks": 1, "names": NO_GROUPS, "single": True},
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
             (16, 4, 4),
             torch.bfloat16,
-            0.01,
+            0.01,  # rounded towards 0 in the interpreter
             {"batch": 2, "conv_bias": False, "blocks": 1},
-        ),  # rounded towards 0 in the interpreter
+            marks=pytest.mark.slow,
+        ),
         (
             (32, 1, 2),
             torch.float32,
