@@ -8,7 +8,7 @@ from typing import TypeVar
 from torch import nn
 
 from bimamba_lit.binarize.coded import CodedLinear
-from bimamba_lit.binarize.doubled_inputs import DoubledInputs, inputs_to_double
+from bimamba_lit.binarize.doubled_inputs import DoubledInputs, InputShares, inputs_to_double
 from bimamba_lit.binarize.kept_rows import KeptRows, rows_to_keep
 from bimamba_lit.binarize.latent import LatentLinear
 from bimamba_lit.binarize.linear import BinaryLinear
@@ -20,7 +20,7 @@ from bimamba_lit.errors import UserError
 
 Scheme = Callable[[nn.Linear], LatentLinear]
 NO_ROWS: Mapping[str, Sequence[str]] = MappingProxyType({})
-NO_INPUTS: Mapping[str, float] = MappingProxyType({})
+NO_INPUTS: InputShares = MappingProxyType({})
 Model = TypeVar("Model", bound=nn.Module)
 
 
@@ -29,7 +29,7 @@ def binarize_(
     scheme: Scheme,
     targets: Sequence[str] = TARGETS,
     keep_rows: Mapping[str, Sequence[str]] = NO_ROWS,
-    double_inputs: Mapping[str, float] = NO_INPUTS,
+    double_inputs: InputShares = NO_INPUTS,
 ) -> Model:
     """Replace every targeted ``nn.Linear`` of ``model`` by its binary form, in place.
 
@@ -44,7 +44,9 @@ def binarize_(
             ``x_proj``.
         double_inputs: The share of the inputs of these layers, above 0 up to 1, whose weights are the sum of two signs,
             for patterns likewise: ``{"in_proj": 0.15}``. Whole words of 32 inputs, those whose columns one sign fits
-            worst; see :class:`DoubledInputs`.
+            worst; see :class:`DoubledInputs`. A list is of shares for equally many of the layers that the pattern
+            matches, from the first on: ``{"out_proj": [1, 0.2]}`` doubles all inputs in the first half of the depth
+            and a fifth of them in the second.
 
     Returns:
         ``model``.
@@ -62,7 +64,7 @@ def replace_(
     make: Callable[[nn.Linear], LatentLinear | PTBLinear],
     targets: Sequence[str],
     keep_rows: Mapping[str, Sequence[str]],
-    double_inputs: Mapping[str, float],
+    double_inputs: InputShares,
 ) -> Model:
     """Replace every targeted ``nn.Linear`` by what ``make`` makes of it, or of part of it, in place."""
     shared = _shared_parameters(model)

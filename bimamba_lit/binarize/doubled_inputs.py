@@ -24,6 +24,8 @@ from bimamba_lit.errors import UserError
 from bimamba_lit.kernels.binary_linear.second_signs import chosen_inputs, with_doubled
 from bimamba_lit.kernels.signs.naive import unpack_signs
 
+InputShares = Mapping[str, float | Sequence[float]]
+
 _WORD = 32
 
 
@@ -138,15 +140,29 @@ class DoubledInputs(Wrapper):
         return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, doubled={len(self.doubled)}"
 
 
-def inputs_to_double(layers: Sequence[str], double_inputs: Mapping[str, float]) -> dict[str, float]:
+def inputs_to_double(layers: Sequence[str], double_inputs: InputShares) -> dict[str, float]:
     """Return the share of inputs with two signs of the layers that have some, by dotted name; the last pattern counts.
 
     Raises:
-        UserError: If a pattern matches none of the layers.
+        UserError: If a pattern matches none of the layers, or has more shares than layers.
     """
-    return {
-        layer: share for pattern, share in double_inputs.items() for layer in matching(layers, pattern, "double_inputs")
-    }
+    chosen: dict[str, float] = {}
+    for pattern, shares in double_inputs.items():
+        found = matching(layers, pattern, "double_inputs")
+        chosen |= zip(found, _by_depth(shares, len(found), pattern), strict=True)
+    return chosen
+
+
+def _by_depth(shares: float | Sequence[float], layers: int, pattern: str) -> list[float]:
+    """Return the share of each layer that a pattern matches, from the first on."""
+    if not isinstance(shares, list | tuple):
+        return [shares] * layers  # type: ignore[list-item]
+    if not 0 < len(shares) <= layers:
+        raise UserError(
+            f"double_inputs: '{pattern}' matches {layers} layers, so it can have one share or a list of 1 to {layers}, "
+            f"for equally many of them from the first on, and not of {len(shares)}"
+        )
+    return [shares[layer * len(shares) // layers] for layer in range(layers)]
 
 
 def _binary(scheme: Callable[[nn.Linear], LatentLinear | PTBLinear], linear: nn.Linear) -> BinaryLinear:

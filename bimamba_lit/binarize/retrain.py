@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from bimamba_lit import ops
 from bimamba_lit.binarize.apply import NO_INPUTS, NO_ROWS, Scheme, binarize_
+from bimamba_lit.binarize.doubled_inputs import InputShares
 from bimamba_lit.binarize.latent import LatentLinear
 from bimamba_lit.binarize.linear import TERMS, compose
 from bimamba_lit.binarize.ptb.layer import PTBLinear
@@ -34,7 +35,7 @@ def retrain_(
     scheme: Scheme | None,
     targets: Sequence[str] = TARGETS,
     keep_rows: Mapping[str, Sequence[str]] = NO_ROWS,
-    double_inputs: Mapping[str, float] = NO_INPUTS,
+    double_inputs: InputShares = NO_INPUTS,
 ) -> Start:
     """Make trainable layers of the post-training results in a model, in place.
 

@@ -40,6 +40,8 @@ class Distill(LanguageModule):
             ``{in_proj: [B, C, dt]}``; see :func:`bimamba_lit.binarize.binarize_`.
         double_inputs: Share of the inputs of these layers, above 0 up to 1, whose weights are the sum of two signs, by
             patterns of layers, such as ``{in_proj: 0.15}``: whole words of 32 inputs, those that one sign fits worst.
+            A list is of shares for equally many of these layers from the first on: ``{out_proj: [1, 0.2]}`` means all
+            inputs in the first half of the depth and a fifth of them in the second.
         divergence: ``soft_ce``, the paper's cross-entropy against the teacher's distribution; ``forward_kl`` or
             ``reverse_kl``, the divergence from the teacher to the student or back.
         temperature: Divides both models' logits; the loss is multiplied by its square.
@@ -63,7 +65,7 @@ class Distill(LanguageModule):
         student: MambaConfig | str = "teacher",
         targets: list[str] = list(TARGETS),  # noqa: B006  (shown as the default in --help; never changed)
         keep_rows: dict[str, list[str]] = {},  # noqa: B006  (likewise)
-        double_inputs: dict[str, float] = {},  # noqa: B006  (likewise)
+        double_inputs: dict[str, float | list[float]] = {},  # noqa: B006  (likewise)
         divergence: Literal["soft_ce", "forward_kl", "reverse_kl"] = "soft_ce",
         temperature: float = 1.0,
         hard_share: float = 0.0,

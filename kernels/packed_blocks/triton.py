@@ -214,6 +214,7 @@ def compile_cases() -> list[CompileCase]:
         CompileCase("2.7B bf16", partial(call, 2560, torch.bfloat16, False)),
         CompileCase("2.7B fp32", partial(call, 2560, torch.float32, False)),
         CompileCase("2.7B bf16, second signs", partial(call, 2560, torch.bfloat16, False, 0.73)),
+        CompileCase("2.7B bf16, two signs everywhere", partial(call, 2560, torch.bfloat16, False, 1.0)),
         CompileCase("780M fp32, second signs", partial(call, 1536, torch.float32, False, 0.6)),
         CompileCase("2.7B fp32, all rows' terms", partial(call, 2560, torch.float32, True)),
     ]

@@ -252,6 +252,22 @@ def test_what_cannot_be_is_refused_in_a_sentence(make, bad):
     assert not list(quantized_layers(lm)), "the model is as it was"
 
 
+def test_a_list_is_of_shares_by_depth(make):
+    lm = binarize_(make(d_model=WIDTH, n_layer=5), FBI, double_inputs={"out_proj": [1, 0.25, 0.5], "in_proj": [0.25]})
+    mixers = [block.mixer for block in lm.backbone.layers]
+    assert [mixer.out_proj.share for mixer in mixers] == [1, 1, 0.25, 0.25, 0.5]
+    assert [len(mixer.in_proj.doubled) for mixer in mixers] == [32] * 5
+    lm = binarize_(make(d_model=WIDTH), FBI, double_inputs={"out_proj": 0.5, "*_proj": [0.25, 0.75]})
+    shares = [(block.mixer.in_proj.share, block.mixer.out_proj.share) for block in lm.backbone.layers]
+    assert shares == [(0.25, 0.25), (0.75, 0.75)], "the last pattern counts"
+
+
+@pytest.mark.parametrize("shares", [[], [0.5, 0.2, 0.1]])
+def test_a_list_that_does_not_fit_the_depth_is_refused(make, shares):
+    with pytest.raises(UserError, match=r"double_inputs: 'out_proj' matches 2 layers, .* list of 1 to 2, .* not of"):
+        binarize_(make(), FBI, double_inputs={"out_proj": shares})
+
+
 def test_layers_that_cannot_have_it_are_refused_in_a_sentence(make):
     with pytest.raises(UserError, match="double_inputs: 'in_porj' matches no layer that is made binary"):
         binarize_(make(), FBI, double_inputs={"in_porj": 0.1})
@@ -313,7 +329,7 @@ def test_a_saved_model_comes_back(make, tmp_path, mixer, scheme, packed):
 def test_a_wrong_description_is_refused(make):
     (entry, *rest) = describe_binarization(binarize_(make(), FBI, double_inputs={"in_proj": 0.25}))
     assert entry["doubled_inputs"] == 0.25 and "doubled_inputs" not in rest[0]
-    for wrong in (None, [0.25], 2):
+    for wrong in (None, [2], 2):
         with pytest.raises(UserError, match="the share must be a number above 0"):
             apply_binarization_(make(), [entry | {"doubled_inputs": wrong}, *rest])
 

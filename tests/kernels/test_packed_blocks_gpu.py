@@ -114,7 +114,7 @@ def test_a_packed_model_takes_it_by_itself(scheme, mixer, dtype, launched, monke
     assert ratio(found, exact) <= max(1e-4, 1.2 * ratio(plain, exact))
 
 
-@pytest.mark.parametrize("share", [0.6, 0.625])  # 51 and 52 words a row: loaded one at a time, or four
+@pytest.mark.parametrize("share", [0.6, 0.625, [1, 0.2]])  # 51 and 52 words a row: loaded one at a time, or four
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @torch.no_grad()
 def test_second_signs(share, dtype, launched, monkeypatch):

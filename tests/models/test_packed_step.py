@@ -17,7 +17,14 @@ def make(scheme=FBI, activation_bits=None, targets=("in_proj", "out_proj"), doub
 
 @pytest.mark.parametrize(
     ("scheme", "double_inputs"),
-    [(FBI, {}), (lambda layer: FBI(layer, "row"), {}), (Sign, {}), (ScaledSign, {}), (FBI, {"*": 0.6})],
+    [
+        (FBI, {}),
+        (lambda layer: FBI(layer, "row"), {}),
+        (Sign, {}),
+        (ScaledSign, {}),
+        (FBI, {"*": 0.6}),
+        (FBI, {"out_proj": [1, 0.25]}),
+    ],
 )
 @torch.no_grad()
 def test_the_op_does_what_the_blocks_do(scheme, double_inputs):
