@@ -42,11 +42,11 @@ def binarize_(
             ``{"in_proj": ["B", "C", "dt"]}``. A mixer of this project names the rows of its projections in
             ``projection_rows``: z, x, B, C and dt of Mamba-2's ``in_proj``; x and z of Mamba-1's, dt, B and C of its
             ``x_proj``.
-        double_inputs: The share of the inputs of these layers, above 0 up to 1, whose weights are the sum of two signs,
-            for patterns likewise: ``{"in_proj": 0.15}``. Whole words of 32 inputs, those whose columns one sign fits
+        double_inputs: The share of the inputs of these layers, 0 to 1, whose weights are the sum of two signs, for
+            patterns likewise: ``{"in_proj": 0.15}``. Whole words of 32 inputs, those whose columns one sign fits
             worst; see :class:`DoubledInputs`. A list is of shares for equally many of the layers that the pattern
-            matches, from the first on: ``{"out_proj": [1, 0.2]}`` doubles all inputs in the first half of the depth
-            and a fifth of them in the second.
+            matches, from the first on: ``{"out_proj": [1, 0]}`` doubles all inputs in the first half of the depth and
+            none in the second.
 
     Returns:
         ``model``.

@@ -150,7 +150,7 @@ def inputs_to_double(layers: Sequence[str], double_inputs: InputShares) -> dict[
     for pattern, shares in double_inputs.items():
         found = matching(layers, pattern, "double_inputs")
         chosen |= zip(found, _by_depth(shares, len(found), pattern), strict=True)
-    return chosen
+    return {layer: share for layer, share in chosen.items() if share != 0}
 
 
 def _by_depth(shares: float | Sequence[float], layers: int, pattern: str) -> list[float]:
