@@ -44,9 +44,9 @@ def binarize_(
             ``x_proj``.
         double_inputs: The share of the inputs of these layers, 0 to 1, whose weights are the sum of two signs, for
             patterns likewise: ``{"in_proj": 0.15}``. Whole words of 32 inputs, those whose columns one sign fits
-            worst; see :class:`DoubledInputs`. A list is of shares for equally many of the layers that the pattern
-            matches, from the first on: ``{"out_proj": [1, 0]}`` doubles all inputs in the first half of the depth and
-            none in the second.
+            worst; see :class:`DoubledInputs`. A list is of shares by depth, from the first of the layers that the
+            pattern matches to the last: ``{"out_proj": [1, 0]}`` doubles all inputs in their first half and none in
+            the second.
 
     Returns:
         ``model``.

@@ -144,7 +144,7 @@ def inputs_to_double(layers: Sequence[str], double_inputs: InputShares) -> dict[
     """Return the share of inputs with two signs of the layers that have some, by dotted name; the last pattern counts.
 
     Raises:
-        UserError: If a pattern matches none of the layers, or has more shares than layers.
+        UserError: If a pattern matches none of the layers, or its list is empty.
     """
     chosen: dict[str, float] = {}
     for pattern, shares in double_inputs.items():
@@ -154,14 +154,11 @@ def inputs_to_double(layers: Sequence[str], double_inputs: InputShares) -> dict[
 
 
 def _by_depth(shares: float | Sequence[float], layers: int, pattern: str) -> list[float]:
-    """Return the share of each layer that a pattern matches, from the first on."""
+    """Return the share of each layer that a pattern matches, from the first to the last."""
     if not isinstance(shares, list | tuple):
         return [shares] * layers  # type: ignore[list-item]
-    if not 0 < len(shares) <= layers:
-        raise UserError(
-            f"double_inputs: '{pattern}' matches {layers} layers, so it can have one share or a list of 1 to {layers}, "
-            f"for equally many of them from the first on, and not of {len(shares)}"
-        )
+    if not shares:
+        raise UserError(f"double_inputs: '{pattern}' has an empty list; give it one share, or some from first to last")
     return [shares[layer * len(shares) // layers] for layer in range(layers)]
 
 

@@ -40,8 +40,8 @@ class Distill(LanguageModule):
             ``{in_proj: [B, C, dt]}``; see :func:`bimamba_lit.binarize.binarize_`.
         double_inputs: Share of the inputs of these layers, 0 to 1, whose weights are the sum of two signs, by patterns
             of layers, such as ``{in_proj: 0.15}``: whole words of 32 inputs, those that one sign fits worst.
-            A list is of shares for equally many of these layers from the first on: ``{out_proj: [1, 0]}`` means all
-            inputs in the first half of the depth and none in the second.
+            A list is of shares by depth, from the first of these layers to the last: ``{out_proj: [1, 0]}`` means all
+            inputs in the first half of them and none in the second.
         divergence: ``soft_ce``, the paper's cross-entropy against the teacher's distribution; ``forward_kl`` or
             ``reverse_kl``, the divergence from the teacher to the student or back.
         temperature: Divides both models' logits; the loss is multiplied by its square.
