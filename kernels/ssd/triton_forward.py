@@ -83,10 +83,13 @@ class Shape(NamedTuple):
         """Return the keyword arguments of a launch."""
         return configuration(f"ssd/{kernel}", x.dtype, block(self.width) * block(self.size), x.device).launch()
 
-    def split(self, most: int, device: torch.device) -> tuple[int, int]:
-        """Return how many heads a program serves, `most` or fewer where chunks are few, and programs of a group."""
+    def split(self, most: int, device: torch.device, by: int = 4) -> tuple[int, int]:
+        """Return how many heads a program serves, `most` or fewer where chunks are few, and programs of a group.
+
+        Chunks are few where there would be less than `by` programs a multiprocessor.
+        """
         per_group = self.heads // self.groups
-        enough = 1 if architecture(device) == INTERPRETER else 4 * multiprocessors(device)
+        enough = 1 if architecture(device) == INTERPRETER else by * multiprocessors(device)
         heads = max(1, min(most, per_group * self.programs(1) // enough))
         return heads, -(-per_group // heads)
 
@@ -208,39 +211,49 @@ def carry_kernel(
     values are gradients of y, maps C, and a token counts with its decay from the chunk's start; and from the states
     before every chunk, the gradient of the chunk's whole log decay through the state is written, by block of the state.
     """
-    b, h = tl.program_id(0) // heads, tl.program_id(0) % heads
-    p = tl.program_id(1) * BLOCK_P + tl.arange(0, BLOCK_P)
-    n = tl.program_id(2) * BLOCK_N + tl.arange(0, BLOCK_N)
+    # The blocks of a state are neighbours: they read the same tokens.
+    P_BLOCKS: tl.constexpr = (P + BLOCK_P - 1) // BLOCK_P
+    N_BLOCKS: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
+    part, whole = tl.program_id(0) % (P_BLOCKS * N_BLOCKS), (tl.program_id(0) // (P_BLOCKS * N_BLOCKS)).to(tl.int64)
+    b, h = whole // heads, whole % heads
+    p = part // N_BLOCKS * BLOCK_P + tl.arange(0, BLOCK_P)
+    n = part % N_BLOCKS * BLOCK_N + tl.arange(0, BLOCK_N)
     rows = tl.arange(0, Q)
     cells = p[:, None] * N + n[None, :]
     inside = (p[:, None] < P) & (n[None, :] < N)
-    whole = tl.program_id(0).to(tl.int64)
-    values = value_ptr + b.to(tl.int64) * value_b + h.to(tl.int64) * value_h
-    maps = map_ptr + b.to(tl.int64) * map_b + (h // per_group).to(tl.int64) * map_g
+    values = value_ptr + b * value_b + h * value_h
+    maps = map_ptr + b * map_b + h // per_group * map_g
+    decays_ptr += whole * chunks * (PLANES * Q)
+    of_chunk = (b * chunks * heads + h) * (P * N) + cells
     state = tl.zeros((BLOCK_P, BLOCK_N), tl.float32)
     if HAS_START:
         state = tl.load(start_ptr + whole * (P * N) + cells, mask=inside, other=0.0).to(tl.float32)
+    first_of_all = tl.cast(chunks - 1 if REVERSE else 0, tl.int64)
+    across = tl.load(decays_ptr + first_of_all * (PLANES * Q) + FROM_START * Q + Q - 1)
+    if REVERSE:
+        before = tl.load(before_ptr + of_chunk + first_of_all * heads * (P * N), mask=inside, other=0.0)
     for step in tl.range(0, chunks, disable_licm=True):
-        chunk = chunks - 1 - step if REVERSE else step
-        first = tl.cast(chunk, tl.int64) * Q
-        left = length - chunk * Q
-        decays = decays_ptr + (whole * chunks + chunk) * (PLANES * Q)
-        written = states_ptr + ((b.to(tl.int64) * chunks + chunk) * heads + h) * (P * N) + cells
-        tl.store(written, state.to(states_ptr.dtype.element_ty), mask=inside)
+        chunk = tl.cast(chunks - 1 - step if REVERSE else step, tl.int64)
+        next_chunk = tl.maximum(chunk - 1, 0) if REVERSE else tl.minimum(chunk + 1, chunks - 1)
+        first = chunk * Q
+        left = (length - first).to(tl.int32)
+        decays = decays_ptr + chunk * (PLANES * Q)
+        tl.store(states_ptr + of_chunk + chunk * heads * (P * N), state.to(states_ptr.dtype.element_ty), mask=inside)
+        next_across = tl.load(decays_ptr + next_chunk * (PLANES * Q) + FROM_START * Q + Q - 1)
         if REVERSE:
+            next_before = tl.load(before_ptr + of_chunk + next_chunk * heads * (P * N), mask=inside, other=0.0)
             weight = tl.load(decays + FROM_START * Q + rows)
         else:
             weight = tl.load(decays + DT * Q + rows) * tl.load(decays + TO_END * Q + rows)
         value = load_tile(values + first * value_l, p, rows, value_p, value_l, P, left)
         value = (value.to(tl.float32) * weight[None, :]).to(states_ptr.dtype.element_ty)
         mapped = load_tile(maps + first * map_l, rows, n, map_l, map_n, left, N).to(states_ptr.dtype.element_ty)
-        state *= tl.load(decays + FROM_START * Q + Q - 1)
+        state *= across
+        across = next_across
         if REVERSE:
-            before = before_ptr + ((b.to(tl.int64) * chunks + chunk) * heads + h) * (P * N) + cells
-            before = tl.load(before, mask=inside, other=0.0).to(tl.float32)
-            blocks = tl.num_programs(1) * tl.num_programs(2)
-            passed = passed_ptr + (whole * chunks + chunk) * blocks
-            tl.store(passed + tl.program_id(1) * tl.num_programs(2) + tl.program_id(2), tl.sum(before * state))
+            passed = passed_ptr + (whole * chunks + chunk) * (P_BLOCKS * N_BLOCKS) + part
+            tl.store(passed, tl.sum(before.to(tl.float32) * state))
+            before = next_before
         state = product(value, mapped, state, PRECISION)
     tl.store(end_ptr + whole * (P * N) + cells, state, mask=inside)
 
@@ -376,13 +389,9 @@ def _carry(
         "BLOCK_N": min(options["BLOCK_N"], block(shape.size)),
     }
     constants = {**shape.constants, **options, **blocks}
-    grid = (
-        shape.batch * shape.heads,
-        triton.cdiv(shape.width, blocks["BLOCK_P"]),
-        triton.cdiv(shape.size, blocks["BLOCK_N"]),
-    )
-    passed = decays.new_empty(shape.batch, shape.heads, shape.chunks, grid[1] * grid[2])
-    carry_kernel[grid](
+    parts = triton.cdiv(shape.width, blocks["BLOCK_P"]) * triton.cdiv(shape.size, blocks["BLOCK_N"])
+    passed = decays.new_empty(shape.batch, shape.heads, shape.chunks, parts)
+    carry_kernel[(shape.batch * shape.heads * parts,)](
         values, maps, decays, start, states, end, before, passed, shape.length, shape.heads,
         shape.heads // shape.groups, shape.chunks, *values.stride(), *maps.stride(), REVERSE=before is not None,
         HAS_START=start is not None, **constants,
