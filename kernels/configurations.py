@@ -107,17 +107,14 @@ TABLE: dict[str, tuple[Row, ...]] = {
         Row(Configuration({"HEADS": 8}, 8, 2)),
     ),
     "ssd/input_gradients": (
-        Row(Configuration({"HEADS": 16, "M": 32}, 4, 1), architectures=("gfx942",), itemsize=2, up_to=1 << 12),
-        Row(Configuration({"HEADS": 16, "M": 16}, 2, 1), architectures=("gfx942",), itemsize=2),
-        Row(Configuration({"HEADS": 16, "M": 32}, 4, 1), architectures=("gfx942",)),
-        Row(Configuration({"HEADS": 4, "M": 32}, 4, 2), architectures=("sm_90",), itemsize=2, up_to=1 << 13),
-        Row(Configuration({"HEADS": 4, "M": 64}, 4, 1), itemsize=2, up_to=1 << 13),
-        Row(Configuration({"HEADS": 16, "M": 32}, 8, 2), itemsize=2),
-        Row(Configuration({"HEADS": 16, "M": 16}, 8, 2), architectures=("sm_90",)),
-        Row(Configuration({"HEADS": 16, "M": 32}, 8, 1)),
+        Row(Configuration({"HEADS": 16}, 4, 1), architectures=("gfx942",)),
+        Row(Configuration({"HEADS": 8}, 4, 2), architectures=("sm_90",), itemsize=2, up_to=1 << 13),
+        Row(Configuration({"HEADS": 4}, 4, 1), itemsize=2, up_to=1 << 13),
+        Row(Configuration({"HEADS": 16}, 8, 1)),
     ),
     "ssd/score_gradients": (
         Row(Configuration({"HEADS": 12}, 4, 3), architectures=("sm_90",), itemsize=2, up_to=1 << 13),
+        Row(Configuration({"HEADS": 16}, 4, 1), architectures=("sm_90",), itemsize=4),
         Row(Configuration({"HEADS": 16}, 4, 2)),
     ),
     "ssd/map_gradients": (

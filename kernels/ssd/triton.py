@@ -176,10 +176,10 @@ def backward(dy: Tensor, dlast: Tensor | None, call: Call, to: Destinations) -> 
     if inputs.dD is not None:
         found["D"] = sum_parts(inputs.dD)
     dscores = triton_backward.score_gradients(shape, x, dy, decays)
-    triton_backward.gradient_of_B(shape, x, B, C, documents, decays, after, dscores, to.B)
+    lasting = triton_backward.gradient_of_B(shape, x, B, C, documents, decays, after, dscores, to.B)
     read = triton_backward.gradient_of_C(shape, dy, B, C, documents, decays, before, dscores, to.C)
     found["A"], dbias = triton_backward.decay_gradients(
-        shape, call.dt, call.A, call.dt_bias, call.dt_softplus, call.limit, decays, inputs, read, passed, to.dt
+        shape, call.dt, call.A, call.dt_bias, call.dt_softplus, call.limit, decays, inputs, lasting, read, passed, to.dt
     )
     if dbias is not None:
         found["dt_bias"] = dbias

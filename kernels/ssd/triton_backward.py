@@ -2,9 +2,9 @@
 
 `carry_back` walks the gradients of the states from the end. Then everything is local to a chunk: `input_gradients`
 gives those of x and of decays inside a chunk; `score_gradients` that of C B^T by the heads that a program serves;
-`gradient_of_B` and `gradient_of_C` are products over all heads of a group, to which the share of C B^T is added;
-`decay_gradients` goes from decays to dt, A and the bias. Sums over heads and chunks have a fixed order, and there are
-no atomics.
+`gradient_of_B` and `gradient_of_C` are products over all heads of a group, to which the share of C B^T is added, and
+give what the state passes on of decays; `decay_gradients` goes from decays to dt, A and the bias. Sums over heads and
+chunks have a fixed order, and there are no atomics.
 
 With ``F_ij = dL/dM_ij * M_ij``, ``M_ij`` the weight of token j in the output of token i, a log decay gets the sum of F
 over the pairs that it lies between. Row and column sums of one float32 F are added up within a chunk only, so that they
@@ -24,6 +24,7 @@ from bimamba_lit.kernels.ssd.triton_forward import (
     DT,
     FROM_START,
     LOWEST,
+    LOWEST_STEP,
     ORIGIN,
     PLANES,
     TO_END,
@@ -35,103 +36,139 @@ from bimamba_lit.kernels.ssd.triton_forward import (
     place,
     product,
     step_size,
+    weight_of_input,
 )
 from bimamba_lit.kernels.sums import sum_parts
 
 
 @triton.jit
-def read_by(
-    written, dx, AT: tl.constexpr, x, dt, total, B_rn, C_mn, dy_ptr, totals_ptr, read_ptr, documents_ptr,
-    dy_l, dy_p, left, MASKED: tl.constexpr, P: tl.constexpr, R: tl.constexpr, M: tl.constexpr, BLOCK_P: tl.constexpr,
-    PRECISION: tl.constexpr,
+def scores_of(
+    B_rn, C_ptr, at, documents_ptr, C_l: tl.constexpr, C_n, left,
+    MASKED: tl.constexpr, N: tl.constexpr, R: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Add what M readers, AT tokens from the part's first, give to the tokens that they read."""
-    columns, p = AT + tl.arange(0, M), tl.arange(0, BLOCK_P)
-    rows = tl.arange(0, R)
-    weights = product(B_rn, tl.trans(C_mn), None, PRECISION)
+    """Return B C^T of R tokens and as many readers, that are `at` tokens later, zero where they must not read."""
+    rows, columns = tl.arange(0, R), at + tl.arange(0, R)
+    C_mn = load_tile(C_ptr, columns, tl.arange(0, BLOCK_N), C_l, C_n, left, N).to(B_rn.dtype)
+    scores = product(B_rn, tl.trans(C_mn), None, PRECISION)
+    scores = tl.where(rows[:, None] <= columns[None, :], scores, 0.0)
     if MASKED:
         here = tl.load(documents_ptr + rows, mask=rows < left, other=-1)
         there = tl.load(documents_ptr + columns, mask=columns < left, other=-1)
-        weights = tl.where(here[:, None] == there[None, :], weights, 0.0)
-    weights *= bounded_exp2(tl.load(totals_ptr + columns)[None, :] - total[:, None])
-    if AT < R:
-        weights = tl.where(rows[:, None] <= columns[None, :], weights, 0.0)
-    dy = load_tile(dy_ptr, columns, p, dy_l, dy_p, left, P)
+        scores = tl.where(here[:, None] == there[None, :], scores, 0.0)
+    return scores
+
+
+@triton.jit
+def read_by(written, dx, x, origin, scores, dy, totals_ptr, read_ptr, R: tl.constexpr, PRECISION: tl.constexpr):
+    """Add what R readers give to the tokens that they read, and write what they read."""
+    columns = tl.arange(0, R)
+    weights = bounded_exp2(tl.load(totals_ptr + columns)[None, :] - origin[:, None]) * scores
     flow = product(x, tl.trans(dy), None, PRECISION) * weights
-    tl.store(read_ptr + columns, tl.sum(flow * dt[:, None], 0))
-    written += tl.sum(flow, 1)
-    return written, product((weights * dt[:, None]).to(x.dtype), dy, dx, PRECISION)
+    tl.store(read_ptr + columns, tl.sum(flow, 0))
+    return written + tl.sum(flow, 1), product(weights.to(x.dtype), dy, dx, PRECISION)
+
+
+@triton.jit
+def gradients_by_head(
+    x_ptr, dy_ptr, B_ptr, C_ptr, D_ptr, documents_ptr, decays_ptr, after_ptr, dx_ptr, dD_ptr, by_token_ptr,
+    begin, end, left, decays_h,
+    x_l: tl.constexpr, x_h, x_p, dy_l: tl.constexpr, dy_h, dy_p, B_l: tl.constexpr, B_n, C_l: tl.constexpr, C_n, D_h,
+    D_p: tl.constexpr, dx_l: tl.constexpr,
+    LATER: tl.constexpr, HAS_D: tl.constexpr, HAS_DOCUMENTS: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
+    Q: tl.constexpr, R: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Write what `input_gradients` returns, of R tokens, which themselves read and, if LATER, the R tokens after them.
+
+    Pointers are those of the first token and of head 0.
+    """
+    rows, p, n = tl.arange(0, R), tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_N)
+    dtype = x_ptr.dtype.element_ty
+    # A program's heads share C B^T, in float32 registers.
+    B_rn = load_tile(B_ptr, rows, n, B_l, B_n, left, N).to(dtype)
+    scores = scores_of(B_rn, C_ptr, 0, documents_ptr, C_l, C_n, left, HAS_DOCUMENTS, N, R, BLOCK_N, PRECISION)
+    if LATER:
+        later_scores = scores_of(B_rn, C_ptr, R, documents_ptr, C_l, C_n, left, HAS_DOCUMENTS, N, R, BLOCK_N, PRECISION)
+    for head in tl.range(begin, end, disable_licm=True):
+        h = tl.cast(head, tl.int64)
+        decays = decays_ptr + h * (decays_h * PLANES)
+        by_token = by_token_ptr + h * (decays_h * 3)
+        dt, to_end = tl.load(decays + DT * Q + rows), tl.load(decays + TO_END * Q + rows)
+        origin = tl.load(decays + ORIGIN * Q + rows)
+        x = load_tile(x_ptr + h * x_h, rows, p, x_l, x_p, left, P)
+        after = load_tile(after_ptr + h * (P * N), n, p, 1, N, N, P)
+        dy = load_tile(dy_ptr + h * dy_h, rows, p, dy_l, dy_p, left, P)
+        dx = tl.zeros((R, BLOCK_P), tl.float32)
+        if HAS_D:
+            direct = dy.to(tl.float32)
+            dx += weight_of_input(D_ptr + h * D_h, p, D_p, P) * direct
+            tl.store(dD_ptr + h * P + p, tl.sum(x.to(tl.float32) * direct, 0), mask=p < P)
+        written, dx = read_by(
+            tl.zeros((R,), tl.float32), dx, x, origin, scores, dy, decays + TOTAL * Q, by_token + Q, R, PRECISION
+        )
+        if LATER:
+            later_dy = load_tile(dy_ptr + h * dy_h, R + rows, p, dy_l, dy_p, left, P)
+            written, dx = read_by(
+                written, dx, x, origin, later_scores, later_dy, decays + TOTAL * Q + R, by_token + 2 * Q + R, R,
+                PRECISION,
+            )  # fmt: skip
+        if dtype == tl.float32:  # whose products hold a left operand in registers: not over the whole loop
+            B_rn = load_tile(B_ptr, rows, n, B_l, B_n, left, N)
+        dx += product(B_rn, after, None, PRECISION) * (dt * to_end)[:, None]
+        tl.store(by_token + rows, written / tl.maximum(dt, LOWEST_STEP))
+        out = dx_ptr + h * P + rows[:, None] * dx_l + p[None, :]
+        tl.store(out, dx.to(x.dtype), mask=(rows[:, None] < left) & (p[None, :] < P))
 
 
 @triton.jit
 def input_gradients_kernel(
     x_ptr, dy_ptr, B_ptr, C_ptr, D_ptr, documents_ptr, decays_ptr, after_ptr, dx_ptr, dD_ptr, by_token_ptr,
     length, heads, per_group, chunks, splits, heads_each,
-    x_b, x_l, x_h, x_p, dy_b, dy_l, dy_h, dy_p, B_b, B_l, B_g, B_n, C_b, C_l, C_g, C_n, D_h, D_p, dx_b, dx_l,
+    x_b, x_l: tl.constexpr, x_h, x_p, dy_b, dy_l: tl.constexpr, dy_h, dy_p, B_b, B_l: tl.constexpr, B_g, B_n,
+    C_b, C_l: tl.constexpr, C_g, C_n, D_h, D_p: tl.constexpr, dx_b, dx_l: tl.constexpr,
     HAS_D: tl.constexpr, HAS_DOCUMENTS: tl.constexpr, P: tl.constexpr, N: tl.constexpr, Q: tl.constexpr,
-    R: tl.constexpr, M: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+    R: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Write what `input_gradients` returns, of R tokens of a chunk for some heads of a group.
 
-    Tiles have the tokens that are read, j, in rows, and M of those that read them, i, in columns: the same R tokens,
-    and for the first half of a chunk the later half. C B^T is computed for every head again, where it is needed.
+    Tiles have the tokens that are read, j, in rows, and those that read them, i, in columns: the same R tokens,
+    and for the first half of a chunk the later half, in a loop of its own that the pipeline can read ahead for. A
+    token's step size is part of the exponent, so that what is written is divided by it at the end.
     """
     part, chunk, b, group, begin, end = place(heads, per_group, chunks, splits, heads_each, Q // R)
-    rows, p, n = tl.arange(0, R), tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_N)
-    first = chunk.to(tl.int64) * Q
-    mine = first + part * R
+    mine = chunk.to(tl.int64) * Q + part * R
     left = length - chunk * Q - part * R
-    dtype = x_ptr.dtype.element_ty
-    B_rn = load_tile(B_ptr + b * B_b + mine * B_l + group * B_g, rows, n, B_l, B_n, left, N).to(dtype)
+    B_ptr += b * B_b + mine * B_l + group * B_g
     C_ptr += b * C_b + mine * C_l + group * C_g
-    maps = ()
-    for at in tl.static_range(0, Q, M):
-        C_mn = load_tile(C_ptr, at + tl.arange(0, M), n, C_l, C_n, tl.minimum(left, Q - part * R), N).to(dtype)
-        maps = maps + (C_mn,)  # type: ignore[assignment]
     if HAS_DOCUMENTS:
         documents_ptr += b * length + mine
     x_ptr += b * x_b + mine * x_l
     dy_ptr += b * dy_b + mine * dy_l
-    dx_ptr += b * dx_b + mine * dx_l + rows[:, None] * dx_l + p[None, :]
-    for head in tl.range(begin, end, disable_licm=True):
-        h = tl.cast(head, tl.int64)
-        place_of_head = (b * heads + h) * chunks + chunk
-        decays = decays_ptr + place_of_head * (PLANES * Q) + part * R
-        dt, total = tl.load(decays + DT * Q + rows), tl.load(decays + TOTAL * Q + rows)
-        by_token = by_token_ptr + place_of_head * (4 * Q) + part * R
-        x = load_tile(x_ptr + h * x_h, rows, p, x_l, x_p, left, P)
-        dy = dy_ptr + h * dy_h
-        after = load_tile(after_ptr + ((b * chunks + chunk) * heads + h) * (P * N), n, p, 1, N, N, P)
-        back = product(B_rn, after, None, PRECISION) * tl.load(decays + TO_END * Q + rows)[:, None]
-        written = tl.sum(back * x.to(tl.float32), 1)
-        tl.store(by_token + 3 * Q + rows, written)
-        dx = back * dt[:, None]
-        for at in tl.static_range(0, R, M):
-            written, dx = read_by(
-                written, dx, at, x, dt, total, B_rn, maps[at // M], dy, decays + TOTAL * Q, by_token + Q,
-                documents_ptr, dy_l, dy_p, left, HAS_DOCUMENTS, P, R, M, BLOCK_P, PRECISION,
+    dx_ptr += b * dx_b + mine * dx_l
+    decays_ptr += (b * heads * chunks + chunk) * (PLANES * Q) + part * R
+    by_token_ptr += (b * heads * chunks + chunk) * (3 * Q) + part * R
+    after_ptr += (b * chunks + chunk) * heads * (P * N)
+    if HAS_D:
+        dD_ptr += ((b * chunks + chunk) * (Q // R) + part) * heads * P
+    if Q > R:
+        if part == 0:
+            gradients_by_head(
+                x_ptr, dy_ptr, B_ptr, C_ptr, D_ptr, documents_ptr, decays_ptr, after_ptr, dx_ptr, dD_ptr, by_token_ptr,
+                begin, end, left, chunks * Q, x_l, x_h, x_p, dy_l, dy_h, dy_p, B_l, B_n, C_l, C_n, D_h, D_p, dx_l,
+                True, HAS_D, HAS_DOCUMENTS, P, N, Q, R, BLOCK_P, BLOCK_N, PRECISION,
             )  # fmt: skip
-        if Q > R:
-            if part == 0:
-                for at in tl.static_range(R, Q, M):
-                    written, dx = read_by(
-                        written, dx, at, x, dt, total, B_rn, maps[at // M], dy, decays + TOTAL * Q,
-                        by_token + 2 * Q, documents_ptr, dy_l, dy_p, left, HAS_DOCUMENTS, P, R, M, BLOCK_P, PRECISION,
-                    )  # fmt: skip
-        if HAS_D:
-            direct = load_tile(dy, rows, p, dy_l, dy_p, left, P).to(tl.float32)
-            dx += tl.load(D_ptr + h * D_h + p * D_p, mask=p < P, other=0.0)[None, :] * direct
-            x = load_tile(x_ptr + h * x_h, rows, p, x_l, x_p, left, P)
-            dD = dD_ptr + (((b * chunks + chunk) * (Q // R) + part) * heads + h) * P + p
-            tl.store(dD, tl.sum(x.to(tl.float32) * direct, 0), mask=p < P)
-        tl.store(by_token + rows, written)
-        tl.store(dx_ptr + h * P, dx.to(dtype), mask=(rows[:, None] < left) & (p[None, :] < P))
+            return
+    gradients_by_head(
+        x_ptr, dy_ptr, B_ptr, C_ptr, D_ptr, documents_ptr, decays_ptr, after_ptr, dx_ptr, dD_ptr, by_token_ptr,
+        begin, end, left, chunks * Q, x_l, x_h, x_p, dy_l, dy_h, dy_p, B_l, B_n, C_l, C_n, D_h, D_p, dx_l,
+        False, HAS_D, HAS_DOCUMENTS, P, N, Q, R, BLOCK_P, BLOCK_N, PRECISION,
+    )  # fmt: skip
 
 
 @triton.jit
 def score_gradients_kernel(
     x_ptr, dy_ptr, decays_ptr, dscores_ptr,
-    length, heads, per_group, chunks, splits, heads_each, x_b, x_l, x_h, x_p, dy_b, dy_l, dy_h, dy_p,
+    length, heads, per_group, chunks, splits, heads_each,
+    x_b, x_l: tl.constexpr, x_h, x_p, dy_b, dy_l: tl.constexpr, dy_h, dy_p,
     P: tl.constexpr, Q: tl.constexpr, R: tl.constexpr, BLOCK_P: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Write the gradient of B C^T of a tile of a chunk, summed over some heads of a group.
@@ -149,9 +186,9 @@ def score_gradients_kernel(
     for head in tl.range(begin, end, disable_licm=True):
         h = tl.cast(head, tl.int64)
         decays = decays_ptr + ((b * heads + h) * chunks + chunk) * (PLANES * Q) + rows
+        origin, there = tl.load(decays + ORIGIN * Q + read), tl.load(decays + TOTAL * Q + reader)
         x = load_tile(x_ptr + h * x_h, rows, p, x_l, x_p, left - read, P)
         dy = load_tile(dy_ptr + h * dy_h, p, rows, dy_p, dy_l, P, left - reader)
-        origin, there = tl.load(decays + ORIGIN * Q + read), tl.load(decays + TOTAL * Q + reader)
         total += product(x, dy, None, PRECISION) * bounded_exp2(there[None, :] - origin[:, None])
     groups = heads // per_group
     out = dscores_ptr + (
@@ -161,17 +198,28 @@ def score_gradients_kernel(
 
 
 @triton.jit
+def shares_of_state(decays, REVERSE: tl.constexpr, Q: tl.constexpr):
+    """Load by token the decay to the state after its chunk, or in reverse from that before it, and its step size."""
+    if REVERSE:
+        return tl.load(decays + FROM_START * Q), 1.0
+    else:
+        return tl.load(decays + TO_END * Q), tl.load(decays + DT * Q)
+
+
+@triton.jit
 def map_gradients_kernel(
     value_ptr, map_ptr, own_ptr, documents_ptr, decays_ptr, states_ptr, dscores_ptr, out_ptr, by_token_ptr,
-    length, heads, per_group, chunks, splits, value_b, value_l, value_h, value_p, map_b, map_l, map_g, map_n,
+    length, heads, per_group, chunks, splits,
+    value_b, value_l: tl.constexpr, value_h, value_p, map_b, map_l, map_g, map_n,
     own_b, own_l, own_g, own_n, out_b, out_l,
     REVERSE: tl.constexpr, HAS_DOCUMENTS: tl.constexpr, P: tl.constexpr, N: tl.constexpr, Q: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_Q: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Write the gradient of B, or in reverse of C, of some tokens of a chunk and one group.
 
-    Of B: values are x, states the gradients of those after the chunk, and maps C. In reverse, of C itself (own): values
-    are gradients of y, states those before the chunk, and maps B; and what a token reads from the state is written.
+    Of B itself (own): values are x, states the gradients of those after the chunk, and maps C; and by token, its part
+    in the state is written, without its step size. In reverse, of C: values are gradients of y, states those before
+    the chunk, and maps B; and what a token reads from the state is written.
     """
     program = tl.program_id(0).to(tl.int64)
     groups = heads // per_group
@@ -182,23 +230,22 @@ def map_gradients_kernel(
     first, left = chunk * Q, (length - chunk * Q).to(tl.int32)
     dtype = states_ptr.dtype.element_ty
     total = tl.zeros((BLOCK_Q, BLOCK_N), tl.float32)
-    if REVERSE:
-        own = load_tile(own_ptr + b * own_b + first * own_l + group * own_g, rows, n, own_l, own_n, left, N)
-        own = own.to(tl.float32)
-    for head in tl.range(group * per_group, (group + 1) * per_group, disable_licm=True):
+    own = load_tile(own_ptr + b * own_b + first * own_l + group * own_g, rows, n, own_l, own_n, left, N)
+    own = own.to(tl.float32)
+    begin, end = group * per_group, (group + 1) * per_group
+    decays_ptr += (b * heads * chunks + chunk) * (PLANES * Q) + rows
+    each = chunks * (PLANES * Q)
+    decay, step = shares_of_state(decays_ptr + begin * each, REVERSE, Q)
+    for head in tl.range(begin, end, disable_licm=True):
         h = tl.cast(head, tl.int64)
-        place_of_head = (b * heads + h) * chunks + chunk
-        decays = decays_ptr + place_of_head * (PLANES * Q) + rows
+        next_decay, next_step = shares_of_state(decays_ptr + tl.minimum(h + 1, end - 1) * each, REVERSE, Q)
         value = load_tile(value_ptr + b * value_b + first * value_l + h * value_h, rows, p, value_l, value_p, left, P)
         state = load_tile(states_ptr + ((b * chunks + chunk) * heads + h) * (P * N), p, n, N, 1, P, N)
-        if REVERSE:
-            read = product(value, state, None, PRECISION) * tl.load(decays + FROM_START * Q)[:, None]
-            by_token = by_token_ptr + (place_of_head * tl.num_programs(2) + tl.program_id(2)) * Q + rows
-            tl.store(by_token, tl.sum(read * own, 1))
-            total += read
-        else:
-            weight = tl.load(decays + DT * Q) * tl.load(decays + TO_END * Q)
-            total += product(value, state, None, PRECISION) * weight[:, None]
+        share = product(value, state, None, PRECISION)
+        by_token = ((b * heads + h) * chunks + chunk) * tl.num_programs(2) + tl.program_id(2)
+        tl.store(by_token_ptr + by_token * Q + rows, tl.sum(share * own, 1) * decay)
+        total += share * (decay * step)[:, None]
+        decay, step = next_decay, next_step
     # dscores are (programs, Q, Q), a token that is read in rows, and not written where it comes after its reader.
     if REVERSE:
         square, allowed = columns[None, :] * Q + rows[:, None], columns[None, :] <= rows[:, None]
@@ -220,9 +267,9 @@ def map_gradients_kernel(
 
 @triton.jit
 def decay_gradients_kernel(
-    dt_ptr, A_ptr, bias_ptr, decays_ptr, by_token_ptr, read_ptr, passed_ptr, ddt_ptr, dA_ptr, dbias_ptr,
+    dt_ptr, A_ptr, bias_ptr, decays_ptr, by_token_ptr, lasting_ptr, read_ptr, passed_ptr, ddt_ptr, dA_ptr, dbias_ptr,
     length, heads, chunks, low, high, dt_b, dt_l, dt_h, ddt_b, ddt_l,
-    SOFTPLUS: tl.constexpr, HAS_BIAS: tl.constexpr, Q: tl.constexpr, R: tl.constexpr, READ_BLOCKS: tl.constexpr,
+    SOFTPLUS: tl.constexpr, HAS_BIAS: tl.constexpr, Q: tl.constexpr, R: tl.constexpr, STATE_BLOCKS: tl.constexpr,
     PASSED_BLOCKS: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
     """Write the gradient of dt, and of A and the bias by chunk (B, c, H)."""
@@ -233,15 +280,18 @@ def decay_gradients_kernel(
     inside = (rows[:, None] < left) & there[None, :]
     place_of_head = (b * heads + h).to(tl.int64) * chunks + chunk
     dt = tl.load(decays_ptr + (place_of_head * (PLANES * Q) + DT * Q)[None, :] + rows[:, None], mask=inside, other=0.0)
-    by_token = by_token_ptr + (place_of_head * (4 * Q))[None, :] + rows[:, None]
+    by_token = by_token_ptr + (place_of_head * (3 * Q))[None, :] + rows[:, None]
     written = tl.load(by_token, mask=inside, other=0.0)
     read = tl.load(by_token + Q, mask=inside, other=0.0)
-    through = tl.sum(dt * tl.load(by_token + 3 * Q, mask=inside, other=0.0), 0)
     if Q > R:
         read += tl.load(by_token + 2 * Q, mask=inside & (rows[:, None] >= R), other=0.0)
-    for i in tl.static_range(READ_BLOCKS):
-        state_read = read_ptr + ((place_of_head * READ_BLOCKS + i) * Q)[None, :] + rows[:, None]
-        read += tl.load(state_read, mask=inside, other=0.0)
+    through = tl.zeros((BLOCK_H,), tl.float32)
+    for i in tl.static_range(STATE_BLOCKS):
+        of_state = ((place_of_head * STATE_BLOCKS + i) * Q)[None, :] + rows[:, None]
+        read += tl.load(read_ptr + of_state, mask=inside, other=0.0)
+        lasting = tl.load(lasting_ptr + of_state, mask=inside, other=0.0)
+        written += lasting
+        through += tl.sum(dt * lasting, 0)
     for i in tl.static_range(PASSED_BLOCKS):
         through += tl.load(passed_ptr + place_of_head * PASSED_BLOCKS + i, mask=there, other=0.0)
     A = tl.load(A_ptr + h, mask=there, other=0.0)[None, :]
@@ -307,9 +357,8 @@ class InputGradients(NamedTuple):
 
     Attributes:
         dD: By part of a chunk, (B * c * Q / R, H, P), or None.
-        by_token: Sums of F over the readers of a token and the state after the chunk, without its step size; over what
-            it reads; over what it reads in the first half of a chunk, where it is in the second; and the first sum's
-            share of the state (B, H, c, 4, Q).
+        by_token: Sums of F over the readers of a token in its chunk, without its step size; over what it reads; and
+            over what it reads in the first half of a chunk, where it is in the second (B, H, c, 3, Q).
     """
 
     dD: Tensor | None
@@ -322,13 +371,12 @@ def input_gradients(
 ) -> InputGradients:  # fmt: skip
     """Write the gradient of x; return that of D, and what those of dt, A and the bias need."""
     options = shape.launch("input_gradients", x)
-    options["M"] = min(options["M"], shape.part)
     heads_each, splits = shape.split(options.pop("HEADS"), x.device)
     batch, heads, chunks, chunk = shape.batch, shape.heads, shape.chunks, shape.chunk
     parts = chunk // shape.part
     found = InputGradients(
         None if D is None else decays.new_empty(batch * chunks * parts, heads, shape.width),
-        decays.new_empty(batch, heads, chunks, 4, chunk),
+        decays.new_empty(batch, heads, chunks, 3, chunk),
     )
     input_gradients_kernel[(shape.programs(splits),)](
         x, dy, B, C, D, documents, decays, after, dx, found.dD, found.by_token,
@@ -360,9 +408,12 @@ def score_gradients(shape: Shape, x: Tensor, dy: Tensor, decays: Tensor) -> Tens
 def gradient_of_B(
     shape: Shape, x: Tensor, B: Tensor, C: Tensor, documents: Tensor | None, decays: Tensor, after: Tensor,
     dscores: Tensor, dB: Tensor,
-) -> None:  # fmt: skip
-    """Write the gradient of B (B, L, G, N)."""
-    _map_gradient(shape, x, C, B, documents, decays, after, dscores, dB, reverse=False)
+) -> Tensor:  # fmt: skip
+    """Write the gradient of B (B, L, G, N); return the sums of F over the state after the chunk as what C's returns.
+
+    They are without the tokens' step sizes.
+    """
+    return _map_gradient(shape, x, C, B, documents, decays, after, dscores, dB, reverse=False)
 
 
 def gradient_of_C(
@@ -385,18 +436,18 @@ def _map_gradient(
         shape.chunk // blocks["BLOCK_Q"],
         triton.cdiv(shape.size, blocks["BLOCK_N"]),
     )
-    read = decays.new_empty(shape.batch, shape.heads, shape.chunks, grid[2], shape.chunk) if reverse else decays
+    by_token = decays.new_empty(shape.batch, shape.heads, shape.chunks, grid[2], shape.chunk)
     map_gradients_kernel[grid](
-        values, maps, own, documents, decays, states, dscores, out, read, shape.length, shape.heads,
+        values, maps, own, documents, decays, states, dscores, out, by_token, shape.length, shape.heads,
         shape.heads // shape.groups, shape.chunks, dscores.shape[3], *values.stride(), *maps.stride(), *own.stride(),
         *out.stride()[:2], REVERSE=reverse, HAS_DOCUMENTS=documents is not None, **constants,
     )  # fmt: skip
-    return read
+    return by_token
 
 
 def decay_gradients(
     shape: Shape, dt: Tensor, A: Tensor, dt_bias: Tensor | None, softplus: bool, limit: tuple[float, float],
-    decays: Tensor, found: InputGradients, read: Tensor, passed: Tensor, ddt: Tensor,
+    decays: Tensor, found: InputGradients, lasting: Tensor, read: Tensor, passed: Tensor, ddt: Tensor,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """Write the gradient of dt (B, L, H); return those of A (H,) and the bias (H,)."""
     options = shape.launch("decays", dt)
@@ -404,9 +455,9 @@ def decay_gradients(
     dbias = None if dt_bias is None else torch.empty_like(dA)
     grid = (shape.batch * shape.chunks, triton.cdiv(shape.heads, options["BLOCK_H"]))
     decay_gradients_kernel[grid](
-        dt, A, dt_bias, decays, found.by_token, read, passed, ddt, dA, dbias, shape.length, shape.heads,
+        dt, A, dt_bias, decays, found.by_token, lasting, read, passed, ddt, dA, dbias, shape.length, shape.heads,
         shape.chunks, *limit, *dt.stride(), *ddt.stride()[:2], SOFTPLUS=softplus, HAS_BIAS=dt_bias is not None,
-        Q=shape.chunk, R=shape.part, READ_BLOCKS=read.shape[3], PASSED_BLOCKS=passed.shape[3], **options,
+        Q=shape.chunk, R=shape.part, STATE_BLOCKS=read.shape[3], PASSED_BLOCKS=passed.shape[3], **options,
     )  # fmt: skip
     return sum_parts(dA), None if dbias is None else sum_parts(dbias)
 

@@ -83,13 +83,10 @@ class Shape(NamedTuple):
         """Return the keyword arguments of a launch."""
         return configuration(f"ssd/{kernel}", x.dtype, block(self.width) * block(self.size), x.device).launch()
 
-    def split(self, most: int, device: torch.device, by: int = 4) -> tuple[int, int]:
-        """Return how many heads a program serves, `most` or fewer where chunks are few, and programs of a group.
-
-        Chunks are few where there would be less than `by` programs a multiprocessor.
-        """
+    def split(self, most: int, device: torch.device) -> tuple[int, int]:
+        """Return how many heads a program serves, `most` or fewer where chunks are few, and programs of a group."""
         per_group = self.heads // self.groups
-        enough = 1 if architecture(device) == INTERPRETER else by * multiprocessors(device)
+        enough = 1 if architecture(device) == INTERPRETER else 4 * multiprocessors(device)
         heads = max(1, min(most, per_group * self.programs(1) // enough))
         return heads, -(-per_group // heads)
 
@@ -104,8 +101,13 @@ def block(width: int) -> int:
 
 
 def readable(t: Tensor) -> Tensor:
-    """Return the tensor (B, ...), copied where a tile of a sequence would span more than 32-bit offsets."""
-    return t if all(stride < 2**22 for stride in t.stride()[1:]) else t.contiguous()
+    """Return the tensor (B, L, ...), copied where a kernel would read it badly.
+
+    That is where a token's features are not side by side, or a tile of a sequence would span more than 32-bit offsets.
+    Kernels are compiled for the distance of tokens: it is the model's, whatever the length, and so takes no registers.
+    """
+    side_by_side = t.stride(-1) == 1 or t.shape[-1] == 1
+    return t if side_by_side and all(stride < 2**22 for stride in t.stride()[1:]) else t.contiguous()
 
 
 @triton.jit
@@ -123,6 +125,15 @@ def product(left, right, sums, PRECISION: tl.constexpr):
     else:
         result = tl.dot(left, right, sums, input_precision=PRECISION)
     return result
+
+
+@triton.jit
+def weight_of_input(D_ptr, p, D_p: tl.constexpr, P: tl.constexpr):
+    """Load D of a head: one number, or one for every feature."""
+    if D_p == 0:
+        return tl.load(D_ptr)
+    else:
+        return tl.load(D_ptr + p * D_p, mask=p < P, other=0.0)[None, :]
 
 
 @triton.jit
@@ -201,7 +212,7 @@ def decays_kernel(
 def carry_kernel(
     value_ptr, map_ptr, decays_ptr, start_ptr, states_ptr, end_ptr, before_ptr, passed_ptr,
     length, heads, per_group, chunks,
-    value_b, value_l, value_h, value_p, map_b, map_l, map_g, map_n,
+    value_b, value_l: tl.constexpr, value_h, value_p, map_b, map_l: tl.constexpr, map_g, map_n,
     REVERSE: tl.constexpr, HAS_START: tl.constexpr, P: tl.constexpr, N: tl.constexpr, Q: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -261,7 +272,7 @@ def carry_kernel(
 @triton.jit
 def scores_kernel(
     B_ptr, C_ptr, documents_ptr, scores_ptr,
-    length, groups, chunks, B_b, B_l, B_g, B_n, C_b, C_l, C_g, C_n,
+    length, groups, chunks, B_b, B_l: tl.constexpr, B_g, B_n, C_b, C_l: tl.constexpr, C_g, C_n,
     DTYPE: tl.constexpr, HAS_DOCUMENTS: tl.constexpr, N: tl.constexpr, Q: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_Q: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -288,7 +299,7 @@ def scores_kernel(
 def outputs_kernel(
     x_ptr, C_ptr, D_ptr, z_ptr, scores_ptr, decays_ptr, states_ptr, y_ptr,
     length, heads, per_group, chunks, splits, heads_each,
-    x_b, x_l, x_h, x_p, C_b, C_l, C_g, C_n, z_b, z_l, z_h, z_p, D_h, D_p,
+    x_b, x_l: tl.constexpr, x_h, x_p, C_b, C_l: tl.constexpr, C_g, C_n, z_b, z_l, z_h, z_p, D_h, D_p: tl.constexpr,
     HAS_D: tl.constexpr, HAS_Z: tl.constexpr, P: tl.constexpr, N: tl.constexpr, Q: tl.constexpr, R: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -317,7 +328,7 @@ def outputs_kernel(
         weights *= tl.load(square + part * R)
         y = product(weights.to(dtype), x, y, PRECISION)
         if HAS_D:
-            y += tl.load(D_ptr + h * D_h + p * D_p, mask=p < P, other=0.0)[None, :] * x.to(tl.float32)
+            y += weight_of_input(D_ptr + h * D_h, p, D_p, P) * x.to(tl.float32)
         if Q > R:
             if part > 0:  # the second half of a chunk reads the first
                 x = load_tile(inputs + first * x_l, rows, p, x_l, x_p, R, P)

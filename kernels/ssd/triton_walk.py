@@ -22,6 +22,7 @@ from bimamba_lit.kernels.ssd.triton_forward import (
     bounded_exp2,
     load_tile,
     product,
+    weight_of_input,
 )
 
 
@@ -29,7 +30,8 @@ from bimamba_lit.kernels.ssd.triton_forward import (
 def walk_kernel(
     x_ptr, B_ptr, C_ptr, D_ptr, scores_ptr, decays_ptr, start_ptr, y_ptr, end_ptr,
     length, heads, per_group, chunks,
-    x_b, x_l, x_h, x_p, B_b, B_l, B_g, B_n, C_b, C_l, C_g, C_n, D_h, D_p,
+    x_b, x_l: tl.constexpr, x_h, x_p, B_b, B_l: tl.constexpr, B_g, B_n, C_b, C_l: tl.constexpr, C_g, C_n,
+    D_h, D_p: tl.constexpr,
     HAS_DOCUMENTS: tl.constexpr, HAS_START: tl.constexpr, HAS_D: tl.constexpr, P: tl.constexpr,
     N: tl.constexpr, Q: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -42,13 +44,16 @@ def walk_kernel(
     B_ptr += b * B_b + h // per_group * B_g
     C_ptr += b * C_b + h // per_group * C_g
     y_ptr += b * length * heads * P + h * P
+    end_ptr += whole * (P * N)
+    if HAS_D:
+        D_ptr += h * D_h
     planes: tl.constexpr = PLANES if HAS_DOCUMENTS else 2
     decays_ptr += whole * chunks * (planes * Q)
     groups = heads // per_group
     scores_ptr += (b * chunks * groups + h // per_group) * (Q * Q) + rows[:, None] * Q + rows[None, :]
-    cells = p[None, :] * N + n[:, None]
-    inside = (p[None, :] < P) & (n[:, None] < N)
-    state = tl.zeros((BLOCK_N, BLOCK_P), tl.float32)
+    cells = p[:, None] * N + n[None, :]
+    inside = (p[:, None] < P) & (n[None, :] < N)
+    state = tl.zeros((BLOCK_P, BLOCK_N), tl.float32)
     if HAS_START:
         state = tl.load(start_ptr + whole * (P * N) + cells, mask=inside, other=0.0).to(tl.float32)
     for chunk in tl.range(0, chunks, disable_licm=True):
@@ -57,7 +62,7 @@ def walk_kernel(
         decays = decays_ptr + first * planes + rows
         x = load_tile(x_ptr + first * x_l, rows, p, x_l, x_p, left, P)
         C_qn = load_tile(C_ptr + first * C_l, rows, n, C_l, C_n, left, N).to(dtype)
-        B_nq = load_tile(B_ptr + first * B_l, n, rows, B_n, B_l, N, left).to(dtype)
+        B_qn = load_tile(B_ptr + first * B_l, rows, n, B_l, B_n, left, N).to(dtype)
         if HAS_DOCUMENTS:
             total, origin = tl.load(decays + TOTAL * Q), tl.load(decays + ORIGIN * Q)
             from_start = tl.load(decays + FROM_START * Q)
@@ -69,16 +74,16 @@ def walk_kernel(
             from_start, to_end, across = tl.exp2(total), tl.exp2(last - origin), tl.exp2(last)
         weights = bounded_exp2(total[:, None] - origin[None, :])
         weights *= tl.load(scores_ptr + first * groups * Q)
-        y = product(C_qn, state.to(dtype), None, PRECISION)
+        y = product(C_qn, tl.trans(state.to(dtype)), None, PRECISION)
         y *= from_start[:, None]
         y = product(weights.to(dtype), x, y, PRECISION)
         if HAS_D:
-            y += tl.load(D_ptr + h * D_h + p * D_p, mask=p < P, other=0.0)[None, :] * x.to(tl.float32)
+            y += weight_of_input(D_ptr, p, D_p, P) * x.to(tl.float32)
         out = y_ptr + first * (heads * P) + rows[:, None] * (heads * P) + p[None, :]
         tl.store(out, y.to(dtype), mask=(rows[:, None] < left) & (p[None, :] < P))
         state *= across
-        state = product(B_nq, (x.to(tl.float32) * to_end[:, None]).to(dtype), state, PRECISION)
-    tl.store(end_ptr + whole * (P * N) + cells, state, mask=inside)
+        state = product(tl.trans((x.to(tl.float32) * to_end[:, None]).to(dtype)), B_qn, state, PRECISION)
+    tl.store(end_ptr + cells, state, mask=inside)
 
 
 def walk(

@@ -159,6 +159,14 @@ def test_steps_of_zero_and_huge_ones():
     assert_as_naive(inputs, bound=1e-3)
 
 
+def test_steps_of_exactly_zero_have_gradients():
+    inputs = make(40)
+    with torch.no_grad():
+        inputs["dt"].abs_()[:, ::3] = 0.0
+    del inputs["dt_bias"]
+    assert_as_naive(inputs, dt_softplus=False)
+
+
 def test_nan_is_not_hidden():
     inputs = {name: t.detach() for name, t in make(40).items()}
     inputs["dt"][0, 20, 1] = math.nan
