@@ -181,17 +181,16 @@ TABLE: dict[str, tuple[Row, ...]] = {
         Row(Configuration({"ROWS": 4, "BYTES": 32}, num_warps=4)),
     ),
     "binary_weight/forward": (
-        Row(Configuration({"ROWS": 8, "COLUMNS": 16}, num_warps=1), architectures=(INTERPRETER,)),
-        Row(Configuration({"ROWS": 8, "COLUMNS": 256}, num_warps=4)),
+        Row(Configuration({"ROWS": 4, "BYTES": 2}, num_warps=1), architectures=(INTERPRETER,)),
+        Row(Configuration({"ROWS": 4, "BYTES": 32}, num_warps=4)),
     ),
     "binary_weight/unpack": (
         Row(Configuration({"ROWS": 4, "BYTES": 2}, num_warps=1), architectures=(INTERPRETER,)),
         Row(Configuration({"ROWS": 4, "BYTES": 64}, num_warps=4)),
     ),
     "binary_weight/backward": (
-        Row(Configuration({"ROWS": 4, "COLUMNS": 16, "TILES": 2}, num_warps=1), architectures=(INTERPRETER,)),
-        Row(Configuration({"ROWS": 16, "COLUMNS": 64, "TILES": 8}, num_warps=4), architectures=("gfx942",)),
-        Row(Configuration({"ROWS": 32, "COLUMNS": 64, "TILES": 4}, num_warps=4)),
+        Row(Configuration({"ROWS": 4, "BYTES": 2, "TILES": 2, "STAGES": 1}, num_warps=1), architectures=(INTERPRETER,)),
+        Row(Configuration({"ROWS": 4, "BYTES": 32, "TILES": 16, "STAGES": 1}, num_warps=4)),
     ),
     "binary_linear/digits": (
         Row(Configuration({"INPUTS": 128}, num_warps=1), architectures=(INTERPRETER,)),

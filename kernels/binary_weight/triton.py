@@ -21,6 +21,7 @@ from bimamba_lit.kernels.sums import sum_parts
 SLOPES = {"identity": 0, "clipped": 1, "tanh": 2, "bireal": 3}
 Terms = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 NO_TERMS: Terms = (None, None, None, None, None)
+CONTIGUOUS = torch.contiguous_format
 
 
 def binary_weight(
@@ -36,12 +37,12 @@ def binary_weight(
 ) -> Tensor:
     """Compute what `naive.binary_weight` computes."""
     terms = (in_scale, out_scale, group_scale, in_shift, out_shift)
-    return _op(latent, latent.shape[1], *terms, reach, straight_through, latent.dtype if dtype is None else dtype)
+    return _op(latent, latent.shape[1], *terms, reach, straight_through, latent.dtype if dtype is None else dtype)[0]
 
 
 def dense_weight(signs: Tensor, in_features: int, terms: Terms, dtype: torch.dtype) -> Tensor:
     """Return the weight (O, I) of packed signs (O, ceil(I / 8)); the terms receive gradients."""
-    return _op(signs, in_features, *terms, None, "identity", dtype)
+    return _op(signs, in_features, *terms, None, "identity", dtype)[0]
 
 
 @torch.library.custom_op("bimamba_lit::binary_weight", mutates_args=())
@@ -56,13 +57,24 @@ def _op(
     reach: Tensor | None,
     straight_through: str,
     dtype: torch.dtype,
-) -> Tensor:
-    return weight_forward(source, in_features, (in_scale, out_scale, group_scale, in_shift, out_shift), dtype)
+) -> tuple[Tensor, Tensor]:
+    """Return the weight, and the signs of latent weights where they are all that the backward pass needs of them."""
+    terms = (in_scale, out_scale, group_scale, in_shift, out_shift)
+    kept = source.new_empty(_kept(source, terms, straight_through), dtype=torch.uint8)
+    return weight_forward(source, in_features, terms, dtype, kept if kept.numel() else None), kept
+
+
+def _kept(source: Tensor, terms: Any, straight_through: str) -> tuple[int, int]:
+    """Return the size of the signs that are kept for the backward pass."""
+    if source.dtype == torch.uint8 or straight_through != "identity" or not _whole_bytes(terms, source.shape[1]):
+        return 0, 0
+    return source.shape[0], -(-source.shape[1] // 8)
 
 
 @_op.register_fake
-def _(source: Tensor, in_features: int, *rest: Any) -> Tensor:
-    return source.new_empty(source.shape[0], in_features, dtype=rest[-1])
+def _(source: Tensor, in_features: int, *rest: Any) -> tuple[Tensor, Tensor]:
+    weight = source.new_empty(source.shape[0], in_features, dtype=rest[-1])
+    return weight, source.new_empty(_kept(source, rest[:5], rest[-2]), dtype=torch.uint8)
 
 
 @torch.library.custom_op("bimamba_lit::binary_weight_backward", mutates_args=())
@@ -76,26 +88,29 @@ def _backward_op(
     out_shift: Tensor | None,
     reach: Tensor | None,
     straight_through: str,
+    latent: torch.dtype | None,
 ) -> list[Tensor]:
     terms = (in_scale, out_scale, group_scale, in_shift, out_shift)
-    return weight_backward(gradient, source, terms, straight_through, reach)
+    return weight_backward(gradient, source, terms, straight_through, reach, latent)
 
 
 @_backward_op.register_fake
 def _(gradient: Tensor, source: Tensor, *rest: Any) -> list[Tensor]:
-    like = [None if source.dtype == torch.uint8 else source, *rest[:5]]
-    return [gradient.new_empty(0) if term is None else torch.empty_like(term) for term in like]
+    empty = gradient.new_empty(0)
+    to_latent = empty if rest[-1] is None else torch.empty_like(gradient, dtype=rest[-1], memory_format=CONTIGUOUS)
+    return [to_latent, *(empty.clone() if term is None else torch.empty_like(term) for term in rest[:5])]
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     source, _, *terms, reach, straight_through, _ = inputs
-    ctx.save_for_backward(source, *terms, reach)
     ctx.straight_through = straight_through
+    ctx.latent = None if source.dtype == torch.uint8 else source.dtype
+    ctx.save_for_backward(output[1] if _kept(source, terms, straight_through)[0] else source, *terms, reach)
 
 
-def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, gradient: Tensor, _: Any) -> tuple[Tensor | None, ...]:
     source, *terms, reach = ctx.saved_tensors
-    gradients = weight_gradients(gradient, source, terms, ctx.straight_through, reach)
+    gradients = weight_gradients(gradient, source, terms, ctx.straight_through, reach, ctx.latent)
     return gradients[0], None, *gradients[1:], None, None, None
 
 
@@ -103,68 +118,72 @@ _op.register_autograd(_backward, setup_context=_setup)
 
 
 def weight_gradients(
-    gradient: Tensor, source: Tensor, terms: Any, straight_through: str = "identity", reach: Tensor | None = None
+    gradient: Tensor,
+    source: Tensor,
+    terms: Any,
+    straight_through: str = "identity",
+    reach: Tensor | None = None,
+    latent: torch.dtype | None = None,
 ) -> list[Tensor | None]:
-    """Return the gradients to latent weights (None for packed signs) and to each term that is given."""
-    outs = _backward_op(gradient, source, *terms, reach, straight_through)
-    given = [source if source.dtype != torch.uint8 else None, *terms]
-    return [None if term is None else out for term, out in zip(given, outs, strict=True)]
+    """Return the gradients to latent weights (None where `latent`, their dtype, is) and to each term that is given."""
+    outs = _backward_op(gradient, source, *terms, reach, straight_through, latent)
+    return [None if given is None else out for given, out in zip([latent, *terms], outs, strict=True)]
 
 
-def weight_forward(source: Tensor, in_features: int, terms: Terms, dtype: torch.dtype) -> Tensor:
-    """Launch the forward pass; `source` is latent weights (O, I) or packed signs (O, ceil(I / 8)) uint8."""
+def weight_forward(
+    source: Tensor, in_features: int, terms: Terms, dtype: torch.dtype, kept: Tensor | None = None
+) -> Tensor:
+    """Launch the forward pass; `source` is latent weights (O, I), whose signs go to `kept`, or packed signs."""
     weight = torch.empty(source.shape[0], in_features, dtype=dtype, device=source.device)
     if weight.numel() == 0:
         return weight
     groups, size = _groups(terms, in_features)
-    if source.dtype == torch.uint8:
-        if groups > 1 and size % 8:
-            return naive.compose(weight_forward(source, in_features, NO_TERMS, dtype), *terms).to(dtype)
-        source = source.contiguous()
-        chosen = configuration("binary_weight/unpack", dtype, weight.numel(), source.device)
-        width = triton.cdiv(size, 8)
-        _unpack_kernel[
-            (groups * triton.cdiv(width, chosen.blocks["BYTES"]), triton.cdiv(weight.shape[0], chosen.blocks["ROWS"]))
-        ](
-            source, weight, *terms, weight.shape[0], in_features, size, groups, source.stride(0), *_steps(terms),
-            **chosen.launch(),
-        )  # fmt: skip
-        return weight
-    chosen = configuration("binary_weight/forward", dtype, weight.numel(), source.device)
-    rows, columns = chosen.blocks["ROWS"], chosen.blocks["COLUMNS"]
-    grid = (groups * triton.cdiv(size, columns), triton.cdiv(weight.shape[0], rows))
-    _forward_kernel[grid](
-        source, weight, *terms, weight.shape[0], in_features, size, groups,
-        source.stride(0), source.stride(1), *_steps(terms), **chosen.launch(),
+    packed = source.dtype == torch.uint8
+    if packed and not _whole_bytes(terms, in_features):
+        return naive.compose(weight_forward(source, in_features, NO_TERMS, dtype), *terms).to(dtype)
+    chosen = configuration(f"binary_weight/{'unpack' if packed else 'forward'}", dtype, weight.numel(), source.device)
+    rows, width = chosen.blocks["ROWS"], 8 * chosen.blocks["BYTES"]
+    _forward_kernel[(groups * triton.cdiv(size, width), triton.cdiv(weight.shape[0], rows))](
+        source, kept, weight, *terms, weight.shape[0], in_features, size, groups, *source.stride(), *_steps(terms),
+        PACKED=packed, **chosen.launch(),
     )  # fmt: skip
     return weight
 
 
 def weight_backward(
-    gradient: Tensor, source: Tensor, terms: Terms, straight_through: str, reach: Tensor | None = None
+    gradient: Tensor,
+    source: Tensor,
+    terms: Terms,
+    straight_through: str,
+    reach: Tensor | None = None,
+    latent: torch.dtype | None = None,
 ) -> list[Tensor]:
-    """Launch the backward pass: gradients to the latent weights and to each term, empty where there is none."""
+    """Launch the backward pass: gradients to the latent weights and to each term, empty where there is none.
+
+    `source` is latent weights (O, I) or packed signs (O, ceil(I / 8)): for gradients to latent weights, theirs.
+    """
     out_features, in_features = gradient.shape
+    if source.dtype == torch.uint8 and not _whole_bytes(terms, in_features):
+        source = weight_forward(source, in_features, NO_TERMS, gradient.dtype)
     packed = source.dtype == torch.uint8
     in_scale, out_scale, group_scale, in_shift, out_shift = terms
     groups, size = _groups(terms, in_features)
     chosen = configuration("binary_weight/backward", gradient.dtype, gradient.numel(), gradient.device)
-    tiles_i = triton.cdiv(size, chosen.blocks["COLUMNS"])
+    tiles_i = triton.cdiv(size, 8 * chosen.blocks["BYTES"])
     tiles_o = triton.cdiv(out_features, chosen.blocks["ROWS"] * chosen.blocks["TILES"])
-    latent = None if packed else torch.empty_like(source)
 
     def partial(wanted: bool, *shape: int) -> Tensor | None:
         return torch.empty(*shape, dtype=torch.float32, device=gradient.device) if wanted else None
 
+    to_latent = None if latent is None else torch.empty_like(gradient, dtype=latent, memory_format=CONTIGUOUS)
     scaled_rows = partial(out_scale is not None or group_scale is not None, groups * tiles_i, out_features)
     plain_rows = partial(out_shift is not None, groups * tiles_i, out_features)
     scaled_columns = partial(in_scale is not None, tiles_o, in_features)
     plain_columns = partial(in_shift is not None, tiles_o, in_features)
     _backward_kernel[(groups * tiles_i, tiles_o)](
-        gradient, source, latent, in_scale, out_scale, group_scale, reach,
+        gradient, source, to_latent, in_scale, out_scale, group_scale, reach,
         scaled_rows, plain_rows, scaled_columns, plain_columns, out_features, in_features, size, groups,
-        gradient.stride(0), gradient.stride(1), source.stride(0), source.stride(1),
-        0 if latent is None else latent.stride(0), 0 if latent is None else latent.stride(1), *_steps(terms)[:2],
+        *gradient.stride(), *source.stride(), *_steps(terms)[:2],
         0 if reach is None or reach.shape[0] == 1 else reach.stride(0),
         PACKED=packed, SLOPE=SLOPES[straight_through], **chosen.launch(),
     )  # fmt: skip
@@ -178,7 +197,7 @@ def weight_backward(
         (in_shift, None if plain_columns is None else sum_parts(plain_columns)),
         (out_shift, None if plain_rows is None else sum_parts(plain_rows)),
     ]
-    outs = [gradient.new_empty(0) if latent is None else latent]
+    outs = [gradient.new_empty(0) if to_latent is None else to_latent]
     for term, value in found:
         if term is None or value is None:
             outs.append(gradient.new_empty(0))
@@ -187,7 +206,13 @@ def weight_backward(
     return outs
 
 
-def _groups(terms: Terms, in_features: int) -> tuple[int, int]:
+def _whole_bytes(terms: Any, in_features: int) -> bool:
+    """Return whether no byte of signs is of two groups."""
+    groups, size = _groups(terms, in_features)
+    return groups == 1 or size % 8 == 0
+
+
+def _groups(terms: Any, in_features: int) -> tuple[int, int]:
     groups = 1 if terms[2] is None else terms[2].shape[1]
     return groups, in_features // groups
 
@@ -208,8 +233,11 @@ def compile_cases() -> list[CompileCase]:
 
         latent, group_scale = empty(out_features, in_features), empty(out_features, groups) if groups > 1 else None
         terms = (empty(in_features), empty(out_features), group_scale, empty(in_features), empty(1))
-        weight = weight_forward(latent, in_features, terms, dtype)
-        weight_backward(weight, latent, terms, straight_through, empty(out_features) if groups > 1 else None)
+        kept = torch.empty(_kept(latent, terms, straight_through), dtype=torch.uint8, device="meta")
+        source = kept if kept.numel() else latent
+        weight = weight_forward(latent, in_features, terms, dtype, kept if kept.numel() else None)
+        reach = empty(out_features) if groups > 1 else None
+        weight_backward(weight, source, terms, straight_through, reach, latent.dtype)
 
     def from_signs() -> None:
         signs = torch.empty(2560, 640, dtype=torch.uint8, device="meta")
@@ -225,23 +253,13 @@ def compile_cases() -> list[CompileCase]:
 
 
 @triton.jit
-def _across(size, tiles, COLUMNS: tl.constexpr):
-    """Return this program's group, its columns and which of them are the group's."""
+def _bytes_across(size, BYTES: tl.constexpr):
+    """Return this program's group, its bytes of signs, which of them the group has, its columns, and which of those."""
+    tiles = tl.cdiv(size, 8 * BYTES)
     group = tl.program_id(0) // tiles
-    within = tl.program_id(0) % tiles * COLUMNS + tl.arange(0, COLUMNS)
-    return group, group * size + within, within < size
-
-
-@triton.jit
-def _positive(source, rows, columns, mask, stride_o, stride_i, PACKED: tl.constexpr):
-    """Return whether each sign is +1, and the latent weights, or zeros for packed signs."""
-    if PACKED:
-        at = source + rows[:, None] * stride_o + (columns // 8).to(tl.int64)[None, :] * stride_i
-        byte = tl.load(at, mask=mask, other=0).to(tl.int32)
-        return ((byte >> (columns % 8)[None, :]) & 1) != 0, tl.zeros_like(byte).to(tl.float32)
-    at = source + rows[:, None] * stride_o + columns.to(tl.int64)[None, :] * stride_i
-    latent = tl.load(at, mask=mask, other=0.0)
-    return latent > 0, latent.to(tl.float32)
+    byte = tl.program_id(0) % tiles * BYTES + tl.arange(0, BYTES)
+    within = byte[:, None] * 8 + tl.arange(0, 8)[None, :]
+    return group, group * (size // 8) + byte, byte * 8 < size, group * size + within, within < size
 
 
 @triton.jit
@@ -250,58 +268,45 @@ def _vector(term, at, step, mask, dtype: tl.constexpr):
 
 
 @triton.jit
-def _forward_kernel(
-    source, weight, in_scale, out_scale, group_scale, in_shift, out_shift, out_features, in_features, size, groups,
-    stride_o, stride_i, in_scale_step, out_scale_step, in_shift_step, out_shift_step,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-):  # fmt: skip
-    wide: tl.constexpr = tl.float64 if weight.dtype.element_ty == tl.float64 else tl.float32
-    group, columns, inside = _across(size, tl.cdiv(size, COLUMNS), COLUMNS)
-    rows = tl.program_id(1).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    there = rows < out_features
-    mask = there[:, None] & inside[None, :]
-    positive, _ = _positive(source, rows, columns, mask, stride_o, stride_i, False)
-    row_scale = tl.full([ROWS], 1.0, wide)
+def _row_scale(out_scale, group_scale, rows, group, groups, out_scale_step, there, dtype: tl.constexpr):
+    scale = tl.full(rows.shape, 1.0, dtype)
     if out_scale is not None:
-        row_scale *= _vector(out_scale, rows, out_scale_step, there, wide)
+        scale *= _vector(out_scale, rows, out_scale_step, there, dtype)
     if group_scale is not None:
-        row_scale *= _vector(group_scale, rows * groups + group, 1, there, wide)
-    magnitude = tl.broadcast_to(row_scale[:, None], [ROWS, COLUMNS])
-    if in_scale is not None:
-        magnitude = magnitude * _vector(in_scale, columns, in_scale_step, inside, wide)[None, :]
-    value = tl.where(positive, magnitude, -magnitude)
-    if in_shift is not None:
-        value += _vector(in_shift, columns, in_shift_step, inside, wide)[None, :]
-    if out_shift is not None:
-        value += _vector(out_shift, rows, out_shift_step, there, wide)[:, None]
-    tl.store(weight + rows[:, None] * in_features + columns[None, :], value.to(weight.dtype.element_ty), mask=mask)
+        scale *= _vector(group_scale, rows * groups + group, 1, there, dtype)
+    return scale
 
 
 @triton.jit
-def _unpack_kernel(
-    signs, weight, in_scale, out_scale, group_scale, in_shift, out_shift, out_features, in_features, size, groups,
-    stride_o, in_scale_step, out_scale_step, in_shift_step, out_shift_step,
-    ROWS: tl.constexpr, BYTES: tl.constexpr,
+def _positive(signs, rows, byte, mask, stride_o, stride_i):
+    """Return whether each sign is +1, (rows, bytes, 8)."""
+    word = tl.load(signs + rows[:, None] * stride_o + byte[None, :] * stride_i, mask=mask, other=0)
+    return (word.to(tl.int32)[:, :, None] & (1 << tl.arange(0, 8))[None, None, :]) != 0
+
+
+@triton.jit
+def _forward_kernel(
+    source, kept, weight, in_scale, out_scale, group_scale, in_shift, out_shift,
+    out_features, in_features, size, groups, stride_o, stride_i,
+    in_scale_step, out_scale_step, in_shift_step, out_shift_step,
+    PACKED: tl.constexpr, ROWS: tl.constexpr, BYTES: tl.constexpr,
 ):  # fmt: skip
-    """Write the weight of packed signs, a byte of them at a time; groups are whole bytes."""
+    """Write the weight of latent weights, whose signs it keeps, or of packed signs, eight columns at a time."""
     wide: tl.constexpr = tl.float64 if weight.dtype.element_ty == tl.float64 else tl.float32
-    tiles = tl.cdiv(tl.cdiv(size, 8), BYTES)
-    group = tl.program_id(0) // tiles
-    byte = tl.program_id(0) % tiles * BYTES + tl.arange(0, BYTES)
-    k = tl.arange(0, 8)
+    group, byte, some, columns, inside = _bytes_across(size, BYTES)
     rows = tl.program_id(1).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     there = rows < out_features
-    within = byte[:, None] * 8 + k[None, :]
-    inside = within < size
-    columns = group * size + within
-    at = signs + rows[:, None] * stride_o + (group * (size // 8) + byte)[None, :]
-    word = tl.load(at, mask=there[:, None] & (byte * 8 < size)[None, :], other=0).to(tl.int32)
-    positive = (word[:, :, None] & (1 << k)[None, None, :]) != 0
-    row_scale = tl.full([ROWS], 1.0, wide)
-    if out_scale is not None:
-        row_scale *= _vector(out_scale, rows, out_scale_step, there, wide)
-    if group_scale is not None:
-        row_scale *= _vector(group_scale, rows * groups + group, 1, there, wide)
+    mask = there[:, None, None] & inside[None, :, :]
+    if PACKED:
+        positive = _positive(source, rows, byte, there[:, None] & some[None, :], stride_o, stride_i)
+    else:
+        at = source + rows[:, None, None] * stride_o + columns.to(tl.int64)[None, :, :] * stride_i
+        positive = tl.load(at, mask=mask, other=0.0) > 0
+        if kept is not None:
+            bits = tl.sum(positive.to(tl.int32) << tl.arange(0, 8)[None, None, :], 2).to(tl.uint8)
+            to = kept + rows[:, None] * tl.cdiv(in_features, 8) + byte[None, :]
+            tl.store(to, bits, mask=there[:, None] & some[None, :])
+    row_scale = _row_scale(out_scale, group_scale, rows, group, groups, out_scale_step, there, wide)
     magnitude = tl.broadcast_to(row_scale[:, None, None], [ROWS, BYTES, 8])
     if in_scale is not None:
         magnitude = magnitude * _vector(in_scale, columns, in_scale_step, inside, wide)[None, :, :]
@@ -311,60 +316,63 @@ def _unpack_kernel(
     if out_shift is not None:
         value += _vector(out_shift, rows, out_shift_step, there, wide)[:, None, None]
     to = weight + rows[:, None, None] * in_features + columns[None, :, :]
-    tl.store(to, value.to(weight.dtype.element_ty), mask=there[:, None, None] & inside[None, :, :])
+    tl.store(to, value.to(weight.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def _backward_kernel(
-    gradient, source, latent_gradient, in_scale, out_scale, group_scale, reach,
+    gradient, source, to_latent, in_scale, out_scale, group_scale, reach,
     scaled_rows, plain_rows, scaled_columns, plain_columns, out_features, in_features, size, groups,
-    gradient_o, gradient_i, stride_o, stride_i, latent_o, latent_i, in_scale_step, out_scale_step, reach_step,
-    PACKED: tl.constexpr, SLOPE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TILES: tl.constexpr,
+    gradient_o, gradient_i, stride_o, stride_i, in_scale_step, out_scale_step, reach_step,
+    PACKED: tl.constexpr, SLOPE: tl.constexpr,
+    ROWS: tl.constexpr, BYTES: tl.constexpr, TILES: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Go down TILES tiles, one below the other; sums over rows are formed once, at the end."""
-    group, columns, inside = _across(size, tl.cdiv(size, COLUMNS), COLUMNS)
-    scaled_sum = tl.zeros([ROWS, COLUMNS], tl.float32)
-    plain_sum = tl.zeros([ROWS, COLUMNS], tl.float32)
-    for tile in range(TILES):
+    group, byte, some, columns, inside = _bytes_across(size, BYTES)
+    scaled_sum = tl.zeros([ROWS, BYTES, 8], tl.float32)
+    plain_sum = tl.zeros([ROWS, BYTES, 8], tl.float32)
+    column_scale = tl.full([BYTES, 8], 1.0, tl.float32)
+    if in_scale is not None:
+        column_scale = _vector(in_scale, columns, in_scale_step, inside, tl.float32)
+    for tile in tl.range(TILES, num_stages=STAGES):
         rows = (tl.program_id(1) * TILES + tile).to(tl.int64) * ROWS + tl.arange(0, ROWS)
         there = rows < out_features
-        mask = there[:, None] & inside[None, :]
-        at = gradient + rows[:, None] * gradient_o + columns.to(tl.int64)[None, :] * gradient_i
+        mask = there[:, None, None] & inside[None, :, :]
+        at = gradient + rows[:, None, None] * gradient_o + columns.to(tl.int64)[None, :, :] * gradient_i
         value = tl.load(at, mask=mask, other=0.0).to(tl.float32)
-        positive, latent = _positive(source, rows, columns, mask, stride_o, stride_i, PACKED)
+        if PACKED:
+            positive = _positive(source, rows, byte, there[:, None] & some[None, :], stride_o, stride_i)
+        else:
+            at = source + rows[:, None, None] * stride_o + columns.to(tl.int64)[None, :, :] * stride_i
+            latent = tl.load(at, mask=mask, other=0.0)
+            positive = latent > 0
+        row_scale = _row_scale(out_scale, group_scale, rows, group, groups, out_scale_step, there, tl.float32)
+        at_row = tl.program_id(0).to(tl.int64) * out_features + rows
         if plain_rows is not None:
-            tl.store(plain_rows + tl.program_id(0).to(tl.int64) * out_features + rows, tl.sum(value, 1), mask=there)
+            tl.store(plain_rows + at_row, tl.sum(tl.sum(value, 2), 1), mask=there)
         if plain_columns is not None:
             plain_sum += value
-        row_scale = tl.full([ROWS], 1.0, tl.float32)
-        if out_scale is not None:
-            row_scale *= _vector(out_scale, rows, out_scale_step, there, tl.float32)
-        if group_scale is not None:
-            row_scale *= _vector(group_scale, rows * groups + group, 1, there, tl.float32)
-        by_column = value
-        if in_scale is not None:
-            by_column = value * _vector(in_scale, columns, in_scale_step, inside, tl.float32)[None, :]
+        signed = tl.where(positive, value, -value)
         if scaled_rows is not None:
-            sums = tl.sum(tl.where(positive, by_column, -by_column), 1)
-            tl.store(scaled_rows + tl.program_id(0).to(tl.int64) * out_features + rows, sums, mask=there)
+            tl.store(scaled_rows + at_row, tl.sum(tl.sum(signed * column_scale[None, :, :], 2), 1), mask=there)
         if scaled_columns is not None:
-            by_row = value * row_scale[:, None]
-            scaled_sum += tl.where(positive, by_row, -by_row)
-        if latent_gradient is not None:
+            scaled_sum += signed * row_scale[:, None, None]
+        if to_latent is not None:
             width = tl.full([ROWS], 1.0, tl.float32)
             if reach is not None:
                 width = tl.load(reach + rows * reach_step, mask=there, other=1.0).to(tl.float32)
-            slope = by_column * (row_scale / width)[:, None]
-            distance = tl.abs(latent)
-            if SLOPE == 1:
-                slope = tl.where(distance <= width[:, None], slope, 0.0)
-            if SLOPE == 2:
-                e = tl.exp(-2 * distance / width[:, None])
-                slope *= 4 * e / ((1 + e) * (1 + e))
-            if SLOPE == 3:
-                slope *= tl.maximum(2 - 2 * distance / width[:, None], 0.0)
-            to = latent_gradient + rows[:, None] * latent_o + columns.to(tl.int64)[None, :] * latent_i
-            tl.store(to, slope.to(latent_gradient.dtype.element_ty), mask=mask)
+            slope = value * column_scale[None, :, :] * (row_scale / width)[:, None, None]
+            if SLOPE > 0:
+                distance = tl.abs(latent.to(tl.float32)) / width[:, None, None]
+                if SLOPE == 1:
+                    slope = tl.where(distance <= 1, slope, 0.0)
+                if SLOPE == 2:
+                    e = tl.exp(-2 * distance)
+                    slope *= 4 * e / ((1 + e) * (1 + e))
+                if SLOPE == 3:
+                    slope *= tl.maximum(2 - 2 * distance, 0.0)
+            to = to_latent + rows[:, None, None] * in_features + columns[None, :, :]
+            tl.store(to, slope.to(to_latent.dtype.element_ty), mask=mask)
     to = tl.program_id(1).to(tl.int64) * in_features + columns
     if plain_columns is not None:
         tl.store(plain_columns + to, tl.sum(plain_sum, 0), mask=inside)
