@@ -182,7 +182,7 @@ TABLE: dict[str, tuple[Row, ...]] = {
     ),
     "binary_weight/forward": (
         Row(Configuration({"ROWS": 4, "BYTES": 2}, num_warps=1), architectures=(INTERPRETER,)),
-        Row(Configuration({"ROWS": 4, "BYTES": 32}, num_warps=4)),
+        Row(Configuration({"ROWS": 2, "BYTES": 32}, num_warps=2)),
     ),
     "binary_weight/unpack": (
         Row(Configuration({"ROWS": 4, "BYTES": 2}, num_warps=1), architectures=(INTERPRETER,)),
@@ -190,7 +190,7 @@ TABLE: dict[str, tuple[Row, ...]] = {
     ),
     "binary_weight/backward": (
         Row(Configuration({"ROWS": 4, "BYTES": 2, "TILES": 2, "STAGES": 1}, num_warps=1), architectures=(INTERPRETER,)),
-        Row(Configuration({"ROWS": 4, "BYTES": 32, "TILES": 16, "STAGES": 1}, num_warps=4)),
+        Row(Configuration({"ROWS": 2, "BYTES": 32, "TILES": 16, "STAGES": 3}, num_warps=2)),
     ),
     "binary_linear/digits": (
         Row(Configuration({"INPUTS": 128}, num_warps=1), architectures=(INTERPRETER,)),
@@ -320,6 +320,32 @@ TABLE: dict[str, tuple[Row, ...]] = {
             itemsize=2,
         ),
     ),
+    # hopper_long and hopper_wide: the size is the number of tokens
+    "binary_linear/hopper_long": (
+        Row(
+            Configuration({"TOKENS": 256, "GROUPS": 2, "NEAR": 4, "STAGES": 5, "PIECE": 64, "BUFFERS": 2}),
+            architectures=("sm_90",),
+            itemsize=1,
+        ),
+        Row(
+            Configuration({"TOKENS": 256, "GROUPS": 2, "NEAR": 4, "STAGES": 3, "PIECE": 32, "BUFFERS": 2}),
+            architectures=("sm_90",),
+            itemsize=2,
+        ),
+    ),
+    "binary_linear/hopper_wide": (
+        Row(
+            Configuration({"TOKENS": 128, "GROUPS": 3, "NEAR": 8, "STAGES": 8, "PIECE": 128, "BUFFERS": 1}),
+            architectures=("sm_90",),
+            itemsize=1,
+        ),
+        Row(
+            Configuration({"TOKENS": 128, "GROUPS": 3, "NEAR": 4, "STAGES": 5, "PIECE": 64, "BUFFERS": 1}),
+            architectures=("sm_90",),
+            itemsize=2,
+        ),
+    ),
+    "binary_linear/levels": (Row(Configuration({"INPUTS": 512}), architectures=("sm_90",)),),
     "binary_linear/hopper_parts": (Row(Configuration({"TOKENS": 8, "ROWS": 128}), architectures=("sm_90",)),),
     # packed_blocks: the size is the number of words of a row, or that of a head's state
     "packed_blocks/project": (

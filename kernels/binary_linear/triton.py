@@ -1,6 +1,7 @@
 """The packed linear layer on a GPU: the integer units for a few tokens, a dense weight and cuBLAS for many.
 
-Between them, and beyond with 8 bits, Hopper unpacks signs in registers (`triton_hopper`).
+Between them, and beyond where its processors are filled, Hopper unpacks signs in registers (`triton_hopper` for tens of
+tokens, `triton_hopper_many` for hundreds and more).
 
 The dense weight holds every term of the formula, so beyond the product there is one pass that writes it: 2 bytes a
 weight beside 2 M operations, a tenth of the product's time at 2,048 tokens.
@@ -25,11 +26,14 @@ from bimamba_lit.kernels.configurations import CompileCase, architecture
 
 try:
     from bimamba_lit.kernels.binary_linear.triton_hopper import binary_gemm_hopper
-except ImportError:  # what it is written in is an experiment of Triton's, whose names may move
+    from bimamba_lit.kernels.binary_linear.triton_hopper_many import binary_gemm_hopper_many, fill
+except ImportError:  # what they are written in is an experiment of Triton's, whose names may move
     binary_gemm_hopper = None  # type: ignore[assignment]
 
 FEWEST = 2  # tokens that words take: each reads all signs anew, where the integer units take eight columns at once
 FEWEST_ON_HOPPER = 17  # tokens; up to 16 of 16 bits fit the integer units' columns
+MANY_ON_HOPPER = 512  # tokens
+UNPACKED_AS_TOKENS = 300  # tokens that a product takes in the time in which a dense weight is written
 MOST_COLUMNS = 32  # tokens times digits; beyond, the dense product is faster
 
 
@@ -118,8 +122,11 @@ def linear_forward(
         return counts_gemv(x, signs, digits, terms, bias)
     if x.shape[0] <= FEWEST and fits(in_features, group_scale) and not architecture(x.device).startswith("gfx"):
         return words_gemv(x, signs, min(digits, 3), terms, bias)
-    if _on_hopper(x, signs.shape[0], in_features, group_scale, activation_bits):
-        return binary_gemm_hopper(x, signs, in_features, terms, bias, activation_bits)
+    if _hopper_can(x, in_features, group_scale):
+        if _many_on_hopper(x, signs.shape[0], activation_bits):
+            return binary_gemm_hopper_many(x, signs, in_features, terms, bias, activation_bits)
+        if _few_on_hopper(x, signs.shape[0], in_features, activation_bits):
+            return binary_gemm_hopper(x, signs, in_features, terms, bias, activation_bits)
     if x.shape[0] * digits <= MOST_COLUMNS and (groups == 1 or in_features // groups % 8 == 0):
         return binary_gemv(x, signs, in_features, digits, terms, bias)
     if activation_bits is None:
@@ -135,19 +142,29 @@ def linear_forward(
     return naive.add_terms(y, x_wide, out_scale, in_shift, out_shift, bias).to(x.dtype)
 
 
-def _on_hopper(
-    x: Tensor, out_features: int, in_features: int, group_scale: Tensor | None, activation_bits: int | None
-) -> bool:
-    """Return whether signs that become numbers in registers can multiply x, and do so faster than a dense weight."""
+def _hopper_can(x: Tensor, in_features: int, group_scale: Tensor | None) -> bool:
+    """Return whether signs that become numbers in registers can multiply x."""
+    if binary_gemm_hopper is None or architecture(x.device) != "sm_90" or x.shape[0] < FEWEST_ON_HOPPER:
+        return False
+    return group_scale is None and in_features % MULTIPLE == 0 and x.itemsize == 2
+
+
+def _many_on_hopper(x: Tensor, out_features: int, activation_bits: int | None) -> bool:
+    """Return whether tiles that processors take in turns are faster than a dense weight, and than a program a tile."""
+    tokens = x.shape[0]
+    if tokens < MANY_ON_HOPPER or activation_bits == 8:
+        return tokens >= MANY_ON_HOPPER
+    # Some processors idle in the last round of tiles, but no dense weight is written.
+    return fill(tokens, out_features, x.dtype, x.device) >= tokens / (tokens + UNPACKED_AS_TOKENS)
+
+
+def _few_on_hopper(x: Tensor, out_features: int, in_features: int, activation_bits: int | None) -> bool:
+    """Return whether a program a tile is faster than a dense weight."""
     tokens, weights = x.shape[0], out_features * in_features
-    if binary_gemm_hopper is None or architecture(x.device) != "sm_90" or tokens < FEWEST_ON_HOPPER:
+    if weights < 1 << 22:
         return False
-    if group_scale is not None or in_features % MULTIPLE or x.itemsize != 2 or weights < 1 << 22:
-        return False
-    if activation_bits == 8:
-        return tokens <= 256 or out_features > 2048
     # A dense weight costs bytes by its size, and registers a share of the product's time.
-    return tokens <= weights >> (15 if weights > 1 << 24 else 16)
+    return activation_bits == 8 or tokens <= weights >> (15 if weights > 1 << 24 else 16)
 
 
 def compile_cases() -> list[CompileCase]:
@@ -164,9 +181,9 @@ def compile_cases() -> list[CompileCase]:
         terms = (empty(in_features), empty(out_features), group_scale, empty(in_features), empty(1))
         linear_forward(empty(tokens, in_features, dtype=dtype), signs, in_features, terms, empty(out_features), bits)
 
-    def signs_alone() -> None:
+    def signs_alone(tokens: int) -> None:
         signs = torch.empty(8192, 1024, dtype=torch.uint8, device="meta")
-        x = torch.empty(1, 8192, dtype=torch.bfloat16, device="meta")
+        x = torch.empty(tokens, 8192, dtype=torch.bfloat16, device="meta")
         linear_forward(x, signs, 8192, (None,) * 5, None, None)
 
     bf16, fp32 = torch.bfloat16, torch.float32
@@ -177,7 +194,7 @@ def compile_cases() -> list[CompileCase]:
         CompileCase("one token bf16, second signs", partial(call, 1, 2560, 8864, bf16, 1, None)),
         CompileCase("one token fp32 groups", partial(call, 1, 2560, 5120, fp32, 40, None), representative=True),
         CompileCase("one token odd", partial(call, 1, 1001, 2051, bf16, 1, None)),
-        CompileCase("one token, signs alone", signs_alone),
+        CompileCase("one token, signs alone", partial(signs_alone, 1)),
         CompileCase("one token odd groups", partial(call, 1, 1000, 2040, bf16, 5, None)),
         CompileCase("8 tokens bf16", partial(call, 8, 2560, 5120, bf16, 1, None)),
         CompileCase("16 tokens bf16", partial(call, 16, 2560, 5120, bf16, 1, None)),
@@ -188,9 +205,14 @@ def compile_cases() -> list[CompileCase]:
         CompileCase("64 tokens bf16 8-bit", partial(call, 64, 2560, 5120, bf16, 1, 8)),
         CompileCase("101 tokens fp16", partial(call, 101, 10001, 1024, torch.float16, 1, None)),
         CompileCase("101 tokens fp16 8-bit", partial(call, 101, 10001, 1024, torch.float16, 1, 8)),
-        CompileCase("512 tokens bf16", partial(call, 512, 10576, 2560, bf16, 1, None)),
+        CompileCase("400 tokens bf16", partial(call, 400, 10576, 2560, bf16, 1, None)),
+        CompileCase("400 tokens bf16 8-bit", partial(call, 400, 10576, 2560, bf16, 1, 8)),
         CompileCase("2048 tokens bf16", partial(call, 2048, 10576, 2560, bf16, 1, None)),
+        CompileCase("2048 tokens bf16, signs alone", partial(signs_alone, 2048)),
+        CompileCase("1200 tokens fp16", partial(call, 1200, 8001, 2176, torch.float16, 1, None)),
         CompileCase("2048 tokens bf16 8-bit", partial(call, 2048, 10576, 2560, bf16, 1, 8)),
+        CompileCase("4096 tokens bf16 8-bit", partial(call, 4096, 8192, 8192, bf16, 1, 8)),
+        CompileCase("1200 tokens fp16 8-bit", partial(call, 1200, 8001, 2176, torch.float16, 1, 8)),
         CompileCase("4096 tokens fp32 8-bit", partial(call, 4096, 8192, 8192, fp32, 1, 8)),
         CompileCase("300 tokens fp32 8-bit odd", partial(call, 300, 1001, 2048, fp32, 1, 8)),
     ]

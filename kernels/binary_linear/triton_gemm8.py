@@ -85,7 +85,7 @@ def _round(
     block = tl.arange(0, INPUTS)
     x += token.to(tl.int64) * stride_m
     numbers += token.to(tl.int64) * in_features
-    scaled, inverse, finite = survey(
+    scaled, inverse, step, finite = survey(
         x, in_scale, in_shift, scales, token, tokens, in_features, stride_i, in_scale_step, in_shift_step,
         127, INPUTS, SINGLE,
     )  # fmt: skip

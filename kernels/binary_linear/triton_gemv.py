@@ -119,7 +119,7 @@ def survey(
     """Read a token at `x`, INPUTS at a time, and write its step, LIMIT of which are the largest, and its sums.
 
     Returns:
-        The last stretch's inputs times their scales, what turns such into steps, and whether all are finite.
+        The last stretch's inputs times their scales, what turns such into steps, a step, and whether all are finite.
     """
     block = tl.arange(0, INPUTS)
     largest = tl.zeros([INPUTS], tl.float32)
@@ -136,11 +136,12 @@ def survey(
         largest = tl.maximum(largest, tl.abs(scaled))
     amax, total_sum, shift_sum = tl.reduce((largest, total, shift), 0, _merge)
     finite = tl.abs(total_sum) < float("inf")
-    tl.store(scales + token, tl.where(finite, amax / LIMIT, float("nan")))
+    step = tl.where(finite, amax / LIMIT, float("nan"))
+    tl.store(scales + token, step)
     tl.store(scales + tokens + token, total_sum)
     tl.store(scales + 2 * tokens + token, shift_sum)
     inverse = tl.where(amax > 1e-30, LIMIT / tl.maximum(amax, 1e-30), 0.0)
-    return scaled, inverse, finite
+    return scaled, inverse, step, finite
 
 
 @triton.jit
@@ -160,7 +161,7 @@ def _digits_kernel(
     block = tl.arange(0, INPUTS)
     x += token.to(tl.int64) * stride_m
     limit: tl.constexpr = 127 if DIGITS == 1 else (127 * 256 if DIGITS == 2 else 127 * 65536)
-    scaled, inverse, finite = survey(
+    scaled, inverse, step, finite = survey(
         x, in_scale, in_shift, scales, token, tokens, in_features, stride_i, in_scale_step, in_shift_step,
         limit, INPUTS, SINGLE,
     )  # fmt: skip

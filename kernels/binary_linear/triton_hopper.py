@@ -23,7 +23,8 @@ from bimamba_lit.kernels.configurations import configuration, multiprocessors
 
 MULTIPLE = 128  # of in_features
 FEWEST_INPUTS = 512  # of a part of the inputs
-_barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # its name in Triton 3.6
+PADDED = gl.constexpr(256)  # tokens, to a multiple of which what is known of them is padded: no tile has more
+barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # its name in Triton 3.6
 
 
 def binary_gemm_hopper(
@@ -32,7 +33,7 @@ def binary_gemm_hopper(
     """Map x (M, I) to (M, O) in x's dtype; I a multiple of `MULTIPLE`, no group scales, 16 bits unless rounded to 8."""
     tokens, out_features = x.shape[0], signs.shape[0]
     _, out_scale, _, _, out_shift = terms
-    numbers, scales = _prepare(x, in_features, terms, x.dtype if activation_bits is None else torch.int8)
+    numbers, scales = prepare(x, terms, x.dtype if activation_bits is None else torch.int8)
     chosen = configuration("binary_linear/hopper", numbers.dtype, tokens, x.device)
     blocks = chosen.blocks
     tiles = triton.cdiv(tokens, blocks["TOKENS"]) * triton.cdiv(out_features, blocks["ROWS"])
@@ -65,23 +66,33 @@ def _parts(tiles: int, in_features: int, device: torch.device) -> int:
     return max(1, min(multiprocessors(device) // tiles, in_features // FEWEST_INPUTS))
 
 
-def _prepare(x: Tensor, in_features: int, terms: Terms, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Return numbers (M, I); their steps, sums of x, sums of `in_shift` times x, and sums of numbers (4, M)."""
-    tokens = x.shape[0]
-    in_scale, _, _, in_shift, _ = terms
-    numbers = torch.empty(tokens, in_features, dtype=dtype, device=x.device)
-    scales = torch.empty(4, tokens, dtype=torch.float32, device=x.device)
+def prepare(x: Tensor, terms: Terms, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return numbers (M, I); their steps, sums of x, of `in_shift` times x, and of numbers of -1 step (4, M padded)."""
+    numbers = torch.empty(x.shape, dtype=dtype, device=x.device)
+    return numbers, _survey(x, terms[0], terms[3], numbers)
+
+
+def sums_of(x: Tensor, in_shift: Tensor | None) -> Tensor:
+    """Return steps of 1, sums of x, and sums of `in_shift` times x; the last of (4, M padded) are none."""
+    scales = _survey(x, None, in_shift, None)
+    scales[0].fill_(1)
+    return scales
+
+
+def _survey(x: Tensor, in_scale: Tensor | None, in_shift: Tensor | None, numbers: Tensor | None) -> Tensor:
+    tokens, in_features = x.shape
+    scales = torch.empty(4, triton.cdiv(tokens, PADDED.value) * PADDED.value, dtype=torch.float32, device=x.device)
     chosen = configuration("binary_linear/hopper_tokens", x.dtype, in_features, x.device)
     _prepare_kernel[(tokens,)](
-        x, in_scale, in_shift, numbers, scales, tokens, in_features, x.stride(0), x.stride(1),
+        x, in_scale, in_shift, numbers, scales, scales.shape[1], in_features, x.stride(0), x.stride(1),
         step_of(in_scale), step_of(in_shift), SINGLE=in_features <= chosen.blocks["INPUTS"], **chosen.launch(),
     )  # fmt: skip
-    return numbers, scales
+    return scales
 
 
 @triton.jit
 def _prepare_kernel(
-    x, in_scale, in_shift, numbers, scales, tokens, in_features, stride_m, stride_i, in_scale_step, in_shift_step,
+    x, in_scale, in_shift, numbers, scales, padded, in_features, stride_m, stride_i, in_scale_step, in_shift_step,
     INPUTS: tl.constexpr, SINGLE: tl.constexpr,
 ):  # fmt: skip
     """Write a token, times the inputs' scales, in steps of a 127th of its largest and in an order that unpacks fast.
@@ -93,31 +104,55 @@ def _prepare_kernel(
     token = tl.program_id(0)
     block = tl.arange(0, INPUTS)
     x += token.to(tl.int64) * stride_m
-    numbers += token.to(tl.int64) * in_features
-    scaled, inverse, finite = survey(
-        x, in_scale, in_shift, scales, token, tokens, in_features, stride_i, in_scale_step, in_shift_step,
+    scaled, inverse, step, finite = survey(
+        x, in_scale, in_shift, scales, token, padded, in_features, stride_i, in_scale_step, in_shift_step,
         127, INPUTS, SINGLE,
     )  # fmt: skip
-    total = tl.zeros([INPUTS], tl.int32)
-    for start in range(0, INPUTS if SINGLE else in_features, INPUTS):
-        i = start + block
-        inside = i < in_features
-        if not SINGLE:
-            _, scaled = scaled_inputs(x, in_scale, i, inside, stride_i, in_scale_step)
-        number = tl.where(finite, scaled, 0.0) * inverse
-        if numbers.dtype.element_ty == tl.int8:
-            whole = tl.floor(number + 0.5).to(tl.int32)
-            total += whole
-            by_bit = tl.permute(tl.reshape(whole.to(tl.int8), [INPUTS // 32, 4, 8]), [0, 2, 1])
-        else:
-            of_kind = number.to(numbers.dtype.element_ty)
-            by_bit = tl.permute(tl.reshape(of_kind, [INPUTS // 32, 2, 16]), [0, 2, 1])
-        tl.store(numbers + i, tl.reshape(by_bit, [INPUTS]), mask=inside)
-    tl.store(scales + 3 * tokens + token, tl.sum(total, 0).to(tl.float32, bitcast=True))
+    if numbers is not None:
+        numbers += token.to(tl.int64) * in_features
+        total = tl.zeros([INPUTS], tl.int32)
+        for start in range(0, INPUTS if SINGLE else in_features, INPUTS):
+            i = start + block
+            inside = i < in_features
+            if not SINGLE:
+                _, scaled = scaled_inputs(x, in_scale, i, inside, stride_i, in_scale_step)
+            number = tl.where(finite, scaled, 0.0) * inverse
+            if numbers.dtype.element_ty == tl.int8:
+                whole = tl.floor(number + 0.5).to(tl.int32)
+                total += whole
+                by_bit = tl.permute(tl.reshape(whole.to(tl.int8), [INPUTS // 32, 4, 8]), [0, 2, 1])
+            else:
+                of_kind = number.to(numbers.dtype.element_ty)
+                by_bit = tl.permute(tl.reshape(of_kind, [INPUTS // 32, 2, 16]), [0, 2, 1])
+            tl.store(numbers + i, tl.reshape(by_bit, [INPUTS]), mask=inside)
+        tl.store(scales + 3 * padded + token, -step * tl.sum(total, 0))
+
+
+@gluon.jit
+def place_of(tile, tokens, out_features, TOKENS: gl.constexpr, ROWS: gl.constexpr, NEAR: gl.constexpr):
+    """Return a tile's first token and row; of NEAR blocks of tokens tiles run side by side and share what they read."""
+    token_tiles, row_tiles = gl.cdiv(tokens, TOKENS), gl.cdiv(out_features, ROWS)
+    band = tile // (NEAR * row_tiles)
+    near = gl.minimum(token_tiles - band * NEAR, NEAR)
+    within = tile % (NEAR * row_tiles)
+    return (band * NEAR + within % near) * TOKENS, within // near * ROWS
 
 
 @gluon.constexpr_function
-def _sign_layout(rows, words, eight, warps):
+def product_layout(kind, tokens, warps):
+    """Return the layout of sums (rows, tokens)."""
+    shape = [16, min(tokens, 128), 32] if kind == gl.int8 else [16, tokens, 16]
+    return gl.NVMMADistributedLayout([3, 0], [warps, 1], shape)
+
+
+@gluon.constexpr_function
+def left_layout(kind, tokens, warps):
+    """Return the layout of the product's left operand (rows, inputs)."""
+    return gl.DotOperandLayout(0, product_layout(kind, tokens, warps), 4 if kind == gl.int8 else 2)
+
+
+@gluon.constexpr_function
+def sign_layout(rows, words, eight, warps):
     """Return the layout of signs (rows, words, 32) that the product's left operand has, up to the order of inputs."""
 
     def powers(first, end):
@@ -139,7 +174,7 @@ def _sign_code(kind):
 
 
 @gluon.jit
-def _left(word, LAYOUT: gl.constexpr, KIND: gl.constexpr):
+def unpacked(word, LAYOUT: gl.constexpr, KIND: gl.constexpr):
     """Return signs of words (rows, words) as numbers (rows, 32 words): 0 and 1 of int8, or -1 and 1 of 16 bits."""
     place = gl.arange(0, 32, gl.SliceLayout(0, gl.SliceLayout(1, LAYOUT)))
     shift = place // 4 if KIND == gl.int8 else 15 - place // 2
@@ -166,14 +201,15 @@ def _ask(x, bars, xs, slot, first_token, first_input, wanted):
 @gluon.jit
 def _refill(x, bars, xs, first_token, first_input, step, steps, INPUTS: gl.constexpr, STAGES: gl.constexpr):
     """Ask for what comes STAGES steps after one whose product is over for this warp."""
-    _barrier()
+    barrier()
     more = (step >= 0) & (step + STAGES < steps)
     _ask(x, bars, xs, (step + STAGES) % STAGES, first_token, first_input + (step + STAGES) * INPUTS, more)
 
 
 @gluon.jit
-def _hold(left, PACK: gl.constexpr):
+def hold(left):
     """Keep registers that a product under way reads from being written before here."""
+    PACK: gl.constexpr = 4 if left.dtype == gl.int8 else 2
     gl.inline_asm_elementwise("// $0 $1", "=r,0", [left], dtype=left.dtype, is_pure=False, pack=PACK)
 
 
@@ -187,21 +223,12 @@ def _gemm_kernel(
     """Multiply a tile and a part of the inputs; `sums` is y, or a sum for each part that `_add_parts_kernel` ends."""
     KIND: gl.constexpr = x.dtype
     EIGHT: gl.constexpr = KIND == gl.int8
-    PACK: gl.constexpr = 4 if EIGHT else 2
     INPUTS: gl.constexpr = 32 * WORDS
     WARPS: gl.constexpr = gl.num_warps()
-    MMA: gl.constexpr = gl.NVMMADistributedLayout(
-        [3, 0], [WARPS, 1], [16, min(TOKENS, 128) if EIGHT else TOKENS, 32 if EIGHT else 16]
-    )
-    LEFT: gl.constexpr = gl.DotOperandLayout(0, MMA, PACK)
-    SIGNS: gl.constexpr = _sign_layout(ROWS, WORDS, EIGHT, WARPS)
+    LEFT: gl.constexpr = left_layout(KIND, TOKENS, WARPS)
+    SIGNS: gl.constexpr = sign_layout(ROWS, WORDS, EIGHT, WARPS)
     OF_WORD: gl.constexpr = gl.SliceLayout(2, SIGNS)
-    # Tiles of NEAR blocks of tokens run side by side, so that they share what they read of the signs.
-    token_tiles, row_tiles = gl.cdiv(tokens, TOKENS), gl.cdiv(out_features, ROWS)
-    band = gl.program_id(0) // (NEAR * row_tiles)
-    near = gl.minimum(token_tiles - band * NEAR, NEAR)
-    within = gl.program_id(0) % (NEAR * row_tiles)
-    first_token, first_row = (band * NEAR + within % near) * TOKENS, within // near * ROWS
+    first_token, first_row = place_of(gl.program_id(0), tokens, out_features, TOKENS, ROWS, NEAR)
 
     xs = gl.allocate_shared_memory(KIND, [STAGES, TOKENS, INPUTS], x.layout)
     bars = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -216,17 +243,17 @@ def _gemm_kernel(
     row = (first_row + gl.arange(0, ROWS, gl.SliceLayout(1, OF_WORD))) % out_features
     at = words + gl.expand_dims(row.to(gl.int64) * width, 1)
     at += gl.expand_dims(gl.arange(0, WORDS, gl.SliceLayout(0, OF_WORD)), 0)
-    acc = gl.zeros([ROWS, TOKENS], gl.int32 if EIGHT else gl.float32, MMA)
+    acc = gl.zeros([ROWS, TOKENS], gl.int32 if EIGHT else gl.float32, product_layout(KIND, TOKENS, WARPS))
     word = gl.load(at + gl.minimum(begin, last) * WORDS)
     for step in range(steps):
         mbarrier.wait(bars.index(step % STAGES), (step // STAGES) & 1)
-        left = gl.convert_layout(_left(word, SIGNS, KIND), LEFT)
+        left = gl.convert_layout(unpacked(word, SIGNS, KIND), LEFT)
         word = gl.load(at + gl.minimum(begin + step + 1, last) * WORDS)
         acc = warpgroup_mma(left, xs.index(step % STAGES).permute((1, 0)), acc, is_async=True)
         acc = warpgroup_mma_wait(0, deps=(acc,))
-        _hold(left, PACK)
+        hold(left)
         _refill(x, bars, xs, first_token, begin * INPUTS, step, steps, INPUTS, STAGES)
-    _barrier()
+    barrier()
     for stage in gl.static_range(STAGES):
         mbarrier.invalidate(bars.index(stage))
     if SPLIT:
@@ -256,13 +283,13 @@ def _finish(
             out_scale_step, out_shift_step, bias_step, SPLIT, WARPS,
         )  # fmt: skip
     else:
-        result = gl.convert_layout(acc, _stored_layout(WARPS))
+        result = gl.convert_layout(acc, stored_layout(WARPS))
         if not SPLIT:
-            result = _with_terms(
+            result = with_terms(
                 result, scales, out_scale, out_shift, bias, first_token, first_row, tokens, out_features,
                 out_scale_step, out_shift_step, bias_step,
             )  # fmt: skip
-        _store(result, sums, first_token, first_row, tokens, out_features)
+        store(result, sums, first_token, first_row, tokens, out_features)
 
 
 @gluon.jit
@@ -272,7 +299,7 @@ def _add_parts_kernel(
 ):  # fmt: skip
     """Add the parts' sums, always in the same order, and the terms."""
     WARPS: gl.constexpr = gl.num_warps()
-    LAYOUT: gl.constexpr = _stored_layout(WARPS)
+    LAYOUT: gl.constexpr = stored_layout(WARPS)
     row_tiles = gl.cdiv(out_features, ROWS)
     first_token, first_row = gl.program_id(0) // row_tiles * TOKENS, gl.program_id(0) % row_tiles * ROWS
     token = first_token + gl.arange(0, TOKENS, gl.SliceLayout(0, LAYOUT))
@@ -283,48 +310,56 @@ def _add_parts_kernel(
     for _ in range(1, parts):
         at += tokens.to(gl.int64) * out_features
         total += gl.load(at, mask=there, other=0)
-    result = _with_terms(
+    result = with_terms(
         total, scales, out_scale, out_shift, bias, first_token, first_row, tokens, out_features,
         out_scale_step, out_shift_step, bias_step,
     )  # fmt: skip
-    _store(result, y, first_token, first_row, tokens, out_features)
+    store(result, y, first_token, first_row, tokens, out_features)
 
 
 @gluon.jit
-def _with_terms(
+def with_terms(
     total, scales, out_scale, out_shift, bias, first_token, first_row, tokens, out_features,
     out_scale_step, out_shift_step, bias_step,
 ):  # fmt: skip
-    """Return y^T of a tile (rows, tokens) from its sums; those of whole numbers were of signs 0 and 1."""
+    """Return y^T of a tile (rows, tokens) from its sums; those of whole numbers were of signs 0 and 1.
+
+    Without `scales` there are no steps, and no shifts.
+    """
     LAYOUT: gl.constexpr = total.type.layout
     token = first_token + gl.arange(0, total.shape[1], gl.SliceLayout(0, LAYOUT))
     row = first_row + gl.arange(0, total.shape[0], gl.SliceLayout(1, LAYOUT))
-    counted, there = token < tokens, row < out_features
-    if total.dtype == gl.int32:
-        number = gl.load(scales + 3 * tokens + token, mask=counted, other=0.0).to(gl.int32, bitcast=True)
-        total = 2 * total - gl.expand_dims(number, 0)
-    y = total.to(gl.float32) * gl.expand_dims(gl.load(scales + token, mask=counted, other=0.0), 0)
+    there = row < out_features
+    y = total.to(gl.float32)
+    if scales is not None:
+        scales += token
+        apart = gl.cdiv(tokens, PADDED) * PADDED
+        if total.dtype == gl.int32:
+            y = y * gl.expand_dims(2 * gl.load(scales), 0) + gl.expand_dims(gl.load(scales + 3 * apart), 0)
+        else:
+            y *= gl.expand_dims(gl.load(scales), 0)
     if out_scale is not None:
         scale = gl.load(out_scale + row * out_scale_step, mask=there, other=0.0).to(gl.float32)
         y *= gl.expand_dims(scale, 1)
-    if out_shift is not None:
-        x_sum = gl.load(scales + tokens + token, mask=counted, other=0.0)
+    if out_shift is not None:  # with scales
         shift = gl.load(out_shift + row * out_shift_step, mask=there, other=0.0).to(gl.float32)
-        y += gl.expand_dims(shift, 1) * gl.expand_dims(x_sum, 0)
-    y += gl.expand_dims(gl.load(scales + 2 * tokens + token, mask=counted, other=0.0), 0)
+        y += gl.expand_dims(shift, 1) * gl.expand_dims(gl.load(scales + apart), 0)
+    if scales is not None:
+        y += gl.expand_dims(gl.load(scales + 2 * apart), 0)
     if bias is not None:
         y += gl.expand_dims(gl.load(bias + row * bias_step, mask=there, other=0.0).to(gl.float32), 1)
     return y
 
 
 @gluon.constexpr_function
-def _stored_layout(warps):
+def stored_layout(warps):
     """Return a layout (rows, tokens) whose threads have rows that lie side by side in memory."""
     return gl.BlockedLayout([8, 1], [8, 4], [1, warps], [0, 1])
 
 
 @gluon.jit
-def _store(result, to, first_token, first_row, tokens, out_features):
+def store(result, to, first_token, first_row, tokens, out_features):
+    """Write a tile (rows, tokens) to its place in (M, O)."""
     LAYOUT: gl.constexpr = result.type.layout
     token = first_token + gl.arange(0, result.shape[1], gl.SliceLayout(0, LAYOUT))
     row = first_row + gl.arange(0, result.shape[0], gl.SliceLayout(1, LAYOUT))

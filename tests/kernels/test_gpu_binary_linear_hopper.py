@@ -7,6 +7,7 @@ from bimamba_lit import ops
 
 layer = pytest.importorskip("bimamba_lit.kernels.binary_linear.triton")
 triton_hopper = pytest.importorskip("bimamba_lit.kernels.binary_linear.triton_hopper")
+many = pytest.importorskip("bimamba_lit.kernels.binary_linear.triton_hopper_many")
 configurations = pytest.importorskip("bimamba_lit.kernels.configurations")
 
 pytestmark = [
@@ -18,6 +19,11 @@ pytestmark = [
 ROWS = [
     pytest.param(row.configuration, 8 if row.itemsize == 1 else None, id=f"{row.itemsize}-{index}")
     for index, row in enumerate(configurations.TABLE["binary_linear/hopper"])
+]
+MANY = [
+    pytest.param(row.configuration, 8 if row.itemsize == 1 else None, id=f"{name}-{row.itemsize}-{index}")
+    for name in ("hopper_long", "hopper_wide")
+    for index, row in enumerate(configurations.TABLE[f"binary_linear/{name}"])
 ]
 SHAPES = [(10576, 2560), (1001, 2176), (7, 128)]  # 2,176: odd numbers of steps and of 16-byte loads
 
@@ -73,30 +79,64 @@ def test_products_of_whole_numbers_are_exact(shape, chosen, bits):
     assert torch.equal(y, (x.float() @ ops.unpack_signs(signs, shape[1]).t()).to(y.dtype))
 
 
+@pytest.mark.parametrize(("chosen", "bits"), MANY)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("names", ["every", "of inputs", "scales"])
+def test_values_of_many_tokens(shape, dtype, chosen, bits, names, monkeypatch):
+    monkeypatch.setattr(many, "_fullest", lambda *where: chosen)
+    signs, terms, bias = make(*shape)
+    terms = {"every": terms, "of inputs": (terms[0], None, None, terms[3], None), "scales": (*terms[:2], *[None] * 3)}
+    terms, bias = terms[names], bias if names == "every" else None
+    for tokens in (17, 1025, 3000):
+        x = normal(shape[1], tokens).to(dtype).t()  # not contiguous
+        x[:, 3] *= 30
+        right = ops.binary_linear(x.double(), signs, shape[1], *terms, bias, activation_bits=bits, backend="naive")
+        poison = torch.full((tokens * shape[0] * 4,), torch.nan, device="cuda")
+        del poison
+        y = many.binary_gemm_hopper_many(x, signs, shape[1], terms, bias, bits)
+        assert y.dtype == dtype
+        assert ratio(y, right) <= 0.005, tokens
+        assert torch.equal(y, many.binary_gemm_hopper_many(x, signs, shape[1], terms, bias, bits)), tokens
+
+
+@pytest.mark.parametrize(("chosen", "bits"), MANY)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_products_of_whole_numbers_of_many_tokens_are_exact(shape, chosen, bits, monkeypatch):
+    monkeypatch.setattr(many, "_fullest", lambda *where: chosen)
+    signs, _, _ = make(*shape)
+    x = torch.randint(-127, 128, (300, shape[1]), device="cuda").to(torch.bfloat16)
+    x[:, 0] = 127  # the step is 1
+    y = many.binary_gemm_hopper_many(x, signs, shape[1], (None,) * 5, None, bits)
+    assert torch.equal(y, (x.float() @ ops.unpack_signs(signs, shape[1]).t()).to(y.dtype))
+
+
+@pytest.mark.parametrize("way", [triton_hopper.binary_gemm_hopper, many.binary_gemm_hopper_many])
 @pytest.mark.parametrize("bits", [None, 8])
-def test_small_and_large_tokens_keep_their_precision_and_others_are_not_touched_by_what_is_not_finite(bits):
+def test_small_and_large_tokens_keep_their_precision_and_others_are_not_touched_by_what_is_not_finite(bits, way):
     signs, terms, _ = make(256, 1024)
     terms = (terms[0], terms[1], None, None, None)
     x = normal(64, 1024) * torch.logspace(-6, 1, 64, device="cuda")[:, None]
     x = x.to(torch.float16)
     x[5, 7] = torch.inf
-    y = triton_hopper.binary_gemm_hopper(x, signs, 1024, terms, None, bits).double()
+    y = way(x, signs, 1024, terms, None, bits).double()
     assert not y[5].isfinite().any()
     right = ops.binary_linear(x.double(), signs, 1024, *terms, activation_bits=bits, backend="naive")
     for token in set(range(20, 64)) - {5}:
         assert ratio(y[token], right[token]) <= 0.005, token
 
 
-@pytest.mark.parametrize("tokens", [40, 200])
+@pytest.mark.parametrize("tokens", [40, 200, 2048])
 @pytest.mark.parametrize("bits", [None, 8])
-def test_the_layer_takes_this_way_for_tens_of_tokens(tokens, bits, monkeypatch):
-    calls = []
+def test_the_layer_takes_these_ways(tokens, bits, monkeypatch):
+    name = "binary_gemm_hopper" if tokens < 512 else "binary_gemm_hopper_many"
+    way, calls = getattr(layer, name), []
 
     def spy(*args):
         calls.append(args)
-        return triton_hopper.binary_gemm_hopper(*args)
+        return way(*args)
 
-    monkeypatch.setattr(layer, "binary_gemm_hopper", spy)
+    monkeypatch.setattr(layer, name, spy)
     signs, terms, bias = make(10576, 2560)
     x = normal(tokens, 2560).bfloat16().requires_grad_()
     y = ops.binary_linear(x, signs, 2560, *terms, bias, activation_bits=bits)

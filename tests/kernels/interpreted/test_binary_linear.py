@@ -8,6 +8,7 @@ from bimamba_lit import ops
 from bimamba_lit.kernels.binary_linear import naive
 from bimamba_lit.kernels.binary_linear import triton as kernel
 from bimamba_lit.kernels.binary_linear import triton_hopper as hopper
+from bimamba_lit.kernels.binary_linear import triton_hopper_many as many
 from bimamba_lit.kernels.binary_linear.triton_counts import counts_fit
 from bimamba_lit.kernels.binary_weight import triton as weight_kernel
 from bimamba_lit.kernels.configurations import Configuration, overriding
@@ -146,14 +147,27 @@ def test_tokens_are_prepared_in_the_order_of_bits(inputs):
     x, scale, shift = normal(256, 3).t(), normal(256, seed=1), normal(256, seed=2)
     terms = (scale, None, None, shift, None)
     with overriding("binary_linear/hopper_tokens", Configuration({"INPUTS": inputs})):
-        numbers, scales = hopper._prepare(x, 256, terms, torch.int8)
-        plain, again = hopper._prepare(x, 256, terms, torch.float16)
+        numbers, scales = hopper.prepare(x, terms, torch.int8)
+        plain, again = hopper.prepare(x, terms, torch.float16)
+        sums = hopper.sums_of(x, shift)[:3, :3]
+    scales, again = scales[:, :3], again[:, :3]
     right, step = naive.eight_bits(x * scale)
     assert torch.equal(numbers, right.unflatten(1, (-1, 4, 8)).transpose(2, 3).flatten(1).to(torch.int8))
-    assert torch.equal(scales[3].view(torch.int32), right.sum(1).int())
+    assert torch.equal(scales[3], -scales[0] * right.sum(1))
     assert ratio(plain * step, (x * scale).unflatten(1, (-1, 2, 16)).transpose(2, 3).flatten(1)) <= 1e-3
     for found in (scales, again):
         assert ratio(found[:3], torch.stack([step[:, 0], x.sum(1), (x * shift).sum(1)])) <= 1e-5
+    assert torch.equal(sums[0], torch.ones(3)) and torch.equal(sums[1:], scales[1:3])
+
+
+def test_an_inputs_two_weights_in_16_bits():
+    scale, shift = normal(300, seed=1), normal(1, seed=2)
+    x = normal(1).half()
+    with overriding("binary_linear/levels", Configuration({"INPUTS": 128})):
+        levels = many._levels(300, scale, shift, x)
+        plain = many._levels(300, None, None, x)
+    assert torch.equal(levels, torch.cat([shift + scale, shift - scale]).half())
+    assert torch.equal(plain, torch.cat([torch.ones(300), -torch.ones(300)]).half())
 
 
 UNGROUPED = tuple(name for name in TERMS if name != "group_scale")
