@@ -225,7 +225,6 @@ TABLE: dict[str, tuple[Row, ...]] = {
         Row(Configuration({"ROWS": 16, "SPLIT": 2}, num_warps=2), up_to=160),
         Row(Configuration({"ROWS": 32, "SPLIT": 4}, num_warps=8)),
     ),
-    "binary_linear/word_planes": (Row(Configuration({"WORDS": 1}, num_warps=4)),),
     "binary_linear/word_digits": (
         Row(Configuration({"WORDS": 1}, num_warps=32), architectures=("sm_100",), up_to=1),
         Row(Configuration({"WORDS": 1}, num_warps=16), up_to=1),
@@ -353,8 +352,12 @@ TABLE: dict[str, tuple[Row, ...]] = {
         Row(Configuration({"ROWS": 64, "CHUNK": 32}, num_warps=8)),
     ),
     # warps are rows / 16 * SPLIT; a program of `mix` has 32 rows
-    "packed_blocks/project_planes": (Row(Configuration({"ROWS": 64, "SPLIT": 1}, num_warps=4)),),
+    "packed_blocks/project_planes": (
+        Row(Configuration({"ROWS": 64, "SPLIT": 1}, num_warps=4), up_to=80),
+        Row(Configuration({"ROWS": 32, "SPLIT": 2}, num_warps=4)),
+    ),
     "packed_blocks/mix_planes": (Row(Configuration({"SPLIT": 4}, num_warps=8)),),
+    "packed_blocks/start": (Row(Configuration({}, num_warps=4)),),
     "packed_blocks/scan": (Row(Configuration({}, num_warps=4)),),
     "packed_blocks/mix": (
         Row(Configuration({"CHUNK": 4}, num_warps=1), architectures=(INTERPRETER,)),

@@ -39,7 +39,7 @@ def words_gemv(x: Tensor, signs: Tensor, digits: int, terms: Terms = NO_TERMS, b
     tokens, in_features = x.shape
     out_features, words = signs.shape[0], in_features // BITS
     in_scale, _, _, in_shift, _ = terms
-    made = make_digits(x, digits, None, in_scale, in_shift)
+    made = _make_digits(x, digits, in_scale, in_shift)
     y = torch.empty(tokens, out_features, dtype=x.dtype, device=x.device)
     chosen = configuration("binary_linear/words", x.dtype, words, x.device)
     words_kernel[(triton.cdiv(out_features, chosen.blocks["ROWS"]), tokens)](
@@ -49,23 +49,14 @@ def words_gemv(x: Tensor, signs: Tensor, digits: int, terms: Terms = NO_TERMS, b
     return y
 
 
-def make_digits(
-    x: Tensor,
-    digits: int,
-    norm_weight: Tensor | None,
-    in_scale: Tensor | None,
-    in_shift: Tensor | None,
-    planes: bool = False,
-) -> tuple[Tensor, Tensor]:
-    """Return the digits, or planes, and the scales of x (M, I) times `norm_weight` and `in_scale`."""
+def _make_digits(x: Tensor, digits: int, in_scale: Tensor | None, in_shift: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return the digits and the scales of x (M, I) times `in_scale`."""
     tokens, words = x.shape[0], x.shape[1] // BITS
     made = empty_digits(tokens, words, digits, x.device)
-    name = "binary_linear/word_planes" if planes else "binary_linear/word_digits"
-    chosen = configuration(name, x.dtype, digits, x.device)
+    chosen = configuration("binary_linear/word_digits", x.dtype, digits, x.device)
     block = triton.next_power_of_2(words) if digits == 1 else chosen.blocks["WORDS"]
     digits_kernel[(triton.cdiv(words, block), tokens)](
-        x, norm_weight, in_scale, in_shift, *made, x.stride(0), x.stride(1), stride_of(norm_weight),
-        stride_of(in_scale), stride_of(in_shift), W=words, DIGITS=digits, COPIES=4 if planes else 1,
+        x, in_scale, in_shift, *made, *x.stride(), stride_of(in_scale), stride_of(in_shift), W=words, DIGITS=digits,
         PDL=overlaps(x.device), **(chosen.launch() | {"WORDS": block}), **launch_early(x.device),
     )  # fmt: skip
     return made
@@ -205,34 +196,27 @@ def write_planes(x, u, scaled, shift, w, tile, there, planes, scales, W: tl.cons
 
 @triton.jit
 def digits_kernel(
-    x, norm_weight, in_scale, in_shift, digits, scales, x_m, x_i, norm_step, in_scale_step, in_shift_step,
-    W: tl.constexpr, DIGITS: tl.constexpr, WORDS: tl.constexpr, COPIES: tl.constexpr, PDL: tl.constexpr,
+    x, in_scale, in_shift, digits, scales, x_m, x_i, in_scale_step, in_shift_step,
+    W: tl.constexpr, DIGITS: tl.constexpr, WORDS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Write the digits and scales of WORDS words of a token; or the planes, where words have COPIES, one a tile."""
+    """Write the digits and scales of WORDS words of a token."""
     wait(PDL)
     begin_next(PDL)
     token = tl.program_id(1).to(tl.int64)
-    w = (tl.program_id(0) * WORDS * COPIES + tl.arange(0, WORDS * COPIES)) // COPIES
+    w = tl.program_id(0) * WORDS + tl.arange(0, WORDS)
     there = w < W
     i = w[:, None] * 32 + tl.arange(0, 32)[None, :]
     real = there[:, None]
     value = tl.load(x + token * x_m + i * x_i, mask=real, other=0.0).to(tl.float32)
-    u = value
-    if norm_weight is not None:
-        u = value * tl.load(norm_weight + i * norm_step, mask=real, other=0.0).to(tl.float32)
-    scaled = u
+    scaled = value
     if in_scale is not None:
-        scaled = u * tl.load(in_scale + i * in_scale_step, mask=real, other=0.0).to(tl.float32)
-    shift = u
+        scaled = value * tl.load(in_scale + i * in_scale_step, mask=real, other=0.0).to(tl.float32)
+    shift = value
     if in_shift is not None:
-        shift = u * tl.load(in_shift + i * in_shift_step, mask=real, other=0.0).to(tl.float32)
+        shift = value * tl.load(in_shift + i * in_shift_step, mask=real, other=0.0).to(tl.float32)
     digits += token * (8 * DIGITS * W)
     scales += token * (5 * W)
-    if COPIES > 1:
-        tile = tl.arange(0, WORDS * COPIES) % COPIES
-        write_planes(value, u, scaled, shift, w, tile, there, digits, scales, W, DIGITS)
-    else:
-        write_digits(value, u, scaled, shift, w, there, digits, scales, W, WORDS, DIGITS)
+    write_digits(value, value, scaled, shift, w, there, digits, scales, W, WORDS, DIGITS)
 
 
 @triton.jit

@@ -4,7 +4,8 @@
 projection belongs to one channel, and every channel to one program. `scan`: a program has 32 rows of a head's state in
 registers, moves them on in place, and leaves gated outputs as digits, the norm's gain and the next layer's scales
 multiplied in. The norm's mean needs all heads, and is one factor of the whole product: `mix` applies it to sums, adds
-the residual stream, and leaves the digits of its 32 rows for the next block's `project`, in the same way.
+the residual stream, and leaves the digits of its 32 rows for the next block's `project`, in the same way. `start` does
+so for the first.
 
 Products are counts of planes where SPLIT is given, and digits are planes then; see `binary_linear.triton_word_counts`.
 
@@ -103,16 +104,28 @@ def project(
 
 
 @triton.jit
-def scan(
-    projected, state, dt_bias, A_log, D, gated_weight, in_scale, in_shift, bitmap, digits, scales, out_features, inner,
-    shifted_inputs, state_b, state_h, state_p, state_n, dt_bias_h, A_h, D_h, gated_step, in_scale_step, in_shift_step,
-    P: tl.constexpr, N: tl.constexpr, BLOCK_N: tl.constexpr, W: tl.constexpr, ALL: tl.constexpr, DIGITS: tl.constexpr,
-    COPIES: tl.constexpr, PDL: tl.constexpr,
+def start(
+    x, x_b, x_d, norm_weight, in_scale, in_shift, bitmap, digits, scales, norm_step, in_scale_step, in_shift_step,
+    inputs, shifted_inputs, W: tl.constexpr, DIGITS: tl.constexpr, COPIES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Advance 32 rows of a head's state (B, H, P, N) in place, and write the digits and scales of their outputs.
+    """Write the digits of 32 inputs x (B, D) of the first block's `project`."""
+    wait(PDL)
+    begin_next(PDL)
+    word = tl.program_id(0)
+    steps = (norm_step, in_scale_step, in_shift_step)
+    targets = load_targets(norm_weight, in_scale, in_shift, bitmap, word, inputs, shifted_inputs, steps, W, COPIES)
+    value = tl.load(x + tl.program_id(1).to(tl.int64) * x_b + (word * 32 + tl.arange(0, 32)) * x_d)
+    write_word(value.to(tl.float32), targets, digits, scales, W, DIGITS, COPIES)
 
-    Those of a word with a second sign, by `bitmap`, are written again behind the others, with scales of their own.
-    """
+
+@triton.jit
+def scan(
+    projected, state, dt_bias, A_log, D, out_features, state_b, state_h, state_p, state_n, dt_bias_h, A_h, D_h,
+    gated_weight, in_scale, in_shift, bitmap, digits, scales, gated_step, in_scale_step, in_shift_step,
+    inner, shifted_inputs, P: tl.constexpr, N: tl.constexpr, BLOCK_N: tl.constexpr, W: tl.constexpr,
+    DIGITS: tl.constexpr, COPIES: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Advance 32 rows of a head's state (B, H, P, N) in place, and write the digits and scales of their outputs."""
     begin_next(PDL)
     word = tl.program_id(0)
     token = tl.program_id(1).to(tl.int64)
@@ -126,14 +139,7 @@ def scan(
     bias = tl.load(dt_bias + head * dt_bias_h).to(tl.float32)
     skip = tl.load(D + head * D_h).to(tl.float32)
     steps = (gated_step, in_scale_step, in_shift_step)
-    gains = load_gains(gated_weight, in_scale, in_shift, e, e, inner, steps, COPIES)
-    if bitmap is not None:
-        again = (tl.load(bitmap + word // 8).to(tl.int32) >> (word % 8)) & 1
-        j = tl.arange(0, ALL)
-        earlier = (tl.load(bitmap + j // 8, mask=j < word, other=0).to(tl.int32) >> (j % 8)) & 1
-        place = tl.where(again == 1, inner // 32 + tl.sum(earlier, 0), word)
-        i = place * 32 + tl.arange(0, 32)
-        gains_again = load_gains(gated_weight, in_scale, in_shift, e, i, shifted_inputs, steps, COPIES)
+    targets = load_targets(gated_weight, in_scale, in_shift, bitmap, word, inner, shifted_inputs, steps, W, COPIES)
     wait(PDL)
     projected += token * out_features
     z = tl.load(projected + e)
@@ -144,11 +150,28 @@ def scan(
     after = tl.exp2(step * rate) * before + (step * x)[:, None] * into[None, :]
     tl.store(at, after, mask=real)
     gated = (tl.sum(after * out[None, :], 1) + skip * x) * z * sigmoid(z)
-    digits += token * (8 * DIGITS * W)
-    scales += token * (5 * W)
-    write_word(gated, gains, word, word < W, digits, scales, W, DIGITS, COPIES, False)
+    write_word(gated, targets, digits, scales, W, DIGITS, COPIES)
+
+
+@triton.jit
+def load_targets(
+    norm_weight, in_scale, in_shift, bitmap, word, inputs, shifted_inputs, steps, W: tl.constexpr, COPIES: tl.constexpr
+):
+    """Return where `write_word` is to write a word of 32 inputs: its place, whether, and its gains there.
+
+    A word with a second sign, by `bitmap`, is written again behind all `inputs`, in the order of such words.
+    """
+    i = word * 32 + tl.arange(0, 32)
+    targets = ((word, word < W, load_gains(norm_weight, in_scale, in_shift, i, i, inputs, steps, COPIES)),)
     if bitmap is not None:
-        write_word(gated, gains_again, place, again == 1, digits, scales, W, DIGITS, COPIES, True)
+        w = tl.arange(0, triton.next_power_of_2(W))
+        twice = (tl.load(bitmap + w // 8, mask=w <= word, other=0).to(tl.int32) >> (w % 8)) & 1
+        place = inputs // 32 + tl.sum(tl.where(w < word, twice, 0), 0)
+        again = tl.sum(tl.where(w == word, twice, 0), 0) == 1
+        j = tl.where(again, place, word) * 32 + tl.arange(0, 32)
+        gains = load_gains(norm_weight, in_scale, in_shift, i, j, shifted_inputs, steps, COPIES)
+        targets = targets + ((place, again, gains),)
+    return targets
 
 
 @triton.jit
@@ -170,39 +193,42 @@ def load_gains(norm_weight, in_scale, in_shift, i, j, shifted_inputs, steps, COP
 
 
 @triton.jit
-def write_word(
-    x, gains, word, there, digits, scales, W: tl.constexpr, DIGITS: tl.constexpr, COPIES: tl.constexpr,
-    AGAIN: tl.constexpr,
-):  # fmt: skip
+def write_word(x, targets, digits, scales, W: tl.constexpr, DIGITS: tl.constexpr, COPIES: tl.constexpr):
     """Write the digits and scales of a word's 32 inputs x; or the planes, where there are COPIES, one a warp.
 
-    A warp of its own for each copy keeps sums over the inputs from waiting for other warps. AGAIN leaves the inputs out
-    of the norm's mean, which takes each once.
+    A warp of its own for each copy keeps sums over the inputs from waiting for other warps. What is written again is
+    left out of the norm's mean, which takes every input once.
     """
-    gain, scaled, shift = gains
+    token = tl.program_id(1).to(tl.int64)
+    digits += token * (8 * DIGITS * W)
+    scales += token * (5 * W)
     if COPIES > 1:
         tile = tl.arange(0, COPIES)
         x = tl.broadcast_to(x[None, :], [COPIES, 32])
-        value = tl.zeros_like(x) if AGAIN else x
-        write_planes(
-            value, x * gain, x * scaled, x * shift, word + 0 * tile, tile, there & (tile < COPIES), digits, scales,
-            W, DIGITS,
-        )  # fmt: skip
-    else:
-        w = word + tl.arange(0, 1)
-        value = tl.zeros_like(x) if AGAIN else x
-        # Reshaped, not broadcast: the layout, and with it where sums are taken, stays what it is.
-        write_digits(
-            tl.reshape(value, [1, 32]), tl.reshape(x * gain, [1, 32]), tl.reshape(x * scaled, [1, 32]),
-            tl.reshape(x * shift, [1, 32]), w, there & (w < W), digits, scales, W, 1, DIGITS,
-        )  # fmt: skip
+    for target in tl.static_range(len(targets)):
+        word, there, gains = targets[target]
+        gain, scaled, shift = gains
+        value = x if target == 0 else tl.zeros_like(x)
+        if COPIES > 1:
+            write_planes(
+                value, x * gain, x * scaled, x * shift, word + 0 * tile, tile, there & (tile < COPIES), digits, scales,
+                W, DIGITS,
+            )  # fmt: skip
+        else:
+            w = word + tl.arange(0, 1)
+            # Reshaped, not broadcast: the layout, and with it where sums are taken, stays what it is.
+            write_digits(
+                tl.reshape(value, [1, 32]), tl.reshape(x * gain, [1, 32]), tl.reshape(x * scaled, [1, 32]),
+                tl.reshape(x * shift, [1, 32]), w, there & (w < W), digits, scales, W, 1, DIGITS,
+            )  # fmt: skip
 
 
 @triton.jit
 def mix(
     signs, digits, scales, out_scale, group_scale, in_shift, out_shift, bias,
     out_scale_step, out_shift_step, bias_step, groups, x, y, out_features, in_features, eps, x_b, x_d,
-    next_norm, next_scale, next_shift, next_digits, next_scales, norm_step, next_scale_step, next_shift_step,
+    next_norm, next_scale, next_shift, next_bitmap, next_digits, next_scales, norm_step, next_scale_step,
+    next_shift_step, next_inputs, next_shifted_inputs,
     NEXT: tl.constexpr, W: tl.constexpr, ALL: tl.constexpr, DIGITS: tl.constexpr, COPIES: tl.constexpr,
     PTX: tl.constexpr, PDL: tl.constexpr, CHUNK: tl.constexpr = 0, SPLIT: tl.constexpr = 0,
 ):  # fmt: skip
@@ -216,7 +242,9 @@ def mix(
     terms = load_terms(rows, there, out_scale, out_shift, bias, out_scale_step, out_shift_step, bias_step, 32)
     if next_norm is not None:
         steps = (norm_step, next_scale_step, next_shift_step)
-        gains = load_gains(next_norm, next_scale, next_shift, rows, rows, out_features, steps, COPIES)
+        targets = load_targets(
+            next_norm, next_scale, next_shift, next_bitmap, word, next_inputs, next_shifted_inputs, steps, NEXT, COPIES
+        )
     wait(PDL)
     residual = tl.load(x + token * x_b + rows * x_d, mask=there, other=0.0).to(tl.float32)
     result = _multiply(
@@ -226,6 +254,4 @@ def mix(
     new = (residual + result).to(y.dtype.element_ty)
     tl.store(y + token * out_features + rows, new, mask=there)
     if next_norm is not None:
-        next_digits += token * (8 * DIGITS * NEXT)
-        next_scales += token * (5 * NEXT)
-        write_word(new.to(tl.float32), gains, word, word < NEXT, next_digits, next_scales, NEXT, DIGITS, COPIES, False)
+        write_word(new.to(tl.float32), targets, next_digits, next_scales, NEXT, DIGITS, COPIES)

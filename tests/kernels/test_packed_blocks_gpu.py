@@ -114,12 +114,19 @@ def test_a_packed_model_takes_it_by_itself(scheme, mixer, dtype, launched, monke
     assert ratio(found, exact) <= max(1e-4, 1.2 * ratio(plain, exact))
 
 
-@pytest.mark.parametrize("share", [0.6, 0.625, [1, 0.2]])  # 51 and 52 words a row: loaded one at a time, or four
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("double_inputs", "dtype", "batch"),
+    [  # 51 and 52 words a row: loaded one at a time, or four
+        *(({"out_proj": share}, torch.float32, 2) for share in (0.6, 0.625, [1, 0.2])),
+        *(({"out_proj": share}, torch.bfloat16, 2) for share in (0.6, 0.625, [1, 0.2])),
+        ({"in_proj": 0.25}, torch.bfloat16, 1),
+        ({"in_proj": [0.25, 0], "out_proj": [1, 0]}, torch.bfloat16, 1),
+    ],
+)
 @torch.no_grad()
-def test_second_signs(share, dtype, launched, monkeypatch):
-    lm = packed_model(FBI, dtype, {"out_proj": share})
-    ids = torch.randint(211, (2, 9), device="cuda")
+def test_second_signs(double_inputs, dtype, batch, launched, monkeypatch):
+    lm = packed_model(FBI, dtype, double_inputs)
+    ids = torch.randint(211, (batch, 9), device="cuda")
     found = last_logits(lm, ids)
     assert launched == [4] * 5
     monkeypatch.setattr(packed_step, "packed_parameters", lambda block: None)

@@ -23,7 +23,7 @@ def make(scheme=FBI, activation_bits=None, targets=("in_proj", "out_proj"), doub
         (Sign, {}),
         (ScaledSign, {}),
         (FBI, {"*": 0.6}),
-        (FBI, {"out_proj": [1, 0.25]}),
+        (FBI, {"in_proj": [0.5, 0], "out_proj": [1, 0.25]}),
     ],
 )
 @torch.no_grad()

@@ -25,6 +25,12 @@ class Normal:
 
 
 @pytest.fixture(autouse=True)
+def all_that_they_do(monkeypatch):
+    """Take second signs of `in_proj` in every form."""
+    monkeypatch.setattr(kernel, "_tried", lambda *given: True)
+
+
+@pytest.fixture(autouse=True)
 def by_digits(request, monkeypatch):
     """Take what GPUs do that have no instruction for counts, in tests that do not ask for counts."""
     if "counted" not in request.fixturenames:
@@ -57,22 +63,29 @@ def make(
     d_model=D_MODEL,
     heads=HEADS,
     second=(),
+    second_in=(),
 ):
-    """Return the arguments of a step: states that are not contiguous, numbers that `dtype` holds."""
+    """Return the arguments of a step: states that are not contiguous, numbers that `dtype` holds.
+
+    Words with a second sign are those of every `out_proj`, and those of each block's `in_proj` in turn.
+    """
     normal = Normal()
     channels = heads * WIDTH + 2 * SIZE
     conv_states = [normal(batch, TAPS - 1, channels, dtype=dtype).mT for _ in range(blocks)]
     ssm_states = [normal(batch, heads, SIZE, WIDTH).mT for _ in range(blocks)]
-    made = [make_block(normal, names, dtype, single, conv_bias, d_model, heads, second) for _ in range(blocks)]
+    made = [
+        make_block(normal, names, dtype, single, conv_bias, d_model, heads, second, words)
+        for words in second_in or [()] * blocks
+    ]
     return normal(batch, d_model), conv_states, ssm_states, made
 
 
-def make_block(normal, names, dtype, single, conv_bias, d_model, heads, second):
+def make_block(normal, names, dtype, single, conv_bias, d_model, heads, second, second_in):
     inner = heads * WIDTH
     channels = inner + 2 * SIZE
     block = ops.BlockParameters(
         norm_weight=normal(d_model),
-        in_proj=packed(normal, inner + channels + heads, d_model, names, 2, single),
+        in_proj=packed(normal, inner + channels + heads, d_model, names, 2, single, second_in),
         conv_weight=normal(channels, TAPS),
         conv_bias=normal(channels) if conv_bias else None,
         dt_bias=normal(heads) - 2,
@@ -131,6 +144,23 @@ def test_words_with_a_second_sign(names, shifts):
     check(given, 5e-5)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "bound", "second_in", "second"),
+    [
+        (torch.float32, 5e-5, [(0, 1), (1, 1), ()], (1, 0)),
+        (torch.bfloat16, 0.01, [(), (1, 0)], ()),
+    ],
+)
+def test_second_signs_of_in_proj(dtype, bound, second_in, second):
+    """In the first, a middle and the last block, others of each; a shift is of the first inputs, or of all."""
+    given = make(SECOND, dtype, batch=2, blocks=len(second_in), second=second, second_in=second_in)
+    if second:
+        block = given[3][1]
+        given[3][1] = block._replace(in_proj=block.in_proj._replace(in_shift=Normal()(128)))
+    assert all(kernel.supports(given[0], *step) for step in zip(*given[1:], strict=True))
+    check(given, bound)
+
+
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.bfloat16, 0.005), (torch.float16, 0.001)])
 def test_half_precision_and_several_sequences(dtype, bound):
     check(make(TERMS, dtype, batch=2, conv_bias=False), bound)
@@ -143,14 +173,14 @@ NO_GROUPS = tuple(name for name in TERMS if name != "group_scale")
 def counted(request, monkeypatch):
     """Rows of a program and warps that share them, of `project` and `mix`; fails where digits are made, not planes."""
     rows, split, mix_split = request.param
-    monkeypatch.setattr(kernel, "make_digits", lambda *args: args[-1] and made(*args))
+    monkeypatch.setattr(kernel, "_start", lambda *args: args[-1] and start(*args))
     project = Configuration({"ROWS": rows, "SPLIT": split}, num_warps=rows // 16 * split)
     mix = Configuration({"SPLIT": mix_split}, num_warps=2 * mix_split)
     with overriding("packed_blocks/project_planes", project), overriding("packed_blocks/mix_planes", mix):
         yield
 
 
-made = kernel.make_digits
+start = kernel._start
 
 
 @pytest.mark.parametrize(
@@ -176,6 +206,12 @@ made = kernel.make_digits
             torch.float32,
             5e-5,
             {"blocks": 1, "heads": 8, "second": (0, 1, 1, 0, 0, 0, 1, 0), "names": NO_GROUPS},
+        ),
+        (
+            (32, 1, 2),
+            torch.float32,
+            5e-5,
+            {"heads": 1, "second_in": [(0, 1, 0, 1), (1, 0, 0, 0)], "names": SECOND},
         ),
         ((64, 1, 2), torch.float16, 0.001, {"d_model": 640, "blocks": 1}),
     ],
