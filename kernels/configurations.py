@@ -214,16 +214,13 @@ TABLE: dict[str, tuple[Row, ...]] = {
         Row(Configuration({"ROWS": 32, "CHUNK": 4}, num_warps=1), architectures=(INTERPRETER,)),
         Row(Configuration({"ROWS": 16, "CHUNK": 64}, num_warps=4)),
     ),
-    "binary_linear/planes": (
-        Row(Configuration({"WORDS": 2}, num_warps=1), architectures=(INTERPRETER,)),
-        Row(Configuration({"WORDS": 8}, num_warps=8), up_to=160),
-        Row(Configuration({"WORDS": 16}, num_warps=16)),
-    ),
-    # warps are rows / 16 * SPLIT
+    # warps share a program's rows, and have 16 of their words each once, twice, four or eight times
     "binary_linear/counts": (
-        Row(Configuration({"ROWS": 16, "SPLIT": 1}, num_warps=1), up_to=80),
-        Row(Configuration({"ROWS": 16, "SPLIT": 2}, num_warps=2), up_to=160),
-        Row(Configuration({"ROWS": 32, "SPLIT": 4}, num_warps=8)),
+        Row(Configuration({"ROWS": 128}, num_warps=4), up_to=64),
+        Row(Configuration({"ROWS": 64}, num_warps=4), up_to=80),
+        Row(Configuration({"ROWS": 32}, num_warps=8), up_to=160),
+        Row(Configuration({"ROWS": 128}, num_warps=8), up_to=256),
+        Row(Configuration({"ROWS": 32}, num_warps=16)),
     ),
     "binary_linear/word_digits": (
         Row(Configuration({"WORDS": 1}, num_warps=32), architectures=("sm_100",), up_to=1),

@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bimamba_lit.kernels.binary_linear import chunked, naive
-from bimamba_lit.kernels.binary_linear.triton_counts import counts_fit, counts_gemv
+from bimamba_lit.kernels.binary_linear.triton_counts import counts_fit
+from bimamba_lit.kernels.binary_linear.triton_counts_gemv import counts_gemv
 from bimamba_lit.kernels.binary_linear.triton_gemm8 import MULTIPLE, binary_gemm8
 from bimamba_lit.kernels.binary_linear.triton_gemv import binary_gemv
 from bimamba_lit.kernels.binary_linear.triton_words import fits, words_gemv
@@ -189,6 +190,7 @@ def compile_cases() -> list[CompileCase]:
     bf16, fp32 = torch.bfloat16, torch.float32
     return [
         CompileCase("one token bf16", partial(call, 1, 10576, 2560, bf16, 1, None), representative=True),
+        CompileCase("one token bf16, fewer inputs", partial(call, 1, 6448, 1536, bf16, 1, None)),
         CompileCase("one token bf16, more inputs", partial(call, 1, 2560, 5120, bf16, 1, None)),
         CompileCase("one token bf16 8-bit", partial(call, 1, 8192, 8192, bf16, 1, 8)),
         CompileCase("one token bf16, second signs", partial(call, 1, 2560, 8864, bf16, 1, None)),

@@ -116,7 +116,7 @@ def multiply_planes(
         high = worth(tiles, half, column, DIGITS - 1, DIGITS + 1).to(tl.float32) * place
         positive = high + worth(tiles, half, column, 0, DIGITS - 1).to(tl.float32)
         parts = parts + (2.0 * unit * positive - counted,)
-    product = by_row(parts[0], parts[1], ROWS, SPLIT)
+    product = by_row(parts, ROWS // 16, SPLIT)
     scale, shift, added = terms
     y = product * scale
     if out_shift is not None:

@@ -29,7 +29,8 @@ SHAPES = [(10576, 2560), (1001, 2176), (7, 128)]  # 2,176: odd numbers of steps 
 
 
 def ratio(values, right):
-    return float((values.double() - right.double()).norm() / right.double().norm())
+    values, right = values.detach().double(), right.detach().double()
+    return float((values - right).norm() / right.norm())
 
 
 def normal(*shape):
