@@ -214,13 +214,14 @@ TABLE: dict[str, tuple[Row, ...]] = {
         Row(Configuration({"ROWS": 32, "CHUNK": 4}, num_warps=1), architectures=(INTERPRETER,)),
         Row(Configuration({"ROWS": 16, "CHUNK": 64}, num_warps=4)),
     ),
-    # warps share a program's rows, and have 16 of their words each once, twice, four or eight times
+    # a program has as many threads as a row has words, or more, and no more rows; a warp has 16 words of each, or 32
     "binary_linear/counts": (
-        Row(Configuration({"ROWS": 128}, num_warps=4), up_to=64),
-        Row(Configuration({"ROWS": 64}, num_warps=4), up_to=80),
-        Row(Configuration({"ROWS": 32}, num_warps=8), up_to=160),
-        Row(Configuration({"ROWS": 128}, num_warps=8), up_to=256),
-        Row(Configuration({"ROWS": 32}, num_warps=16)),
+        Row(Configuration({"ROWS": 64}, num_warps=2), up_to=64),
+        Row(Configuration({"ROWS": 128}, num_warps=4), up_to=80),
+        Row(Configuration({"ROWS": 16}, num_warps=4), up_to=96),
+        Row(Configuration({"ROWS": 32}, num_warps=4), up_to=128),
+        Row(Configuration({"ROWS": 64}, num_warps=8), up_to=160),
+        Row(Configuration({"ROWS": 128}, num_warps=8)),
     ),
     "binary_linear/word_digits": (
         Row(Configuration({"WORDS": 1}, num_warps=32), architectures=("sm_100",), up_to=1),

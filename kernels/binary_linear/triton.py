@@ -32,6 +32,7 @@ except ImportError:  # what they are written in is an experiment of Triton's, wh
     binary_gemm_hopper = None  # type: ignore[assignment]
 
 FEWEST = 2  # tokens that words take: each reads all signs anew, where the integer units take eight columns at once
+MOST_COUNTED = 8192  # inputs: a thread a word, in eight warps
 FEWEST_ON_HOPPER = 17  # tokens; up to 16 of 16 bits fit the integer units' columns
 MANY_ON_HOPPER = 512  # tokens
 UNPACKED_AS_TOKENS = 300  # tokens that a product takes in the time in which a dense weight is written
@@ -119,7 +120,8 @@ def linear_forward(
     in_scale, out_scale, group_scale, in_shift, out_shift = terms
     groups = 1 if group_scale is None else group_scale.shape[1]
     digits = 1 if activation_bits == 8 else (4 if x.dtype == torch.float32 else 2)
-    if x.shape[0] <= FEWEST and digits <= 2 and counts_fit(in_features, group_scale, x.device):
+    counted = x.itemsize == 2 and in_features <= MOST_COUNTED and counts_fit(in_features, group_scale, x.device)
+    if x.shape[0] <= FEWEST and counted:
         return counts_gemv(x, signs, digits, terms, bias)
     if x.shape[0] <= FEWEST and fits(in_features, group_scale) and not architecture(x.device).startswith("gfx"):
         return words_gemv(x, signs, min(digits, 3), terms, bias)
@@ -191,6 +193,8 @@ def compile_cases() -> list[CompileCase]:
     return [
         CompileCase("one token bf16", partial(call, 1, 10576, 2560, bf16, 1, None), representative=True),
         CompileCase("one token bf16, fewer inputs", partial(call, 1, 6448, 1536, bf16, 1, None)),
+        CompileCase("one token bf16, more out", partial(call, 1, 1536, 3072, bf16, 1, None)),
+        CompileCase("one token fp16", partial(call, 1, 2048, 4096, torch.float16, 1, None)),
         CompileCase("one token bf16, more inputs", partial(call, 1, 2560, 5120, bf16, 1, None)),
         CompileCase("one token bf16 8-bit", partial(call, 1, 8192, 8192, bf16, 1, 8)),
         CompileCase("one token bf16, second signs", partial(call, 1, 2560, 8864, bf16, 1, None)),

@@ -1,9 +1,11 @@
-"""The packed product for a token or two by counts, in one launch that reads signs at close to the memory's speed.
+"""The packed product for a token or two by counts, in one launch.
 
 Every program makes the planes of all inputs for itself, from the cache, while its signs are still on their way: that
 costs less than a launch for it. Numbers are 16 bits (a step of 2^-15 of the token's largest), or 8 where 8-bit
 activations are asked for. All of a program's signs are asked for at once, before the kernel before has ended: no kernel
 that lets others begin early writes signs. Whatever else is read may be that kernel's output, and is waited for.
+
+A thread makes its byte of four words of every plane: a quarter of each word's inputs, 8, a bit for each.
 
 Legend: M tokens, O out features, I in features, W = I / 32 words of a row; `triton_counts` has the rest.
 """
@@ -13,7 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bimamba_lit.kernels.binary_linear.triton_counts import ask, by_row, count, four, stack, worth
+from bimamba_lit.kernels.binary_linear.triton_counts import ask, count, four
+from bimamba_lit.kernels.binary_linear.triton_trades import largest_of_all, operands, row_sums, trade_planes
 from bimamba_lit.kernels.binary_linear.triton_words import (
     BITS,
     aligned_words,
@@ -22,7 +25,6 @@ from bimamba_lit.kernels.binary_linear.triton_words import (
     load_terms,
     overlaps,
     stride_of,
-    wait,
 )
 from bimamba_lit.kernels.binary_weight.triton import NO_TERMS, Terms
 from bimamba_lit.kernels.configurations import INTERPRETER, architecture, configuration
@@ -33,244 +35,310 @@ def counts_gemv(x: Tensor, signs: Tensor, digits: int, terms: Terms = NO_TERMS, 
     tokens, in_features = x.shape
     out_features, words = signs.shape[0], in_features // BITS
     in_scale, out_scale, _, in_shift, out_shift = terms
-    x = x if x.stride(1) == 1 else x.contiguous()
     y = torch.empty(tokens, out_features, dtype=x.dtype, device=x.device)
     chosen = configuration("binary_linear/counts", x.dtype, words, x.device)
     counts_kernel[(triton.cdiv(out_features, chosen.blocks["ROWS"]), tokens)](
-        aligned_words(signs), x, in_scale, in_shift, out_scale, out_shift, bias, x.stride(0),
-        *map(stride_of, (in_scale, in_shift, out_scale, out_shift, bias)), y, out_features, W=words, DIGITS=digits,
+        aligned_words(signs), *(_aligned(values, in_features) for values in (x, in_scale, in_shift)), out_scale,
+        out_shift, bias, *map(stride_of, (out_scale, out_shift, bias)), y, out_features, W=words, DIGITS=digits,
         PTX=architecture(x.device) != INTERPRETER, PDL=overlaps(x.device), SPLIT=chosen.num_warps,
         **launch_early(x.device), **chosen.launch(),
     )  # fmt: skip
     return y
 
 
+def _aligned(values: Tensor | None, in_features: int) -> Tensor | None:
+    """Return values (…, I), or (1,), of every input, and such that a load of 16 bytes may begin with a row's first.
+
+    Only then does a thread of the kernel have 8 after one another.
+    """
+    if values is None:
+        return None
+    values = values.expand(*values.shape[:-1], in_features)
+    if values.is_contiguous() and values.data_ptr() % 16 == 0:
+        return values
+    return values.clone(memory_format=torch.contiguous_format)
+
+
 @triton.jit
-def _fetch(at, step, SIZE: tl.constexpr, WARPS: tl.constexpr):
+def _fetch(at, SIZE: tl.constexpr, WARPS: tl.constexpr):
     """Ask for SIZE elements into the farther cache, where what is written meanwhile is seen: a line a warp."""
     LINE: tl.constexpr = 1024 // at.dtype.element_ty.primitive_bitwidth
     line = tl.program_id(0) * WARPS + tl.arange(0, 32 * WARPS) // 32
-    place = at + (line * LINE % SIZE) * step
     tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; // no result $0", "=r,l", [place.to(tl.uint64)],
+        "prefetch.global.L2 [$1]; // no result $0", "=r,l", [(at + line * LINE % SIZE).to(tl.uint64)],
         dtype=tl.int32, is_pure=False, pack=1,
     )  # fmt: skip
 
 
 @triton.jit
-def _merge(largest, total, shift, other_largest, other_total, other_shift):
-    return tl.maximum(largest, other_largest), total + other_total, shift + other_shift
+def _put(words, zero, THREADS: tl.constexpr):
+    """Return a step's words where an instruction wants them, by an operation of which the compiler knows no result.
+
+    Left to itself it would move them just before they are counted, after the wait.
+    """
+    put = ()
+    for n in tl.static_range(len(words)):
+        a, b, c, d = four(words[n], THREADS)
+        put = put + ((a ^ zero, b ^ zero, c ^ zero, d ^ zero),)
+    return put
 
 
 @triton.jit
-def _scaled_inputs(x, in_scale, in_shift, in_scale_step, in_shift_step, W: tl.constexpr, SPLIT: tl.constexpr):
-    """Return a thread's inputs times `in_scale`, 8 after one another as two (THREADS, 4) for each 8 words of its warp.
+def _wait_if(zero):
+    """Wait until the kernel before has ended; a branch, which the compiler moves nothing across."""
+    tl.inline_asm_elementwise(
+        "{.reg .pred never; setp.ne.u32 never, $1, 0; @never bra LAB_PAST; griddepcontrol.wait; "
+        "LAB_PAST: mov.u32 $0, 0;}",
+        "=r,r", [zero], dtype=tl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
 
-    And of all inputs the largest of these, the sum of x, and that of x times `in_shift`.
+
+@triton.jit
+def _load(at, inside, PTX: tl.constexpr):
+    """Load numbers as float32."""
+    value = tl.load(at, mask=inside, other=0.0)
+    if PTX and value.dtype == tl.bfloat16:
+        # An instruction a number, where the compiler has one and a half.
+        return tl.inline_asm_elementwise(
+            "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;", "=r,=r,r", [value], tl.float32, is_pure=True, pack=2
+        )
+    else:
+        return value.to(tl.float32)
+
+
+@triton.jit
+def _larger(a, b):
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def _add(a, b, other_a, other_b):
+    return a + other_a, b + other_b
+
+
+@triton.jit
+def _scaled_inputs(
+    x, in_scale, in_shift, SUMS: tl.constexpr, W: tl.constexpr, SPLIT: tl.constexpr, PTX: tl.constexpr
+):  # fmt: skip
+    """Return a thread's inputs times `in_scale`: a quarter of four words, each (THREADS, 8).
+
+    And the largest of its own, the bits of an integer, which those of what is not finite exceed; with SUMS, of all
+    inputs, the sums of x and of x times `in_shift`.
     """
-    STEPS: tl.constexpr = (W + 16 * SPLIT - 1) // (16 * SPLIT)
     thread = tl.arange(0, 32 * SPLIT)
-    first = (thread // 32 * 512 * STEPS + thread % 32 * 8)[:, None] + tl.arange(0, 4)[None, :]
     largest = tl.zeros([32 * SPLIT], tl.float32)
     total, shifted = largest, largest
     scaled = ()
-    for part in tl.static_range(4 * STEPS):
-        i = first + part // 2 * 256 + part % 2 * 4
-        inside = i < 32 * W
-        value = tl.load(x + i, mask=inside, other=0.0).to(tl.float32)
-        total += tl.sum(value, 1)
+    for part in tl.static_range(4):
+        word = thread // 4 * 4 + part
+        inside = (word < W)[:, None]
+        i = (word * 32 + thread % 4 * 8)[:, None] + tl.arange(0, 8)[None, :]
+        value = _load(x + i, inside, PTX)
+        if SUMS:
+            total += tl.sum(value, 1)
         if in_shift is not None:
-            shifted += tl.sum(value * tl.load(in_shift + i * in_shift_step, mask=inside, other=0.0).to(tl.float32), 1)
+            shifted += tl.sum(value * _load(in_shift + i, inside, PTX), 1)
         if in_scale is not None:
-            value *= tl.load(in_scale + i * in_scale_step, mask=inside, other=0.0).to(tl.float32)
-        largest = tl.maximum(largest, tl.max(tl.abs(value), 1))
+            value *= _load(in_scale + i, inside, PTX)
+        largest = _larger(largest, tl.reduce(tl.abs(value), 1, _larger))
         scaled = scaled + (value,)
-    largest, total, shifted = tl.reduce((largest, total, shifted), 0, _merge)
-    return scaled, largest, total, shifted
+    if SUMS:
+        total, shifted = tl.reduce((total, shifted), 0, _add)
+    return scaled, largest.to(tl.int32, bitcast=True), total, shifted
+
+
+@triton.constexpr_function
+def bytes_text(NUMBER):
+    """Return the text of `_bytes`: operands are the result and the four."""
+    pair = f"0x{4 + NUMBER}{NUMBER}"
+    return (
+        f"{{.reg .b32 one, two; prmt.b32 one, $1, $2, {pair}; prmt.b32 two, $3, $4, {pair}; "
+        "prmt.b32 $0, one, two, 0x5410;}"
+    )
 
 
 @triton.jit
-def _rounded(scaled, inverse):
-    """Return integers, in the low 16 bits, and what a thread's add up to."""
-    numbers = ()
-    total = tl.zeros([scaled[0].shape[0]], tl.int32)
-    for part in tl.static_range(len(scaled)):
-        # A float of this size has a step of 1 and, in its low bits, the integer in two's complement.
-        number = (scaled[part] * inverse + 12582912.0).to(tl.int32, bitcast=True)
-        total += tl.sum(number, 1)
-        numbers = numbers + (number,)
-    above: tl.constexpr = 4 * len(scaled) * 0x4B400000 % 2**32
-    return numbers, total - (above - 2**32 if above >= 2**31 else above)
+def _bytes(a, b, c, d, NUMBER: tl.constexpr, PTX: tl.constexpr):
+    """Return byte NUMBER of each of four."""
+    if PTX:
+        return tl.inline_asm_elementwise(
+            bytes_text(NUMBER), operands(1, 4), [a, b, c, d], tl.int32, is_pure=True, pack=1
+        )
+    else:
+        low = ((a >> (8 * NUMBER)) & 255) | (((b >> (8 * NUMBER)) & 255) << 8)
+        return low | (((c >> (8 * NUMBER)) & 255) << 16) | (((d >> (8 * NUMBER)) & 255) << 24)
 
 
 @triton.jit
-def _planes(numbers, SPLIT: tl.constexpr, DIGITS: tl.constexpr, PTX: tl.constexpr):
-    """Return the words of planes that `count` wants of a thread: four for each digit, for each step."""
-    made = ()
-    for part in tl.static_range(len(numbers) // 2):
-        if DIGITS == 1:
-            bytes = _bytes_of_eight_planes(numbers[2 * part], numbers[2 * part + 1])
-        else:
-            bytes = _bytes_of_planes(numbers[2 * part], numbers[2 * part + 1])
-        for word in tl.static_range(2 * DIGITS):
-            made = made + (_whole_words(bytes[word], PTX),)
-    return _placed(tl.reshape(stack(made), [len(made) * 32 * SPLIT]), SPLIT, len(numbers) // 4, DIGITS)
+def _add_bytes(total, bytes, SIGNED: tl.constexpr, PTX: tl.constexpr):
+    """Add four integers of 8 bits to a total."""
+    if PTX:
+        text: tl.constexpr = (
+            "dp4a.s32.u32 $0, $1, 0x01010101, $2;" if SIGNED else "dp4a.u32.u32 $0, $1, 0x01010101, $2;"
+        )
+        return tl.inline_asm_elementwise(text, "=r,r,r", [bytes, total], tl.int32, is_pure=True, pack=1)
+    else:
+        for byte in tl.static_range(4):
+            value = (bytes >> (8 * byte)) & 255
+            total += (value ^ 128) - 128 if SIGNED else value
+        return total
 
 
 @triton.jit
-def _bytes_of_planes(low, high):
-    """Take the numbers n of 8 inputs, 0 to 3 and 4 to 7, apart into planes: four words of four bytes each.
-
-    Byte b of word j is plane j + 4 * (b // 2) + 8 * (b % 2), an input a bit: three rounds of a transposition, in which
-    a bit of the input's number changes places with one of the plane's.
-    """
-    a, b, c, d = four((low & 0xFFFF) | (high << 16), low.shape[0])
-    a, b = _swap(a, b, 1, 0x55555555)
-    c, d = _swap(c, d, 1, 0x55555555)
-    a, c = _swap(a, c, 2, 0x33333333)
-    b, d = _swap(b, d, 2, 0x33333333)
-    return _swap_within(a), _swap_within(b), _swap_within(c), _swap_within(d)
-
-
-@triton.jit
-def _bytes_of_eight_planes(low, high):
-    """Take numbers of 8 bits apart: byte b of word j is plane 4 j + b."""
-    place = (tl.arange(0, 4) * 8)[None, :]
-    a, b = _swap(tl.sum((low & 255) << place, 1), tl.sum((high & 255) << place, 1), 4, 0x0F0F0F0F)
-    return _turn(a), _turn(b)
-
-
-@triton.jit
-def _turn(a):
-    changed = ((a >> 14) ^ a) & 0xCCCC
-    a = a ^ changed ^ (changed << 14)
-    changed = ((a >> 7) ^ a) & 0x00AA00AA
-    return a ^ changed ^ (changed << 7)
+def _eight(words, THREADS: tl.constexpr):
+    """Take (THREADS, 8) apart."""
+    even, odd = tl.split(tl.reshape(words, [THREADS, 4, 2]))
+    a, c, e, g = four(even, THREADS)
+    b, d, f, h = four(odd, THREADS)
+    return a, b, c, d, e, f, g, h
 
 
 @triton.jit
 def _swap(a, b, by: tl.constexpr, mask: tl.constexpr):
-    changed = ((a >> by) ^ b) & mask
-    return a ^ (changed << by), b ^ changed
+    """Trade a's bits beside a mask for b's in it, `by` places lower."""
+    return (a & mask) | ((b << by) & ~mask), ((a >> by) & mask) | (b & ~mask)
 
 
 @triton.jit
-def _swap_within(a):
-    changed = ((a >> 12) ^ a) & 0xF0F0
-    return a ^ changed ^ (changed << 12)
+def _transposed(a, b, c, d, e, f, g, h):
+    """Take numbers of 8 bits apart into planes, in each byte by itself: bit i of plane p is bit p of number i."""
+    a, b = _swap(a, b, 1, 0x55555555)
+    c, d = _swap(c, d, 1, 0x55555555)
+    e, f = _swap(e, f, 1, 0x55555555)
+    g, h = _swap(g, h, 1, 0x55555555)
+    a, c = _swap(a, c, 2, 0x33333333)
+    b, d = _swap(b, d, 2, 0x33333333)
+    e, g = _swap(e, g, 2, 0x33333333)
+    f, h = _swap(f, h, 2, 0x33333333)
+    a, e = _swap(a, e, 4, 0x0F0F0F0F)
+    b, f = _swap(b, f, 4, 0x0F0F0F0F)
+    c, g = _swap(c, g, 4, 0x0F0F0F0F)
+    d, h = _swap(d, h, 4, 0x0F0F0F0F)
+    return a, b, c, d, e, f, g, h
 
 
 @triton.jit
-def _whole_words(bytes, PTX: tl.constexpr):
-    """Trade bytes among four threads, so that byte b of the first to the last are the word of thread b."""
-    THREADS: tl.constexpr = bytes.shape[0]
-    lane = tl.arange(0, THREADS) % 4
+def _made(scaled, inverse, SPLIT: tl.constexpr, DIGITS: tl.constexpr, PTX: tl.constexpr):
+    """Return a thread's bytes of planes, 8 for each digit, one for each of its words; and the sum of its numbers."""
+    THREADS: tl.constexpr = 32 * SPLIT
+    numbers = ()
+    for part in tl.static_range(4):
+        # A float of this size has a step of 1 and, in its low bits, the integer in two's complement.
+        numbers = numbers + ((scaled[part] * inverse[:, None] + 12582912.0).to(tl.int32, bitcast=True),)
+    total = tl.zeros([THREADS], tl.int32)
+    made = ()
+    for digit in tl.static_range(DIGITS - 1, -1, -1):
+        own = _eight(_bytes(numbers[0], numbers[1], numbers[2], numbers[3], digit, PTX), THREADS)
+        total = total << 8
+        for n in tl.static_range(8):
+            total = _add_bytes(total, own[n], digit == DIGITS - 1, PTX)
+        made = _transposed(own[0], own[1], own[2], own[3], own[4], own[5], own[6], own[7]) + made
+    return made, total
+
+
+@triton.jit
+def _turned(a, b, c, d, PTX: tl.constexpr):
+    """Return the first bytes of four words, the second, and so on."""
     if PTX:
-        near = tl.where(lane % 2 == 0, 0x6240, 0x3715)
-        far = tl.where(lane < 2, 0x5410, 0x3276)
         return tl.inline_asm_elementwise(
-            "{.reg .b32 one, two, other; shfl.sync.bfly.b32 other, $1, 1, 31, -1; prmt.b32 one, $1, other, $2; "
-            "shfl.sync.bfly.b32 two, one, 2, 31, -1; prmt.b32 $0, one, two, $3;}",
-            "=r,r,r,r", [bytes, near, far], dtype=tl.int32, is_pure=True, pack=1,
+            "{.reg .b32 one, two, three, four; prmt.b32 one, $4, $5, 0x5140; prmt.b32 two, $6, $7, 0x5140; "
+            "prmt.b32 three, $4, $5, 0x7362; prmt.b32 four, $6, $7, 0x7362; prmt.b32 $0, one, two, 0x5410; "
+            "prmt.b32 $1, one, two, 0x7632; prmt.b32 $2, three, four, 0x5410; prmt.b32 $3, three, four, 0x7632;}",
+            operands(4, 4), [a, b, c, d], (tl.int32, tl.int32, tl.int32, tl.int32), is_pure=True, pack=1,
         )  # fmt: skip
     else:
-        quad = tl.reshape(bytes, [THREADS // 4, 1, 4])
-        i = tl.arange(0, 4)
-        return tl.reshape(tl.sum(((quad >> (8 * i)[None, :, None]) & 255) << (8 * i)[None, None, :], 2), [THREADS])
+        return (
+            _bytes(a, b, c, d, 0, PTX), _bytes(a, b, c, d, 1, PTX),
+            _bytes(a, b, c, d, 2, PTX), _bytes(a, b, c, d, 3, PTX),
+        )  # fmt: skip
 
 
 @triton.jit
-def _placed(made, SPLIT: tl.constexpr, STEPS: tl.constexpr, DIGITS: tl.constexpr):
-    """Give each thread the words that `count` wants of it: four for each digit, for each step.
-
-    Of a step, a thread made word b of 4 planes for b = 0 and 1, in this order.
-    """
-    THREADS: tl.constexpr = 32 * SPLIT
-    EACH: tl.constexpr = 4 * DIGITS * STEPS
-    # In this order a thread has all that it is to have.
-    place = tl.arange(0, EACH * THREADS)
-    lane, warp = place % 32, place % THREADS // 32
-    word = lane % 4 * 4 + place // THREADS % 4
-    plane = lane // 4 + place // (4 * THREADS) % DIGITS * 8
-    step = place // (4 * DIGITS * THREADS)
-    MADE: tl.constexpr = 4 * DIGITS * STEPS
-    byte = plane % 8 // 4 * 2 + plane // 8
-    number = plane % 4
-    if DIGITS == 1:
-        byte, number = plane % 4, plane // 4
-    maker = warp * 32 + word % 8 * 4 + byte
-    found = tl.gather(made, maker * MADE + (step * 2 + word // 8) * (2 * DIGITS) + number, 0)
-    return _unstack(tl.reshape(found, [EACH, THREADS]))
-
-
-@triton.jit
-def _unstack(values):
-    """Take (a power of two, THREADS) apart."""
-    COUNT: tl.constexpr = values.shape[0]
-    THREADS: tl.constexpr = values.shape[1]
-    if COUNT == 1:
-        return (tl.reshape(values, [THREADS]),)
+def _of_warp(own, SPLIT: tl.constexpr, PTX: tl.constexpr):
+    """Add up what a warp's threads have."""
+    if PTX:
+        return tl.inline_asm_elementwise(
+            "redux.sync.add.s32 $0, $1, -1;", "=r,r", [own], tl.int32, is_pure=True, pack=1
+        )
     else:
-        first, last = tl.split(tl.permute(tl.reshape(values, [2, COUNT // 2, THREADS]), [1, 2, 0]))
-        return _unstack(first) + _unstack(last)
+        each = tl.sum(tl.reshape(own, [SPLIT, 32]), 1)
+        return tl.reshape(tl.broadcast_to(each[:, None], [SPLIT, 32]), [32 * SPLIT])
+
+
+@triton.jit
+def _counted(
+    words, planes, tile: tl.constexpr, own, column, STEPS: tl.constexpr, DIGITS: tl.constexpr, PTX: tl.constexpr
+):
+    """Return a thread's parts of a tile's first 8 rows and of its last: what counts are worth, twice, less `own`."""
+    THREADS: tl.constexpr = own.shape[0]
+    zero = tl.zeros_like(own)
+    even = 2 << (2 * column)
+    low, high = -own, -own
+    for digit in tl.static_range(DIGITS):
+        found = (zero, zero, zero, zero)
+        for step in tl.static_range(STEPS):
+            first, last = words[2 * (tile * STEPS + step)], words[2 * (tile * STEPS + step) + 1]
+            found = count(first, last, planes[step * DIGITS + digit], found, THREADS, PTX)
+        odd = tl.where(column == 3, -2 * even, 2 * even) if digit == DIGITS - 1 else 2 * even
+        low += found[0] * (even << (8 * digit)) + found[1] * (odd << (8 * digit))
+        high += found[2] * (even << (8 * digit)) + found[3] * (odd << (8 * digit))
+    return low, high
 
 
 @triton.jit
 def counts_kernel(
-    signs, x, in_scale, in_shift, out_scale, out_shift, bias, x_m, in_scale_step, in_shift_step, out_scale_step,
-    out_shift_step, bias_step, y, out_features, W: tl.constexpr, DIGITS: tl.constexpr, ROWS: tl.constexpr,
-    SPLIT: tl.constexpr, PTX: tl.constexpr, PDL: tl.constexpr,
+    signs, x, in_scale, in_shift, out_scale, out_shift, bias, out_scale_step, out_shift_step, bias_step, y,
+    out_features, W: tl.constexpr, DIGITS: tl.constexpr, ROWS: tl.constexpr, SPLIT: tl.constexpr,
+    PTX: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Write ROWS rows of the layer for a token, 16 at a time by SPLIT warps."""
     THREADS: tl.constexpr = 32 * SPLIT
     STEPS: tl.constexpr = (W + 16 * SPLIT - 1) // (16 * SPLIT)
-    TILES: tl.constexpr = ROWS // 16
+    SHARE: tl.constexpr = THREADS // ROWS
+    SUMS: tl.constexpr = in_shift is not None or out_shift is not None
+    tl.static_assert(W <= THREADS and ROWS <= THREADS)
     begin_next(PDL)
     token = tl.program_id(1).to(tl.int64)
-    x += token * x_m
+    x += token * (32 * W)
     words = ()
-    for tile in tl.static_range(TILES):
+    for tile in tl.static_range(ROWS // 16):
         words = words + ask(signs, tl.program_id(0) * ROWS + 16 * tile, out_features, 16, SPLIT, W)
-    if PTX:
-        _fetch(x, 1, 32 * W, SPLIT)
+    if PDL:
+        _fetch(x, 32 * W, SPLIT)
         if in_scale is not None:
-            _fetch(in_scale, in_scale_step, 32 * W, SPLIT)
+            _fetch(in_scale, 32 * W, SPLIT)
         if in_shift is not None:
-            _fetch(in_shift, in_shift_step, 32 * W, SPLIT)
-    wait(PDL)
-    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    there = rows < out_features
+            _fetch(in_shift, 32 * W, SPLIT)
+    zero = tl.program_id(2)  # of one: the compiler does not know that
+    words = _put(words, zero, THREADS)
+    if PDL:
+        _wait_if(zero)
+    scaled, largest, total, shifted = _scaled_inputs(x, in_scale, in_shift, SUMS, W, SPLIT, PTX)
+    thread = tl.arange(0, THREADS)
+    row = tl.program_id(0) * ROWS + thread // SHARE
+    there = row < out_features
     scale, shift, added = load_terms(
-        rows, there, out_scale, out_shift, bias, out_scale_step, out_shift_step, bias_step, ROWS
+        row, there, out_scale, out_shift, bias, out_scale_step, out_shift_step, bias_step, THREADS
     )
-    scaled, largest, total, shifted = _scaled_inputs(x, in_scale, in_shift, in_scale_step, in_shift_step, W, SPLIT)
+    bits = largest_of_all(largest, SPLIT, PTX)
+    largest = bits.to(tl.float32, bitcast=True)
     limit: tl.constexpr = 127 if DIGITS == 1 else 127 * 256
-    finite = tl.abs(total) < float("inf")
-    length = tl.where(finite, largest / limit, float("nan"))
     inverse = tl.where(largest > 1e-30, limit / tl.maximum(largest, 1e-30), 0.0)
-    numbers, own = _rounded(scaled, inverse)
-    planes = _planes(numbers, SPLIT, DIGITS, PTX)
-    zero = tl.zeros([THREADS], tl.int32)
+    made, own = _made(scaled, inverse, SPLIT, DIGITS, PTX)
+    taken = trade_planes(made, SPLIT, STEPS, PTX)
+    planes = ()
+    for n in tl.static_range(DIGITS * STEPS):
+        planes = planes + (_turned(taken[4 * n], taken[4 * n + 1], taken[4 * n + 2], taken[4 * n + 3], PTX),)
     # Once in a row's sum, in the first column.
-    column = tl.arange(0, THREADS) % 4
-    own = tl.broadcast_to(tl.sum(tl.reshape(own, [SPLIT, 32]), 1)[:, None], [SPLIT, 32])
-    own = tl.where(column == 0, tl.reshape(own, [THREADS]), 0)
+    column = thread % 4
+    own = tl.where(column == 0, _of_warp(own, SPLIT, PTX), 0)
     parts = ()
-    for tile in tl.static_range(TILES):
-        counted = ()
-        for digit in tl.static_range(DIGITS):
-            found = (zero, zero, zero, zero)
-            for step in tl.static_range(STEPS):
-                first = four(words[2 * (tile * STEPS + step)], THREADS)
-                last = four(words[2 * (tile * STEPS + step) + 1], THREADS)
-                mine = planes[4 * (step * DIGITS + digit) : 4 * (step * DIGITS + digit + 1)]
-                found = count(first, last, mine, found, THREADS, PTX)
-            counted = counted + (found,)
-        for half in tl.static_range(2):
-            parts = parts + (2 * worth(counted, half, column, 0, DIGITS) - own,)
-    result = by_row(parts, 1, SPLIT).to(tl.float32) * length * scale + added
+    for tile in tl.static_range(ROWS // 16):
+        parts = parts + _counted(words, planes, tile, own, column, STEPS, DIGITS, PTX)
+    length = tl.where(bits < 0x7F800000, largest / limit, float("nan"))
+    result = row_sums(parts, SPLIT, PTX).to(tl.float32) * length * scale + added
     if in_shift is not None:
         result += shifted
     if out_shift is not None:
         result += shift * total
-    tl.store(y + token * out_features + rows, result.to(y.dtype.element_ty), mask=there)
+    tl.store(y + token * out_features + row, result.to(y.dtype.element_ty), mask=there & (thread % SHARE == 0))

@@ -98,7 +98,7 @@ def spills(binary, architecture):
 def places(binary):
     """Return how tensors lie whose elements an instruction takes as those of threads."""
     text = binary.asm.get("ttgir", "")
-    used = [line for line in text.splitlines() if "mma.sync" in line or "shfl.sync" in line]
+    used = [line for line in text.splitlines() if "inline_asm" in line and ".sync" in line]
     return {
         re.search(rf"^{layout} = (.*)$", text, re.MULTILINE)[1]
         for line in used

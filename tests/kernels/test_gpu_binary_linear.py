@@ -54,6 +54,18 @@ def test_values_of_every_size_and_dtype(shape, groups, tokens, dtype, bound, act
     assert torch.equal(y, ops.binary_linear(x, signs, shape[1], **given))
 
 
+@pytest.mark.parametrize("activation_bits", [None, 8])
+@pytest.mark.parametrize("in_features", [2080, 8864])  # words of a row: an odd number, and more than 256
+def test_a_token_of_other_lengths(in_features, activation_bits):
+    signs, terms = make(1001, in_features)
+    # Where no load of 16 bytes may begin, and one for all.
+    x = torch.randn(3, in_features + 1, device="cuda").bfloat16()[1:2, 1:]
+    scale = torch.randn(in_features + 1, device="cuda")[1:]
+    given = {**terms, "in_scale": scale, "in_shift": scale[:1] / 9, "activation_bits": activation_bits}
+    right = ops.binary_linear(x.double(), signs, in_features, **given, backend="naive")
+    assert ratio(ops.binary_linear(x, signs, in_features, **given), right) <= 0.005
+
+
 @pytest.mark.parametrize(("tokens", "out_features", "in_features"), [(300, 1001, 2048), (2000, 8200, 8192)])
 def test_products_of_8_bits_are_exact(tokens, out_features, in_features):
     signs, _ = make(out_features, in_features)

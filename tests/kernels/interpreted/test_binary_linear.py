@@ -184,18 +184,18 @@ def test_outliers_zeros_and_numbers_that_are_not_finite():
 
 
 @pytest.mark.parametrize(
-    ("rows", "warps", "bits", "terms"),
+    ("rows", "warps", "bits", "terms", "single"),
     [
-        (16, 1, None, ()),
-        (32, 2, 8, UNGROUPED),
-        pytest.param(16, 4, None, UNGROUPED, marks=pytest.mark.slow),
-        pytest.param(32, 2, 8, (), marks=pytest.mark.slow),
+        (16, 1, None, (), False),
+        (32, 2, 8, UNGROUPED, False),
+        pytest.param(16, 4, None, UNGROUPED, True, marks=pytest.mark.slow),
+        pytest.param(32, 2, 8, (), False, marks=pytest.mark.slow),
     ],
 )
-def test_counts_of_planes(rows, warps, bits, terms):
+def test_counts_of_planes(rows, warps, bits, terms, single):
     out_features, in_features = 24, 25 * 32
     signs = ops.pack_signs(normal(out_features + 1, in_features))[1:]
-    given = make(out_features, in_features, 1, terms) | {"activation_bits": bits}
+    given = make(out_features, in_features, 1, terms, single) | {"activation_bits": bits}
     x = normal(in_features, 2, dtype=torch.bfloat16).t()
     assert counts_fit(in_features, None, x.device)
     chosen = Configuration({"ROWS": rows}, num_warps=warps)

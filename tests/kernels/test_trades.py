@@ -1,0 +1,96 @@
+"""What threads trade through shared memory: its texts, run here instruction by instruction for all threads at once."""
+
+import re
+
+import numpy as np
+import pytest
+
+trades = pytest.importorskip("bimamba_lit.kernels.binary_linear.triton_trades")
+
+
+def run(text, outputs, inputs):
+    """Run a text of one room; operands are arrays of a word a thread."""
+    threads = np.arange(len(inputs[0]))
+    values = {f"${outputs + n}": np.array(given).astype(np.uint32) for n, given in enumerate(inputs)}
+    memory, written = np.zeros(int(re.search(r"room\[(\d+)\]", text)[1]), np.uint32), set()
+
+    def value(name):
+        return values[name] if name in values else np.full(len(threads), int(name, 0) & 0xFFFFFFFF, np.uint32)
+
+    def words(place, count):
+        name, offset = re.fullmatch(r"\[(\w+) \+ (\d+)\]", place).groups()
+        at = values[name].astype(int) + int(offset)
+        assert (at % (4 * count) == 0).all()
+        return at // 4
+
+    for statement in filter(None, map(str.strip, text.strip("{}").split(";"))):
+        operation, *arguments = re.findall(r"\{[^}]*\}|\[[^\]]*\]|[^\s,]+", statement)
+        match operation.split("."):
+            case ["", *_] | ["bar", "sync"]:
+                pass
+            case ["mov", _] if arguments[1] == "room":
+                values[arguments[0]] = 0 * value("0")
+            case ["mov", _]:
+                values[arguments[0]] = value(arguments[1])
+            case ["mad", "lo", _]:
+                values[arguments[0]] = value(arguments[1]) * value(arguments[2]) + value(arguments[3])
+            case ["add", _]:
+                values[arguments[0]] = value(arguments[1]) + value(arguments[2])
+            case ["max", "s32"]:
+                a, b = (value(name).view(np.int32) for name in arguments[1:])
+                values[arguments[0]] = np.maximum(a, b).view(np.uint32)
+            case ["shfl", "sync", "bfly", _]:
+                values[arguments[0]] = value(arguments[1])[threads ^ int(arguments[2])]
+            case ["redux", "sync", "max", "s32"]:
+                of_warps = value(arguments[1]).view(np.int32).reshape(-1, 32).max(1)
+                values[arguments[0]] = of_warps.repeat(32).view(np.uint32)
+            case ["st", "shared", _]:
+                at = words(arguments[0], 1)
+                memory[at] = value(arguments[1])
+                written |= set(at)
+            case ["ld", "shared", *_]:
+                names = arguments[0].strip("{}").split(", ")
+                at = words(arguments[1], len(names))
+                for n, name in enumerate(names):
+                    assert set(at + n) <= written
+                    values[name] = memory[at + n]
+            case _:
+                raise NotImplementedError(statement)
+    return [values[f"${n}"] for n in range(outputs)]
+
+
+def random_words(*shape):
+    return np.random.default_rng(0).integers(0, 2**31, shape)
+
+
+@pytest.mark.parametrize("warps", [1, 2, 8])
+def test_the_largest_of_all(warps):
+    own, thread = random_words(32 * warps), np.arange(32 * warps)
+    (found,) = run(trades.largest_text(warps), 1, [own, thread // 32, 0 * thread])
+    assert (found == own.max()).all()
+
+
+@pytest.mark.parametrize("warps", [1, 8])
+@pytest.mark.parametrize("steps", [1, 2])
+@pytest.mark.parametrize("digits", [1, 2])
+def test_planes(warps, steps, digits):
+    thread = np.arange(32 * warps)
+    line, maker = thread % 32 // 4, thread // 32 * 16 * steps + thread % 4 * 4
+    made = random_words(8 * digits, 32 * warps)
+    text = trades.planes_text(warps, steps, 8 * digits)
+    taken = run(text, 4 * digits * steps, [*made, thread, maker + line * (32 * warps + 16)])
+    for step in range(steps):
+        for digit in range(digits):
+            for n in range(4):
+                right = made[8 * digit + line, maker + 16 * step + n]
+                assert (taken[4 * (digits * step + digit) + n] == right).all()
+
+
+@pytest.mark.parametrize(("parts", "warps"), [(2, 1), (4, 8), (16, 4), (4, 16)])
+def test_sums_of_rows(parts, warps):
+    thread, own = np.arange(32 * warps), random_words(parts, 32 * warps) % 100_000
+    line, share = thread % 32 // 4, 4 * warps // parts
+    to, at = line * (4 * warps + 4) + thread // 32 * 4 + thread % 4, thread // share * (4 * warps + 4)
+    (found,) = run(trades.rows_text(parts, warps, share), 1, [*own, to, at + thread % share * parts])
+    right = [[part[line == row].sum() for row in range(8)] for part in own]
+    assert (found == np.ravel(right)[thread // share]).all()
