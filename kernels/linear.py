@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 FEW = 4  # tokens on a CPU; for more, PyTorch's product of matrices is as fast
-_WORTHWHILE = 1 << 17  # elements of a weight; with fewer, starting the other cores costs more than they gain
+# Elements of a weight of wide and of narrower rows: with fewer, a product a row costs more than other cores gain.
+_WIDE, _WORTHWHILE = 512, (1 << 19, 1 << 20)
 _LARGE = 1 << 26  # elements of a weight, as a model's head has, that a GPU reads from memory for a token
 _HAS_TRITON = find_spec("triton") is not None
 
@@ -36,8 +37,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def _applies(x: Tensor, weight: Tensor) -> bool:
-    wide = x.dtype == weight.dtype == torch.float32
-    return wide and weight.is_cpu and weight.numel() >= _WORTHWHILE and not torch.is_autocast_enabled("cpu")
+    fp32 = x.dtype == weight.dtype == torch.float32
+    large = weight.numel() >= _WORTHWHILE[weight.shape[1] < _WIDE]
+    return fp32 and weight.is_cpu and large and not torch.is_autocast_enabled("cpu")
 
 
 def _reads_rows(x: Tensor, weight: Tensor) -> bool:

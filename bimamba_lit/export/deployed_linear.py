@@ -297,9 +297,10 @@ def multiply(x: Tensor, weight: Tensor) -> Tensor:
     """Multiply x (..., I) by a float32 weight (O, I)."""
     if not torch.jit.is_scripting():  # type: ignore[attr-defined]
         return F.linear(x, weight)
-    if x.numel() > 4 * weight.shape[1] or weight.numel() < 65536:
+    width = weight.shape[1]
+    if x.numel() > 4 * width or weight.numel() < (1 << 19 if width >= 512 else 1 << 20):
         return F.linear(x, weight)
-    # A few tokens: a batch of small products reads memory in order, on all cores; see `models.linear`.
+    # A few tokens: a batch of small products reads memory in order, on all cores; see `kernels.linear`.
     y = torch.bmm(x.reshape(1, -1, x.shape[-1]).expand(weight.shape[0], -1, -1), weight.unsqueeze(1).mT)
     return y.squeeze(2).t().contiguous().view(x.shape[:-1] + (weight.shape[0],))
 

@@ -14,7 +14,7 @@ def twins(rows, width, bias=False, dtype=torch.float32):
 
 
 @pytest.mark.parametrize("shape", [(600,), (1, 600), (1, 1, 600), (2, 600), (2, 2, 600)])
-@pytest.mark.parametrize("rows", [256, 300, 251])
+@pytest.mark.parametrize("rows", [900, 1000, 951])
 @pytest.mark.parametrize("bias", [False, True])
 def test_few_tokens_are_multiplied_as_by_a_plain_layer(rows, shape, bias):
     ours, plain = twins(rows, 600, bias)
@@ -26,16 +26,24 @@ def test_few_tokens_are_multiplied_as_by_a_plain_layer(rows, shape, bias):
 
 
 def test_the_form_for_few_tokens_is_taken(monkeypatch):
-    ours, _ = twins(256, 600)
+    ours, _ = twins(900, 600)
     monkeypatch.setattr(torch.nn.functional, "linear", lambda *args: pytest.fail("the plain product was called"))
     with torch.no_grad():
         ours(torch.randn(1, 600))
 
 
+@pytest.mark.parametrize(("rows", "width"), [(856, 192), (1552, 384), (800, 600)])
+def test_small_weights_go_to_the_plain_layer(rows, width):
+    ours, plain = twins(rows, width)
+    x = torch.randn(1, width)
+    with torch.no_grad():
+        assert torch.equal(ours(x), plain(x))
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("tokens", [1, 5])
 def test_other_dtypes_go_to_the_plain_layer(dtype, tokens):
-    ours, plain = twins(256, 600, dtype=dtype)
+    ours, plain = twins(900, 600, dtype=dtype)
     x = torch.randn(tokens, 600, dtype=dtype)
     with torch.no_grad():
         assert torch.equal(ours(x), plain(x))
@@ -43,19 +51,19 @@ def test_other_dtypes_go_to_the_plain_layer(dtype, tokens):
 
 @pytest.mark.parametrize("tokens", [0, 5])
 def test_none_and_more_tokens_go_to_the_plain_layer(tokens):
-    ours, plain = twins(256, 600)
+    ours, plain = twins(900, 600)
     with torch.no_grad():
         assert torch.equal(ours(torch.ones(tokens, 600)), plain(torch.ones(tokens, 600)))
 
 
 def test_a_width_that_does_not_fit_is_refused():
-    ours, _ = twins(256, 600)
+    ours, _ = twins(900, 600)
     with torch.no_grad(), pytest.raises(RuntimeError):
         ours(torch.ones(2, 300))
 
 
 def test_gradients_and_autocast_are_those_of_the_plain_layer():
-    ours, plain = twins(256, 600)
+    ours, plain = twins(900, 600)
     x = torch.randn(1, 600)
     for layer in (ours, plain):
         layer(x).square().sum().backward()
@@ -65,5 +73,5 @@ def test_gradients_and_autocast_are_those_of_the_plain_layer():
 
 
 def test_a_scheme_takes_it_over():
-    ours, plain = twins(256, 600)
+    ours, plain = twins(900, 600)
     assert torch.equal(FBI(ours).weight, FBI(plain).weight)
