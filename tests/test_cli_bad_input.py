@@ -212,6 +212,10 @@ def test_debug_shows_where_an_error_arose(bimamba, tiny):
     assert answer.code == 1 and "Traceback" in answer.err
 
 
+def test_a_setting_of_a_callback_out_of_range_is_refused(refused):
+    assert "every_n_train_steps=-1. Must be >= 0" in refused("--checkpoint.every_n_train_steps=-1")
+
+
 def test_settings_of_the_trainer_that_do_not_fit_the_machine_or_each_other(refused):
     assert refused("--trainer.devices=0").startswith("trainer: ")
     assert refused("--trainer.accelerator=tpu").startswith("trainer: ")

@@ -187,6 +187,17 @@ class CommandLine(LightningCLI):
     def _parse_ckpt_path(self) -> None:
         """Do nothing: what the command line says counts, not what a checkpoint remembers."""
 
+    def instantiate_classes(self) -> None:
+        """Make what the recipe names.
+
+        Raises:
+            UserError: If a setting of a class of Lightning's is out of range.
+        """
+        try:
+            super().instantiate_classes()
+        except MisconfigurationException as error:
+            raise UserError(_first_line(error)) from error
+
     def before_instantiate_classes(self) -> None:
         """Choose the run folder and point everything that writes to it."""
         sys.argv = self._argv
