@@ -347,6 +347,7 @@ TABLE: dict[str, tuple[Row, ...]] = {
     # packed_blocks: the size is the number of words of a row, or that of a head's state
     "packed_blocks/project": (
         Row(Configuration({"ROWS": 128, "CHUNK": 4}, num_warps=1), architectures=(INTERPRETER,)),
+        Row(Configuration({"ROWS": 32, "CHUNK": 32}, num_warps=4), up_to=128),
         Row(Configuration({"ROWS": 64, "CHUNK": 32}, num_warps=8)),
     ),
     # warps are rows / 16 * SPLIT; a program of `mix` has 32 rows
@@ -359,7 +360,7 @@ TABLE: dict[str, tuple[Row, ...]] = {
     "packed_blocks/scan": (Row(Configuration({}, num_warps=4)),),
     "packed_blocks/mix": (
         Row(Configuration({"CHUNK": 4}, num_warps=1), architectures=(INTERPRETER,)),
-        Row(Configuration({"CHUNK": 64}, num_warps=4), itemsize=2),
+        Row(Configuration({"CHUNK": 64}, num_warps=8), itemsize=2),
         Row(Configuration({"CHUNK": 32}, num_warps=8)),
     ),
     # distillation_loss: the size is the vocabulary's

@@ -54,15 +54,8 @@ def supports(x: Tensor, conv_state: Tensor, ssm_state: Tensor, block: BlockParam
         and width % BITS == 0
         and size <= LARGEST_STATE
         and x.shape[1] % BITS == 0
-        and (block.in_proj.bitmap is None or _tried(x, block))
         and (_counted(x, block) or all(fits(_inputs(p), p.group_scale) for p in (block.in_proj, block.out_proj)))
     )
-
-
-def _tried(x: Tensor, block: BlockParameters) -> bool:
-    """Say whether a block with second signs of `in_proj` is of those that a GPU has run; the others wait for that."""
-    counted = block.norm_weight.dtype == torch.bfloat16 and _counted(x, block)
-    return counted and x.shape[0] == 1 and _inputs(block.in_proj) <= 4096
 
 
 def _inputs(packed: Packed) -> int:
@@ -228,6 +221,8 @@ def compile_cases() -> list[CompileCase]:
         CompileCase("2.7B bf16", partial(call, 2560, torch.bfloat16, False)),
         CompileCase("2.7B fp32", partial(call, 2560, torch.float32, False)),
         CompileCase("2.7B bf16, second signs", partial(call, 2560, torch.bfloat16, False, 0.25, 0.73)),
+        CompileCase("1.3B fp32, 67 words of in_proj", partial(call, 2048, torch.float32, False, 0.05, 0.0)),
+        CompileCase("2.7B bf16, two signs in all of in_proj", partial(call, 2560, torch.bfloat16, False, 1.0, 0.0)),
         CompileCase("2.7B bf16, two signs in all of out_proj", partial(call, 2560, torch.bfloat16, False, 0.0, 1.0)),
         CompileCase("780M fp32, second signs", partial(call, 1536, torch.float32, False, 0.0, 0.6)),
         CompileCase("2.7B fp32, all rows' terms", partial(call, 2560, torch.float32, True)),

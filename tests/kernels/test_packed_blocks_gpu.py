@@ -81,7 +81,8 @@ def test_a_step_of_full_size(d_model, batch, groups, dtype, bound):
 
 def packed_model(scheme, dtype, double_inputs=None, **options):
     torch.manual_seed(0)
-    lm = MambaLM(MambaConfig(d_model=512, n_layer=4, vocab_size=211, **options)).cuda()
+    sizes = {"d_model": 512, "n_layer": 4, "vocab_size": 211} | options
+    lm = MambaLM(MambaConfig(**sizes)).cuda()
     return pack_(binarize_(lm, scheme, double_inputs=double_inputs or {})).eval().to(dtype)
 
 
@@ -114,21 +115,34 @@ def test_a_packed_model_takes_it_by_itself(scheme, mixer, dtype, launched, monke
     assert ratio(found, exact) <= max(1e-4, 1.2 * ratio(plain, exact))
 
 
+IN_AND_OUT = {"in_proj": [0.25, 0], "out_proj": [1, 0]}
+
+
+@pytest.mark.parametrize("counted", [True, False])
 @pytest.mark.parametrize(
-    ("double_inputs", "dtype", "batch"),
-    [  # 51 and 52 words a row: loaded one at a time, or four
-        *(({"out_proj": share}, torch.float32, 2) for share in (0.6, 0.625, [1, 0.2])),
-        *(({"out_proj": share}, torch.bfloat16, 2) for share in (0.6, 0.625, [1, 0.2])),
-        ({"in_proj": 0.25}, torch.bfloat16, 1),
-        ({"in_proj": [0.25, 0], "out_proj": [1, 0]}, torch.bfloat16, 1),
+    ("double_inputs", "dtype", "batch", "options"),
+    [  # 51 and 52 words a row of out_proj, 19 and 20 of in_proj: loaded one at a time, or four
+        *(({"out_proj": share}, torch.float32, 2, {}) for share in (0.6, 0.625, [1, 0.2])),
+        *(({"out_proj": share}, torch.bfloat16, 2, {}) for share in (0.6, 0.625, [1, 0.2])),
+        ({"in_proj": 0.2}, torch.float32, 1, {}),
+        ({"in_proj": 0.25}, torch.bfloat16, 1, {}),
+        ({"in_proj": 1}, torch.float16, 3, {}),
+        (IN_AND_OUT, torch.float32, 4, {}),
+        (IN_AND_OUT, torch.float16, 1, {}),
+        (IN_AND_OUT, torch.bfloat16, 1, {}),
+        (IN_AND_OUT, torch.bfloat16, 4, {}),
+        ({"in_proj": 1}, torch.float32, 2, {"d_model": 2560, "n_layer": 2}),
+        ({"in_proj": 0.3}, torch.bfloat16, 2, {"d_model": 4096, "n_layer": 2}),
     ],
 )
 @torch.no_grad()
-def test_second_signs(double_inputs, dtype, batch, launched, monkeypatch):
-    lm = packed_model(FBI, dtype, double_inputs)
+def test_second_signs(double_inputs, dtype, batch, options, counted, launched, monkeypatch):
+    if not counted:  # as where tensor cores do not count
+        monkeypatch.setattr(kernel, "counts_fit", lambda *given: False)
+    lm = packed_model(FBI, dtype, double_inputs, **options)
     ids = torch.randint(211, (batch, 9), device="cuda")
     found = last_logits(lm, ids)
-    assert launched == [4] * 5
+    assert launched == [len(lm.backbone.layers)] * 5
     monkeypatch.setattr(packed_step, "packed_parameters", lambda block: None)
     plain, exact = last_logits(lm, ids), last_logits(lm.float(), ids)
     assert ratio(found, exact) <= max(1e-4, 1.2 * ratio(plain, exact))

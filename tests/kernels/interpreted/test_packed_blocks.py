@@ -25,12 +25,6 @@ class Normal:
 
 
 @pytest.fixture(autouse=True)
-def all_that_they_do(monkeypatch):
-    """Take second signs of `in_proj` in every form."""
-    monkeypatch.setattr(kernel, "_tried", lambda *given: True)
-
-
-@pytest.fixture(autouse=True)
 def by_digits(request, monkeypatch):
     """Take what GPUs do that have no instruction for counts, in tests that do not ask for counts."""
     if "counted" not in request.fixturenames:
