@@ -269,6 +269,13 @@ TABLE: dict[str, tuple[Row, ...]] = {
         Row(Configuration({"INPUTS": 4096}, num_warps=8), architectures=("sm_90",), up_to=4096),
         Row(Configuration({"INPUTS": 8192}, num_warps=8), architectures=("sm_90",)),
     ),
+    # the size is the number of inputs
+    "binary_linear/hopper_rounding": (
+        Row(Configuration({"TOKENS": 2, "maxnreg": 128}, num_warps=2), architectures=("sm_90",), up_to=3072),
+        Row(Configuration({"TOKENS": 2}, num_warps=4), architectures=("sm_90",), up_to=6144),
+        Row(Configuration({"TOKENS": 1}, num_warps=8), architectures=("sm_90",)),
+    ),
+    "binary_linear/hopper_rounding_few": (Row(Configuration({"TOKENS": 1}, num_warps=8), architectures=("sm_90",)),),
     "binary_linear/hopper": (
         Row(
             Configuration({"TOKENS": 32, "ROWS": 64, "WORDS": 4, "NEAR": 8, "STAGES": 8}),
@@ -317,7 +324,7 @@ TABLE: dict[str, tuple[Row, ...]] = {
             itemsize=2,
         ),
     ),
-    # hopper_long and hopper_wide: the size is the number of tokens
+    # hopper_long, hopper_wide and hopper_square: the size is the number of tokens
     "binary_linear/hopper_long": (
         Row(
             Configuration({"TOKENS": 256, "GROUPS": 2, "NEAR": 4, "STAGES": 5, "PIECE": 64, "BUFFERS": 2}),
@@ -340,6 +347,13 @@ TABLE: dict[str, tuple[Row, ...]] = {
             Configuration({"TOKENS": 128, "GROUPS": 3, "NEAR": 4, "STAGES": 5, "PIECE": 64, "BUFFERS": 1}),
             architectures=("sm_90",),
             itemsize=2,
+        ),
+    ),
+    "binary_linear/hopper_square": (
+        Row(
+            Configuration({"TOKENS": 128, "GROUPS": 2, "NEAR": 4, "STAGES": 10, "PIECE": 64, "BUFFERS": 1}),
+            architectures=("sm_90",),
+            itemsize=1,
         ),
     ),
     "binary_linear/levels": (Row(Configuration({"INPUTS": 512}), architectures=("sm_90",)),),

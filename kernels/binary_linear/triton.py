@@ -217,6 +217,7 @@ def compile_cases() -> list[CompileCase]:
         CompileCase("2048 tokens bf16, signs alone", partial(signs_alone, 2048)),
         CompileCase("1200 tokens fp16", partial(call, 1200, 8001, 2176, torch.float16, 1, None)),
         CompileCase("2048 tokens bf16 8-bit", partial(call, 2048, 10576, 2560, bf16, 1, 8)),
+        CompileCase("2048 tokens bf16 8-bit, more inputs", partial(call, 2048, 2560, 5120, bf16, 1, 8)),
         CompileCase("4096 tokens bf16 8-bit", partial(call, 4096, 8192, 8192, bf16, 1, 8)),
         CompileCase("1200 tokens fp16 8-bit", partial(call, 1200, 8001, 2176, torch.float16, 1, 8)),
         CompileCase("4096 tokens fp32 8-bit", partial(call, 4096, 8192, 8192, fp32, 1, 8)),

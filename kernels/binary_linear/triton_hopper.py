@@ -17,13 +17,13 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warp
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from bimamba_lit.kernels.binary_linear.triton_gemv import scaled_inputs, step_of, survey
-from bimamba_lit.kernels.binary_linear.triton_words import aligned_words
+from bimamba_lit.kernels.binary_linear.triton_rounding import PADDED, empty_scales, rounded
+from bimamba_lit.kernels.binary_linear.triton_words import aligned_words, launch_early
 from bimamba_lit.kernels.binary_weight.triton import Terms
 from bimamba_lit.kernels.configurations import configuration, multiprocessors
 
 MULTIPLE = 128  # of in_features
 FEWEST_INPUTS = 512  # of a part of the inputs
-PADDED = gl.constexpr(256)  # tokens, to a multiple of which what is known of them is padded: no tile has more
 barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # its name in Triton 3.6
 
 
@@ -33,7 +33,7 @@ def binary_gemm_hopper(
     """Map x (M, I) to (M, O) in x's dtype; I a multiple of `MULTIPLE`, no group scales, 16 bits unless rounded to 8."""
     tokens, out_features = x.shape[0], signs.shape[0]
     _, out_scale, _, _, out_shift = terms
-    numbers, scales = prepare(x, terms, x.dtype if activation_bits is None else torch.int8)
+    numbers, scales = prepare(x, terms) if activation_bits is None else rounded(x, terms[0], terms[3], few=True)
     chosen = configuration("binary_linear/hopper", numbers.dtype, tokens, x.device)
     blocks = chosen.blocks
     tiles = triton.cdiv(tokens, blocks["TOKENS"]) * triton.cdiv(out_features, blocks["ROWS"])
@@ -51,6 +51,7 @@ def binary_gemm_hopper(
     _gemm_kernel[(tiles, parts)](
         TensorDescriptor.from_tensor(numbers, block, layout), aligned_words(signs), *epilogue, sums, tokens,
         out_features, in_features, in_features // 32, parts, *steps, SPLIT=parts > 1, **chosen.launch(),
+        **launch_early(x.device),
     )  # fmt: skip
     if parts > 1:
         adding = configuration("binary_linear/hopper_parts", x.dtype, out_features, x.device)
@@ -66,9 +67,9 @@ def _parts(tiles: int, in_features: int, device: torch.device) -> int:
     return max(1, min(multiprocessors(device) // tiles, in_features // FEWEST_INPUTS))
 
 
-def prepare(x: Tensor, terms: Terms, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Return numbers (M, I); their steps, sums of x, of `in_shift` times x, and of numbers of -1 step (4, M padded)."""
-    numbers = torch.empty(x.shape, dtype=dtype, device=x.device)
+def prepare(x: Tensor, terms: Terms) -> tuple[Tensor, Tensor]:
+    """Return numbers (M, I) in x's dtype; their steps, sums of x, and of `in_shift` times x; (4, M padded)."""
+    numbers = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     return numbers, _survey(x, terms[0], terms[3], numbers)
 
 
@@ -81,7 +82,7 @@ def sums_of(x: Tensor, in_shift: Tensor | None) -> Tensor:
 
 def _survey(x: Tensor, in_scale: Tensor | None, in_shift: Tensor | None, numbers: Tensor | None) -> Tensor:
     tokens, in_features = x.shape
-    scales = torch.empty(4, triton.cdiv(tokens, PADDED.value) * PADDED.value, dtype=torch.float32, device=x.device)
+    scales = empty_scales(tokens, x.device)
     chosen = configuration("binary_linear/hopper_tokens", x.dtype, in_features, x.device)
     _prepare_kernel[(tokens,)](
         x, in_scale, in_shift, numbers, scales, scales.shape[1], in_features, x.stride(0), x.stride(1),
@@ -97,9 +98,8 @@ def _prepare_kernel(
 ):  # fmt: skip
     """Write a token, times the inputs' scales, in steps of a 127th of its largest and in an order that unpacks fast.
 
-    Of the 32 inputs of a word, 8 bits have input 8 j + k at 4 k + j, so that a shift of the word by k has the signs of
-    four neighbours at the ends of its four bytes; 16 bits have input 16 j + k at 2 k + j, for the two halves. SINGLE
-    says that INPUTS covers a token: it is read once.
+    Of the 32 inputs of a word input 16 j + k is at 2 k + j, so that a shift of the word by 15 - k has the signs of both
+    at the ends of its halves. SINGLE says that INPUTS covers a token: it is read once.
     """
     token = tl.program_id(0)
     block = tl.arange(0, INPUTS)
@@ -110,22 +110,14 @@ def _prepare_kernel(
     )  # fmt: skip
     if numbers is not None:
         numbers += token.to(tl.int64) * in_features
-        total = tl.zeros([INPUTS], tl.int32)
         for start in range(0, INPUTS if SINGLE else in_features, INPUTS):
             i = start + block
             inside = i < in_features
             if not SINGLE:
                 _, scaled = scaled_inputs(x, in_scale, i, inside, stride_i, in_scale_step)
-            number = tl.where(finite, scaled, 0.0) * inverse
-            if numbers.dtype.element_ty == tl.int8:
-                whole = tl.floor(number + 0.5).to(tl.int32)
-                total += whole
-                by_bit = tl.permute(tl.reshape(whole.to(tl.int8), [INPUTS // 32, 4, 8]), [0, 2, 1])
-            else:
-                of_kind = number.to(numbers.dtype.element_ty)
-                by_bit = tl.permute(tl.reshape(of_kind, [INPUTS // 32, 2, 16]), [0, 2, 1])
+            number = (tl.where(finite, scaled, 0.0) * inverse).to(numbers.dtype.element_ty)
+            by_bit = tl.permute(tl.reshape(number, [INPUTS // 32, 2, 16]), [0, 2, 1])
             tl.store(numbers + i, tl.reshape(by_bit, [INPUTS]), mask=inside)
-        tl.store(scales + 3 * padded + token, -step * tl.sum(total, 0))
 
 
 @gluon.jit
@@ -237,14 +229,14 @@ def _gemm_kernel(
     last = in_features // INPUTS - 1
     steps = gl.cdiv(last + 1, parts)
     begin = gl.program_id(1) * steps
-    for stage in gl.static_range(STAGES):
-        _ask(x, bars, xs, stage, first_token, (begin + stage) * INPUTS, stage < steps)
-
     row = (first_row + gl.arange(0, ROWS, gl.SliceLayout(1, OF_WORD))) % out_features
     at = words + gl.expand_dims(row.to(gl.int64) * width, 1)
     at += gl.expand_dims(gl.arange(0, WORDS, gl.SliceLayout(0, OF_WORD)), 0)
     acc = gl.zeros([ROWS, TOKENS], gl.int32 if EIGHT else gl.float32, product_layout(KIND, TOKENS, WARPS))
     word = gl.load(at + gl.minimum(begin, last) * WORDS)
+    tl.extra.cuda.gdc_wait()
+    for stage in gl.static_range(STAGES):
+        _ask(x, bars, xs, stage, first_token, (begin + stage) * INPUTS, stage < steps)
     for step in range(steps):
         mbarrier.wait(bars.index(step % STAGES), (step // STAGES) & 1)
         left = gl.convert_layout(unpacked(word, SIGNS, KIND), LEFT)

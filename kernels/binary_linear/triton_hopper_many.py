@@ -32,38 +32,46 @@ from bimamba_lit.kernels.binary_linear.triton_hopper import (
     hold,
     left_layout,
     place_of,
-    prepare,
     product_layout,
     sign_layout,
     store,
     stored_layout,
     sums_of,
-    unpacked,
     with_terms,
 )
-from bimamba_lit.kernels.binary_linear.triton_words import aligned_words
+from bimamba_lit.kernels.binary_linear.triton_rounding import rounded
+from bimamba_lit.kernels.binary_linear.triton_words import aligned_words, launch_early
 from bimamba_lit.kernels.binary_weight.triton import Terms
 from bimamba_lit.kernels.configurations import Configuration, configuration, multiprocessors
 
 INPUTS = 128  # of a step; a word has 32
 ROWS = 64  # of a group of warps
+# Names of configurations, and what a tile takes next to a wide one of as many numbers (measured on an H100).
+COSTS = {"wide": 1.0, "long": 1.025, "square": 1.075}
 KINDS = {torch.int8: gl.int8, torch.int32: gl.int32, torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 
 
 def fill(tokens: int, out_features: int, dtype: torch.dtype, device: torch.device) -> float:
     """Return the share of processors that have a tile, over the rounds that tiles take; `dtype` is multiplied."""
-    return _share(tokens, out_features, device, _fullest(tokens, out_features, dtype, device))
+    tiles = _tiles(tokens, out_features, _fastest(tokens, out_features, dtype, device))
+    return tiles / (_rounds(tiles, device) * multiprocessors(device))
 
 
-def _fullest(tokens: int, out_features: int, dtype: torch.dtype, device: torch.device) -> Configuration:
-    """Return the configuration whose tiles leave the fewest processors idle."""
-    found = [configuration(f"binary_linear/hopper_{name}", dtype, tokens, device) for name in ("long", "wide")]
-    return max(found, key=lambda chosen: _share(tokens, out_features, device, chosen))
+def _fastest(tokens: int, out_features: int, dtype: torch.dtype, device: torch.device) -> Configuration:
+    """Return the configuration whose rounds of tiles take the least time: it leaves few processors idle."""
+
+    def time(name: str) -> float:
+        blocks = found[name].blocks
+        rounds = _rounds(_tiles(tokens, out_features, found[name]), device)
+        return COSTS[name] * rounds * blocks["TOKENS"] * blocks["GROUPS"]
+
+    names = [name for name in COSTS if name != "square" or dtype == torch.int8]
+    found = {name: configuration(f"binary_linear/hopper_{name}", dtype, tokens, device) for name in names}
+    return found[min(found, key=time)]
 
 
-def _share(tokens: int, out_features: int, device: torch.device, chosen: Configuration) -> float:
-    processors, tiles = multiprocessors(device), _tiles(tokens, out_features, chosen)
-    return tiles / (triton.cdiv(tiles, processors) * processors)
+def _rounds(tiles: int, device: torch.device) -> int:
+    return -(-tiles // multiprocessors(device))
 
 
 def binary_gemm_hopper_many(
@@ -75,13 +83,13 @@ def binary_gemm_hopper_many(
     levels: Tensor | None = None
     scales: Tensor | None = None
     if activation_bits == 8:
-        numbers, scales = prepare(x, terms, torch.int8)
+        numbers, scales = rounded(x, in_scale, in_shift, few=False)
     else:
         numbers = x.contiguous() if x.storage_offset() % 8 == 0 else x.clone(memory_format=torch.contiguous_format)
         apart = out_shift is not None or (out_scale is not None and in_shift is not None)
         scales = sums_of(x, in_shift) if apart else None
         levels = _levels(in_features, in_scale, None if apart else in_shift, x)
-    chosen = _fullest(tokens, out_features, numbers.dtype, x.device)
+    chosen = _fastest(tokens, out_features, numbers.dtype, x.device)
     blocks = chosen.blocks
     y = torch.empty(tokens, out_features, dtype=x.dtype, device=x.device)
     tiles = _tiles(tokens, out_features, chosen)
@@ -90,7 +98,7 @@ def binary_gemm_hopper_many(
         None if levels is None else _blocks(levels, [INPUTS]), scales, out_scale, out_shift, bias,
         y, _blocks(y, [blocks["PIECE"], ROWS]) if out_features % 8 == 0 else None,
         tokens, out_features, in_features, tiles, step_of(out_scale), step_of(out_shift), step_of(bias),
-        **chosen.launch(),
+        **chosen.launch(), **launch_early(x.device),
     )  # fmt: skip
     return y
 
@@ -177,6 +185,89 @@ def _copy(
             slot, phase = _next(slot, phase, STAGES)
 
 
+@gluon.constexpr_function
+def _quad_layout():
+    """Return the layout of bytes (rows, words, bits, bytes of a word) that the product's left operand has."""
+    registers = [[0, 0, 0, 1], [0, 0, 0, 2], [0, 1, 0, 0], [0, 2, 0, 0], [8, 0, 0, 0], [0, 0, 4, 0]]
+    lanes = [[0, 0, 1, 0], [0, 0, 2, 0], [1, 0, 0, 0], [2, 0, 0, 0], [4, 0, 0, 0]]
+    return gl.DistributedLinearLayout(registers, lanes, [[16, 0, 0, 0], [32, 0, 0, 0]], [], [64, 4, 8, 4])
+
+
+@gluon.jit
+def _shifted(words):
+    """Return words (rows, words), each shifted by 0 to 7 bits (rows, words, bits)."""
+    OF_BIT: gl.constexpr = gl.SliceLayout(3, _quad_layout())
+    bit = gl.arange(0, 8, gl.SliceLayout(0, gl.SliceLayout(1, OF_BIT)))[None, None, :]
+    word, bit = gl.broadcast(words.load(gl.SliceLayout(2, OF_BIT))[:, :, None], bit)
+    return gl.inline_asm_elementwise(
+        "shr.b32 $0, $1, $2;", "=r,r,r", [word, bit], dtype=gl.int32, is_pure=False, pack=1
+    )
+
+
+@gluon.jit
+def _ends(shifted, LEFT: gl.constexpr):
+    """Return the last bits of the four bytes of shifted words as numbers 0 and 1 (rows, inputs)."""
+    OF_BYTE: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(2, _quad_layout())))
+    shifted, _ = gl.broadcast(shifted[:, :, :, None], gl.arange(0, 4, OF_BYTE)[None, None, None, :])
+    number = gl.inline_asm_elementwise(
+        "and.b32 $0, $1, 0x01010101;", "=r,r,r,r,r", [shifted], dtype=gl.int8, is_pure=False, pack=4
+    )
+    return gl.convert_layout(gl.reshape(number, [64, 128]), LEFT, assert_trivial=True)
+
+
+@gluon.jit
+def _add_product(left, xs, empty, slot, acc):
+    """Add the product of a step and leave its place to another."""
+    acc = warpgroup_mma(left, xs.index(slot).permute((1, 0)), acc, is_async=True)
+    acc = warpgroup_mma_wait(0, deps=(acc,))
+    hold(left)
+    barrier()
+    mbarrier.arrive(empty.index(slot), count=1)
+    return acc
+
+
+@gluon.jit
+def _product_of_8_bits(
+    acc, xs, ws, full, empty, slot, phase, in_features, LEFT: gl.constexpr, GROUP: gl.constexpr, GROUPS: gl.constexpr,
+    STAGES: gl.constexpr,
+):  # fmt: skip
+    """Add the steps of a tile; the words of the next are waited for and read while the tensor cores work."""
+    mbarrier.wait(full.index(slot), phase)
+    shifted = _shifted(ws.index(slot * GROUPS + GROUP))
+    for _ in range(in_features // 128 - 1):
+        left = _ends(shifted, LEFT)
+        acc = warpgroup_mma(left, xs.index(slot).permute((1, 0)), acc, is_async=True)
+        after, phase = _next(slot, phase, STAGES)
+        mbarrier.wait(full.index(after), phase)
+        shifted = _shifted(ws.index(after * GROUPS + GROUP))
+        acc = warpgroup_mma_wait(0, deps=(acc,))
+        hold(left)
+        barrier()
+        mbarrier.arrive(empty.index(slot), count=1)
+        slot = after
+    acc = _add_product(_ends(shifted, LEFT), xs, empty, slot, acc)
+    slot, phase = _next(slot, phase, STAGES)
+    return acc, slot, phase
+
+
+@gluon.jit
+def _product_of_16_bits(
+    acc, xs, ws, ls, full, empty, slot, phase, in_features, LEFT: gl.constexpr, GROUP: gl.constexpr,
+    GROUPS: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """Add the steps of a tile."""
+    SIGNS: gl.constexpr = sign_layout(64, 4, False, 4)
+    for _ in range(in_features // 128):
+        mbarrier.wait(full.index(slot), phase)
+        word = ws.index(slot * GROUPS + GROUP).load(gl.SliceLayout(2, SIGNS))
+        high = ls.index(slot * 2).load(gl.SliceLayout(0, LEFT))
+        low = ls.index(slot * 2 + 1).load(gl.SliceLayout(0, LEFT))
+        left = _by_sign(word, high, low, SIGNS, LEFT).to(xs.dtype, bitcast=True)
+        acc = _add_product(left, xs, empty, slot, acc)
+        slot, phase = _next(slot, phase, STAGES)
+    return acc, slot, phase
+
+
 @gluon.jit
 def _multiply(
     xs, ws, ls, ys, full, empty, scales, out_scale, out_shift, bias, y, y_blocks, tokens, out_features, in_features,
@@ -186,26 +277,18 @@ def _multiply(
     """Multiply and write 64 rows of every tile of this program."""
     KIND: gl.constexpr = xs.dtype
     LEFT: gl.constexpr = left_layout(KIND, TOKENS, 4)
-    SIGNS: gl.constexpr = sign_layout(64, 4, KIND == gl.int8, 4)
     slot, phase = gl.to_tensor(0), gl.to_tensor(0)
     for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
         first_token, first_row = place_of(tile, tokens, out_features, TOKENS, 64 * GROUPS, NEAR)
         acc = gl.zeros([64, TOKENS], gl.int32 if KIND == gl.int8 else gl.float32, product_layout(KIND, TOKENS, 4))
-        for _ in range(in_features // 128):
-            mbarrier.wait(full.index(slot), phase)
-            word = ws.index(slot * GROUPS + GROUP).load(gl.SliceLayout(2, SIGNS))
-            if KIND == gl.int8:
-                left = gl.convert_layout(unpacked(word, SIGNS, KIND), LEFT)
-            else:
-                high = ls.index(slot * 2).load(gl.SliceLayout(0, LEFT))
-                low = ls.index(slot * 2 + 1).load(gl.SliceLayout(0, LEFT))
-                left = _by_sign(word, high, low, SIGNS, LEFT).to(KIND, bitcast=True)
-            acc = warpgroup_mma(left, xs.index(slot).permute((1, 0)), acc, is_async=True)
-            acc = warpgroup_mma_wait(0, deps=(acc,))
-            hold(left)
-            barrier()
-            mbarrier.arrive(empty.index(slot), count=1)
-            slot, phase = _next(slot, phase, STAGES)
+        if KIND == gl.int8:
+            acc, slot, phase = _product_of_8_bits(
+                acc, xs, ws, full, empty, slot, phase, in_features, LEFT, GROUP, GROUPS, STAGES
+            )
+        else:
+            acc, slot, phase = _product_of_16_bits(
+                acc, xs, ws, ls, full, empty, slot, phase, in_features, LEFT, GROUP, GROUPS, STAGES
+            )
         _finish(
             acc, scales, out_scale, out_shift, bias, y, y_blocks, ys, first_token, first_row + GROUP * 64, tokens,
             out_features, out_scale_step, out_shift_step, bias_step, GROUP * BUFFERS, 0, BUFFERS,
@@ -275,6 +358,7 @@ def _many_kernel(
         mbarrier.init(full.index(stage), count=1)
         mbarrier.init(empty.index(stage), count=GROUPS)
     barrier()
+    tl.extra.cuda.gdc_wait()
     BYTES: gl.constexpr = _bytes_of(KIND, TOKENS, GROUPS)
     if GROUPS == 2:
         gl.warp_specialize([

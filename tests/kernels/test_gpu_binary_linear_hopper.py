@@ -4,8 +4,10 @@ import pytest
 import torch
 
 from bimamba_lit import ops
+from bimamba_lit.kernels.binary_linear import naive
 
 layer = pytest.importorskip("bimamba_lit.kernels.binary_linear.triton")
+rounding = pytest.importorskip("bimamba_lit.kernels.binary_linear.triton_rounding")
 triton_hopper = pytest.importorskip("bimamba_lit.kernels.binary_linear.triton_hopper")
 many = pytest.importorskip("bimamba_lit.kernels.binary_linear.triton_hopper_many")
 configurations = pytest.importorskip("bimamba_lit.kernels.configurations")
@@ -22,7 +24,7 @@ ROWS = [
 ]
 MANY = [
     pytest.param(row.configuration, 8 if row.itemsize == 1 else None, id=f"{name}-{row.itemsize}-{index}")
-    for name in ("hopper_long", "hopper_wide")
+    for name in ("hopper_long", "hopper_wide", "hopper_square")
     for index, row in enumerate(configurations.TABLE[f"binary_linear/{name}"])
 ]
 SHAPES = [(10576, 2560), (1001, 2176), (7, 128)]  # 2,176: odd numbers of steps and of 16-byte loads
@@ -41,6 +43,55 @@ def make(out_features, in_features):
     torch.manual_seed(0)
     terms = normal(in_features), normal(out_features), None, normal(in_features) / 9, normal(out_features) / 9
     return ops.pack_signs(normal(out_features, in_features)), terms, normal(out_features)
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [
+        ((1, 128), torch.bfloat16),
+        ((301, 2176), torch.float16),
+        ((2050, 5120), torch.bfloat16),
+        ((33, 16384), torch.bfloat16),
+    ],
+)
+@pytest.mark.parametrize("terms", ["both", "one for all", "none"])
+@pytest.mark.parametrize("lies", ["in rows", "in columns", "within rows"])
+@pytest.mark.parametrize("few", [False, True])
+def test_tokens_are_rounded_in_the_order_of_bits(shape, dtype, terms, lies, few):
+    torch.manual_seed(0)
+    tokens, inputs = shape
+    size = 1 if terms == "one for all" else inputs
+    scale, shift = (None, None) if terms == "none" else (normal(size), normal(size))
+    x = normal(inputs, tokens).to(dtype).t() if lies == "in columns" else normal(tokens, inputs + 8).to(dtype)
+    x = x[:, -inputs:] if lies == "within rows" else x[:, :inputs]
+    poison = torch.full((tokens * inputs,), torch.nan, device="cuda")
+    del poison
+    numbers, scales = rounding.rounded(x, scale, shift, few)
+    scales = scales[:, :tokens]
+    right, step = naive.eight_bits(x.float() if scale is None else x.float() * scale)
+    right = right.unflatten(1, (-1, 4, 8)).transpose(2, 3).flatten(1)
+    # A sum and product with one rounding may fall on the other side of a half.
+    assert (numbers - right).abs().max() <= 1 and (numbers != right).float().mean() <= 1e-4
+    assert ratio(scales[0], step[:, 0]) <= 1e-6
+    assert torch.allclose(scales[3], -scales[0] * numbers.float().sum(1), rtol=1e-6)
+    wide = x.double()
+    for found, exact in (
+        (scales[1], wide.sum(1)),
+        (scales[2], wide.sum(1) * 0 if shift is None else (wide * shift).sum(1)),
+    ):
+        assert (found - exact).abs().max() <= 1e-5 * wide.abs().sum(1).max()
+
+
+@pytest.mark.parametrize("few", [False, True])
+def test_whole_numbers_halves_zeros_and_what_is_not_finite_are_rounded(few):
+    x = torch.randint(-254, 255, (64, 1024), device="cuda") / 2
+    x[:, 0] = 127  # the step is 1
+    x[3], x[5, 7], x[6, 8] = 0, torch.inf, torch.nan
+    numbers, scales = rounding.rounded(x.to(torch.bfloat16), None, None, few)
+    assert scales[0, [5, 6]].isnan().all() and scales[3, [5, 6]].isnan().all() and not numbers[3].any()
+    right = torch.floor(x + 0.5).unflatten(1, (-1, 4, 8)).transpose(2, 3).flatten(1)
+    rest = [token for token in range(64) if token not in (3, 5, 6)]
+    assert torch.equal(numbers[rest].float(), right[rest]) and not scales[0, 3]
 
 
 @pytest.fixture(params=[1, 3], ids=["one part", "three parts"])
@@ -85,7 +136,7 @@ def test_products_of_whole_numbers_are_exact(shape, chosen, bits):
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("names", ["every", "of inputs", "scales"])
 def test_values_of_many_tokens(shape, dtype, chosen, bits, names, monkeypatch):
-    monkeypatch.setattr(many, "_fullest", lambda *where: chosen)
+    monkeypatch.setattr(many, "_fastest", lambda *where: chosen)
     signs, terms, bias = make(*shape)
     terms = {"every": terms, "of inputs": (terms[0], None, None, terms[3], None), "scales": (*terms[:2], *[None] * 3)}
     terms, bias = terms[names], bias if names == "every" else None
@@ -104,7 +155,7 @@ def test_values_of_many_tokens(shape, dtype, chosen, bits, names, monkeypatch):
 @pytest.mark.parametrize(("chosen", "bits"), MANY)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_products_of_whole_numbers_of_many_tokens_are_exact(shape, chosen, bits, monkeypatch):
-    monkeypatch.setattr(many, "_fullest", lambda *where: chosen)
+    monkeypatch.setattr(many, "_fastest", lambda *where: chosen)
     signs, _, _ = make(*shape)
     x = torch.randint(-127, 128, (300, shape[1]), device="cuda").to(torch.bfloat16)
     x[:, 0] = 127  # the step is 1
