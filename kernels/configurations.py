@@ -28,7 +28,7 @@ class Configuration:
     """How a kernel is launched.
 
     Attributes:
-        blocks: Constants of the kernel by the name of the argument, block sizes foremost.
+        blocks: Constants of the kernel by the name of the argument, block sizes foremost; ``maxnreg`` too.
         num_warps: Warps of a program.
         num_stages: Depth of the software pipeline.
     """
