@@ -1,7 +1,7 @@
 """The packed linear layer on a GPU: the integer units for a few tokens, a dense weight and cuBLAS for many.
 
-Between them, and beyond where its processors are filled, Hopper unpacks signs in registers (`triton_hopper` for tens of
-tokens, `triton_hopper_many` for hundreds and more).
+Hopper unpacks signs in registers instead: `triton_hopper` for tens of tokens, and for hundreds and more
+`triton_hopper_sparse`, or `triton_hopper_many` with activations of 8 bits.
 
 The dense weight holds every term of the formula, so beyond the product there is one pass that writes it: 2 bytes a
 weight beside 2 M operations, a tenth of the product's time at 2,048 tokens.
@@ -27,14 +27,16 @@ from bimamba_lit.kernels.configurations import CompileCase, architecture
 
 try:
     from bimamba_lit.kernels.binary_linear.triton_hopper import binary_gemm_hopper
-    from bimamba_lit.kernels.binary_linear.triton_hopper_many import binary_gemm_hopper_many, fill
+    from bimamba_lit.kernels.binary_linear.triton_hopper_many import binary_gemm_hopper_many
+    from bimamba_lit.kernels.binary_linear.triton_hopper_sparse import binary_gemm_hopper_sparse, fill
 except ImportError:  # what they are written in is an experiment of Triton's, whose names may move
     binary_gemm_hopper = None  # type: ignore[assignment]
 
 FEWEST = 2  # tokens that words take: each reads all signs anew, where the integer units take eight columns at once
 MOST_COUNTED = 8192  # inputs: a thread a word, in eight warps
 FEWEST_ON_HOPPER = 17  # tokens; up to 16 of 16 bits fit the integer units' columns
-MANY_ON_HOPPER = 512  # tokens
+MANY_ON_HOPPER = 512  # tokens, of 8 bits
+SPARSE_ON_HOPPER = 256  # tokens, of 16 bits
 UNPACKED_AS_TOKENS = 300  # tokens that a product takes in the time in which a dense weight is written
 MOST_COLUMNS = 32  # tokens times digits; beyond, the dense product is faster
 
@@ -126,8 +128,10 @@ def linear_forward(
     if x.shape[0] <= FEWEST and fits(in_features, group_scale) and not architecture(x.device).startswith("gfx"):
         return words_gemv(x, signs, min(digits, 3), terms, bias)
     if _hopper_can(x, in_features, group_scale):
-        if _many_on_hopper(x, signs.shape[0], activation_bits):
-            return binary_gemm_hopper_many(x, signs, in_features, terms, bias, activation_bits)
+        if activation_bits == 8 and x.shape[0] >= MANY_ON_HOPPER:
+            return binary_gemm_hopper_many(x, signs, in_features, terms, bias)
+        if activation_bits is None and _sparse_on_hopper(x, signs.shape[0]):
+            return binary_gemm_hopper_sparse(x, signs, in_features, terms, bias)
         if _few_on_hopper(x, signs.shape[0], in_features, activation_bits):
             return binary_gemm_hopper(x, signs, in_features, terms, bias, activation_bits)
     if x.shape[0] * digits <= MOST_COLUMNS and (groups == 1 or in_features // groups % 8 == 0):
@@ -152,13 +156,13 @@ def _hopper_can(x: Tensor, in_features: int, group_scale: Tensor | None) -> bool
     return group_scale is None and in_features % MULTIPLE == 0 and x.itemsize == 2
 
 
-def _many_on_hopper(x: Tensor, out_features: int, activation_bits: int | None) -> bool:
-    """Return whether tiles that processors take in turns are faster than a dense weight, and than a program a tile."""
+def _sparse_on_hopper(x: Tensor, out_features: int) -> bool:
+    """Return whether sparse tensor cores are faster than a dense weight, and than a program a tile."""
     tokens = x.shape[0]
-    if tokens < MANY_ON_HOPPER or activation_bits == 8:
-        return tokens >= MANY_ON_HOPPER
-    # Some processors idle in the last round of tiles, but no dense weight is written.
-    return fill(tokens, out_features, x.dtype, x.device) >= tokens / (tokens + UNPACKED_AS_TOKENS)
+    if tokens < SPARSE_ON_HOPPER:
+        return False
+    # They take three quarters of the dense product's time where tiles fill all processors, and write no dense weight.
+    return fill(tokens, out_features, x.dtype, x.device) >= 0.75 * tokens / (tokens + UNPACKED_AS_TOKENS)
 
 
 def _few_on_hopper(x: Tensor, out_features: int, in_features: int, activation_bits: int | None) -> bool:
@@ -211,10 +215,13 @@ def compile_cases() -> list[CompileCase]:
         CompileCase("64 tokens bf16 8-bit", partial(call, 64, 2560, 5120, bf16, 1, 8)),
         CompileCase("101 tokens fp16", partial(call, 101, 10001, 1024, torch.float16, 1, None)),
         CompileCase("101 tokens fp16 8-bit", partial(call, 101, 10001, 1024, torch.float16, 1, 8)),
+        CompileCase("200 tokens bf16", partial(call, 200, 10576, 2560, bf16, 1, None)),
         CompileCase("400 tokens bf16", partial(call, 400, 10576, 2560, bf16, 1, None)),
         CompileCase("400 tokens bf16 8-bit", partial(call, 400, 10576, 2560, bf16, 1, 8)),
         CompileCase("2048 tokens bf16", partial(call, 2048, 10576, 2560, bf16, 1, None)),
+        CompileCase("2048 tokens bf16, fewer inputs", partial(call, 2048, 6448, 1536, bf16, 1, None)),
         CompileCase("2048 tokens bf16, signs alone", partial(signs_alone, 2048)),
+        CompileCase("300 tokens fp16", partial(call, 300, 10576, 2560, torch.float16, 1, None)),
         CompileCase("1200 tokens fp16", partial(call, 1200, 8001, 2176, torch.float16, 1, None)),
         CompileCase("2048 tokens bf16 8-bit", partial(call, 2048, 10576, 2560, bf16, 1, 8)),
         CompileCase("2048 tokens bf16 8-bit, more inputs", partial(call, 2048, 2560, 5120, bf16, 1, 8)),

@@ -69,26 +69,16 @@ def _parts(tiles: int, in_features: int, device: torch.device) -> int:
 
 def prepare(x: Tensor, terms: Terms) -> tuple[Tensor, Tensor]:
     """Return numbers (M, I) in x's dtype; their steps, sums of x, and of `in_shift` times x; (4, M padded)."""
-    numbers = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    return numbers, _survey(x, terms[0], terms[3], numbers)
-
-
-def sums_of(x: Tensor, in_shift: Tensor | None) -> Tensor:
-    """Return steps of 1, sums of x, and sums of `in_shift` times x; the last of (4, M padded) are none."""
-    scales = _survey(x, None, in_shift, None)
-    scales[0].fill_(1)
-    return scales
-
-
-def _survey(x: Tensor, in_scale: Tensor | None, in_shift: Tensor | None, numbers: Tensor | None) -> Tensor:
+    in_scale, _, _, in_shift, _ = terms
     tokens, in_features = x.shape
+    numbers = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     scales = empty_scales(tokens, x.device)
     chosen = configuration("binary_linear/hopper_tokens", x.dtype, in_features, x.device)
     _prepare_kernel[(tokens,)](
         x, in_scale, in_shift, numbers, scales, scales.shape[1], in_features, x.stride(0), x.stride(1),
         step_of(in_scale), step_of(in_shift), SINGLE=in_features <= chosen.blocks["INPUTS"], **chosen.launch(),
     )  # fmt: skip
-    return scales
+    return numbers, scales
 
 
 @triton.jit
@@ -108,16 +98,15 @@ def _prepare_kernel(
         x, in_scale, in_shift, scales, token, padded, in_features, stride_i, in_scale_step, in_shift_step,
         127, INPUTS, SINGLE,
     )  # fmt: skip
-    if numbers is not None:
-        numbers += token.to(tl.int64) * in_features
-        for start in range(0, INPUTS if SINGLE else in_features, INPUTS):
-            i = start + block
-            inside = i < in_features
-            if not SINGLE:
-                _, scaled = scaled_inputs(x, in_scale, i, inside, stride_i, in_scale_step)
-            number = (tl.where(finite, scaled, 0.0) * inverse).to(numbers.dtype.element_ty)
-            by_bit = tl.permute(tl.reshape(number, [INPUTS // 32, 2, 16]), [0, 2, 1])
-            tl.store(numbers + i, tl.reshape(by_bit, [INPUTS]), mask=inside)
+    numbers += token.to(tl.int64) * in_features
+    for start in range(0, INPUTS if SINGLE else in_features, INPUTS):
+        i = start + block
+        inside = i < in_features
+        if not SINGLE:
+            _, scaled = scaled_inputs(x, in_scale, i, inside, stride_i, in_scale_step)
+        number = (tl.where(finite, scaled, 0.0) * inverse).to(numbers.dtype.element_ty)
+        by_bit = tl.permute(tl.reshape(number, [INPUTS // 32, 2, 16]), [0, 2, 1])
+        tl.store(numbers + i, tl.reshape(by_bit, [INPUTS]), mask=inside)
 
 
 @gluon.jit
@@ -312,11 +301,11 @@ def _add_parts_kernel(
 @gluon.jit
 def with_terms(
     total, scales, out_scale, out_shift, bias, first_token, first_row, tokens, out_features,
-    out_scale_step, out_shift_step, bias_step,
+    out_scale_step, out_shift_step, bias_step, STEPS: gl.constexpr = True,
 ):  # fmt: skip
     """Return y^T of a tile (rows, tokens) from its sums; those of whole numbers were of signs 0 and 1.
 
-    Without `scales` there are no steps, and no shifts.
+    Without `scales` there are no steps, and no shifts; with `STEPS` false, steps are 1.
     """
     LAYOUT: gl.constexpr = total.type.layout
     token = first_token + gl.arange(0, total.shape[1], gl.SliceLayout(0, LAYOUT))
@@ -328,7 +317,7 @@ def with_terms(
         apart = gl.cdiv(tokens, PADDED) * PADDED
         if total.dtype == gl.int32:
             y = y * gl.expand_dims(2 * gl.load(scales), 0) + gl.expand_dims(gl.load(scales + 3 * apart), 0)
-        else:
+        elif STEPS:
             y *= gl.expand_dims(gl.load(scales), 0)
     if out_scale is not None:
         scale = gl.load(out_scale + row * out_scale_step, mask=there, other=0.0).to(gl.float32)

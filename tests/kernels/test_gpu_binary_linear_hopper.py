@@ -1,5 +1,7 @@
 """The packed linear layer on Hopper, where signs become numbers in registers, whatever sizes it is chosen for."""
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -10,6 +12,7 @@ layer = pytest.importorskip("bimamba_lit.kernels.binary_linear.triton")
 rounding = pytest.importorskip("bimamba_lit.kernels.binary_linear.triton_rounding")
 triton_hopper = pytest.importorskip("bimamba_lit.kernels.binary_linear.triton_hopper")
 many = pytest.importorskip("bimamba_lit.kernels.binary_linear.triton_hopper_many")
+sparse = pytest.importorskip("bimamba_lit.kernels.binary_linear.triton_hopper_sparse")
 configurations = pytest.importorskip("bimamba_lit.kernels.configurations")
 
 pytestmark = [
@@ -23,9 +26,14 @@ ROWS = [
     for index, row in enumerate(configurations.TABLE["binary_linear/hopper"])
 ]
 MANY = [
-    pytest.param(row.configuration, 8 if row.itemsize == 1 else None, id=f"{name}-{row.itemsize}-{index}")
+    pytest.param(row.configuration, id=name)
     for name in ("hopper_long", "hopper_wide", "hopper_square")
-    for index, row in enumerate(configurations.TABLE[f"binary_linear/{name}"])
+    for row in configurations.TABLE[f"binary_linear/{name}"]
+]
+SPARSE = [
+    pytest.param(row.configuration, id=name)
+    for name in ("sparse_long", "sparse_wide")
+    for row in configurations.TABLE[f"binary_linear/{name}"]
 ]
 SHAPES = [(10576, 2560), (1001, 2176), (7, 128)]  # 2,176: odd numbers of steps and of 16-byte loads
 
@@ -131,57 +139,124 @@ def test_products_of_whole_numbers_are_exact(shape, chosen, bits):
     assert torch.equal(y, (x.float() @ ops.unpack_signs(signs, shape[1]).t()).to(y.dtype))
 
 
-@pytest.mark.parametrize(("chosen", "bits"), MANY)
+@pytest.mark.parametrize("chosen", MANY)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("names", ["every", "of inputs", "scales"])
-def test_values_of_many_tokens(shape, dtype, chosen, bits, names, monkeypatch):
-    monkeypatch.setattr(many, "_fastest", lambda *where: chosen)
+def test_values_of_many_tokens(shape, dtype, chosen, names, monkeypatch):
+    monkeypatch.setattr(many, "chosen_for", lambda *where: chosen)
     signs, terms, bias = make(*shape)
     terms = {"every": terms, "of inputs": (terms[0], None, None, terms[3], None), "scales": (*terms[:2], *[None] * 3)}
     terms, bias = terms[names], bias if names == "every" else None
     for tokens in (17, 1025, 3000):
         x = normal(shape[1], tokens).to(dtype).t()  # not contiguous
         x[:, 3] *= 30
-        right = ops.binary_linear(x.double(), signs, shape[1], *terms, bias, activation_bits=bits, backend="naive")
+        right = ops.binary_linear(x.double(), signs, shape[1], *terms, bias, activation_bits=8, backend="naive")
         poison = torch.full((tokens * shape[0] * 4,), torch.nan, device="cuda")
         del poison
-        y = many.binary_gemm_hopper_many(x, signs, shape[1], terms, bias, bits)
+        y = many.binary_gemm_hopper_many(x, signs, shape[1], terms, bias)
         assert y.dtype == dtype
         assert ratio(y, right) <= 0.005, tokens
-        assert torch.equal(y, many.binary_gemm_hopper_many(x, signs, shape[1], terms, bias, bits)), tokens
+        assert torch.equal(y, many.binary_gemm_hopper_many(x, signs, shape[1], terms, bias)), tokens
 
 
-@pytest.mark.parametrize(("chosen", "bits"), MANY)
+@pytest.mark.parametrize("chosen", MANY)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_products_of_whole_numbers_of_many_tokens_are_exact(shape, chosen, bits, monkeypatch):
-    monkeypatch.setattr(many, "_fastest", lambda *where: chosen)
+def test_products_of_whole_numbers_of_many_tokens_are_exact(shape, chosen, monkeypatch):
+    monkeypatch.setattr(many, "chosen_for", lambda *where: chosen)
     signs, _, _ = make(*shape)
     x = torch.randint(-127, 128, (300, shape[1]), device="cuda").to(torch.bfloat16)
     x[:, 0] = 127  # the step is 1
-    y = many.binary_gemm_hopper_many(x, signs, shape[1], (None,) * 5, None, bits)
+    y = many.binary_gemm_hopper_many(x, signs, shape[1], (None,) * 5, None)
     assert torch.equal(y, (x.float() @ ops.unpack_signs(signs, shape[1]).t()).to(y.dtype))
 
 
-@pytest.mark.parametrize("way", [triton_hopper.binary_gemm_hopper, many.binary_gemm_hopper_many])
-@pytest.mark.parametrize("bits", [None, 8])
+@pytest.mark.parametrize(
+    ("way", "bits"),
+    [
+        (partial(triton_hopper.binary_gemm_hopper, activation_bits=None), None),
+        (partial(triton_hopper.binary_gemm_hopper, activation_bits=8), 8),
+        (many.binary_gemm_hopper_many, 8),
+    ],
+)
 def test_small_and_large_tokens_keep_their_precision_and_others_are_not_touched_by_what_is_not_finite(bits, way):
     signs, terms, _ = make(256, 1024)
     terms = (terms[0], terms[1], None, None, None)
     x = normal(64, 1024) * torch.logspace(-6, 1, 64, device="cuda")[:, None]
     x = x.to(torch.float16)
     x[5, 7] = torch.inf
-    y = way(x, signs, 1024, terms, None, bits).double()
+    y = way(x, signs, 1024, terms, None).double()
     assert not y[5].isfinite().any()
     right = ops.binary_linear(x.double(), signs, 1024, *terms, activation_bits=bits, backend="naive")
     for token in set(range(20, 64)) - {5}:
         assert ratio(y[token], right[token]) <= 0.005, token
 
 
-@pytest.mark.parametrize("tokens", [40, 200, 2048])
+@pytest.mark.parametrize("chosen", SPARSE)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("names", ["every", "of inputs", "scales", "none"])
+def test_values_by_sparse_tensor_cores(shape, dtype, chosen, names, monkeypatch):
+    monkeypatch.setattr(sparse, "chosen_for", lambda *where: chosen)
+    signs, terms, bias = make(*shape)
+    terms = {
+        "every": terms,
+        "of inputs": (terms[0], None, None, terms[3], None),
+        "scales": (*terms[:2], *[None] * 3),
+        "none": (None,) * 5,
+    }[names]
+    bias = bias if names == "every" else None
+    for tokens in (17, 1025, 3000):
+        x = normal(shape[1], tokens).to(dtype).t()  # not contiguous
+        x[:, 3] *= 30
+        right = ops.binary_linear(x.double(), signs, shape[1], *terms, bias, backend="naive")
+        poison = torch.full((tokens * (shape[0] + shape[1]) * 4,), torch.nan, device="cuda")
+        del poison
+        y = sparse.binary_gemm_hopper_sparse(x, signs, shape[1], terms, bias)
+        assert y.dtype == dtype
+        assert ratio(y, right) <= 0.005, tokens
+        assert torch.equal(y, sparse.binary_gemm_hopper_sparse(x, signs, shape[1], terms, bias)), tokens
+
+
+@pytest.mark.parametrize("chosen", SPARSE)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_products_of_whole_numbers_by_sparse_tensor_cores_are_exact(shape, chosen, monkeypatch):
+    monkeypatch.setattr(sparse, "chosen_for", lambda *where: chosen)
+    signs, _, _ = make(*shape)
+    x = torch.randint(-127, 128, (300, shape[1]), device="cuda").to(torch.bfloat16)  # their sums have 8 bits
+    y = sparse.binary_gemm_hopper_sparse(x, signs, shape[1], (None,) * 5, None)
+    assert torch.equal(y, (x.float() @ ops.unpack_signs(signs, shape[1]).t()).to(y.dtype))
+
+
+def test_x_may_begin_anywhere_and_so_may_signs():
+    signs, terms, bias = make(256, 1024)
+    apart = torch.empty(signs.numel() + 1, dtype=torch.uint8, device="cuda")[1:].view_as(signs).copy_(signs)
+    x = normal(700 * 1024 + 3).bfloat16()[3:].view(700, 1024)
+    right = ops.binary_linear(x.double(), signs, 1024, *terms, bias, backend="naive")
+    assert ratio(sparse.binary_gemm_hopper_sparse(x, apart, 1024, terms, bias), right) <= 0.005
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_tokens_of_any_size_keep_their_precision_as_pairs(dtype):
+    signs, terms, _ = make(256, 1024)
+    terms = (terms[0], terms[1], None, None, None)
+    x = normal(64, 1024) * torch.logspace(-6, 3.5, 64, device="cuda")[:, None]  # sums beyond float16's largest
+    x = x.clamp(-6e4, 6e4).to(dtype)
+    terms = (terms[0].abs().clamp(max=3), terms[1] / 1e4, None, None, None)
+    x[5, 7] = torch.inf
+    y = sparse.binary_gemm_hopper_sparse(x, signs, 1024, terms, None).double()
+    assert not y[5].isfinite().any()
+    right = ops.binary_linear(x.double(), signs, 1024, *terms, backend="naive")
+    for token in set(range(32, 64)) - {5}:
+        assert ratio(y[token], right[token]) <= 0.005, token
+
+
+@pytest.mark.parametrize("tokens", [40, 200, 256, 2048])
 @pytest.mark.parametrize("bits", [None, 8])
 def test_the_layer_takes_these_ways(tokens, bits, monkeypatch):
-    name = "binary_gemm_hopper" if tokens < 512 else "binary_gemm_hopper_many"
+    name = "binary_gemm_hopper" + (
+        ("_sparse" if tokens >= 256 else "") if bits is None else ("_many" if tokens >= 512 else "")
+    )
     way, calls = getattr(layer, name), []
 
     def spy(*args):
