@@ -375,10 +375,15 @@ TABLE: dict[str, tuple[Row, ...]] = {
     ),
     # warps are rows / 16 * SPLIT; a program of `mix` has 32 rows
     "packed_blocks/project_planes": (
-        Row(Configuration({"ROWS": 64, "SPLIT": 1}, num_warps=4), up_to=80),
-        Row(Configuration({"ROWS": 32, "SPLIT": 2}, num_warps=4)),
+        Row(Configuration({"ROWS": 64, "SPLIT": 1}, num_warps=4), up_to=64),
+        Row(Configuration({"ROWS": 64, "SPLIT": 1}, num_warps=4), itemsize=4, up_to=80),
+        Row(Configuration({"ROWS": 32, "SPLIT": 2}, num_warps=4), up_to=256),
+        Row(Configuration({"ROWS": 32, "SPLIT": 4}, num_warps=8)),
     ),
-    "packed_blocks/mix_planes": (Row(Configuration({"SPLIT": 4}, num_warps=8)),),
+    "packed_blocks/mix_planes": (
+        Row(Configuration({"SPLIT": 2}, num_warps=4), up_to=160),
+        Row(Configuration({"SPLIT": 4}, num_warps=8)),
+    ),
     "packed_blocks/start": (Row(Configuration({}, num_warps=4)),),
     "packed_blocks/scan": (Row(Configuration({}, num_warps=4)),),
     "packed_blocks/mix": (

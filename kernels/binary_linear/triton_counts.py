@@ -68,6 +68,19 @@ def four(words, THREADS: tl.constexpr):
 
 
 @triton.jit
+def put(words, zero, THREADS: tl.constexpr):
+    """Return a step's words where an instruction wants them, by an operation of which the compiler knows no result.
+
+    Left to itself it would move them just before they are counted, after the wait.
+    """
+    put = ()
+    for n in tl.static_range(len(words)):
+        a, b, c, d = four(words[n], THREADS)
+        put = put + ((a ^ zero, b ^ zero, c ^ zero, d ^ zero),)
+    return put
+
+
+@triton.jit
 def count(low, high, planes, c, THREADS: tl.constexpr, PTX: tl.constexpr):
     """Add to c the common ones of 8 planes and 16 rows, of 512 inputs, in the places that m16n8k256 has for them.
 
@@ -107,26 +120,6 @@ def _common(a, b, THREADS: tl.constexpr):
     both = (both + (both >> 4)) & 0x0F0F0F0F
     even, odd = tl.split(tl.reshape(tl.sum((both * 0x01010101) >> 24, 3), [THREADS // 32, 8, 4, 2]))
     return tl.reshape(even, [THREADS]), tl.reshape(odd, [THREADS])
-
-
-@triton.jit
-def worth(tiles, half: tl.constexpr, column, FIRST: tl.constexpr, STOP: tl.constexpr):
-    """Return what a thread counted in a row, of tiles FIRST to STOP, is worth; the first plane of FIRST is worth 1."""
-    value = tl.zeros_like(column)
-    for tile in tl.static_range(FIRST, STOP):
-        even, odd = tiles[tile][2 * half], tiles[tile][2 * half + 1]
-        if tile == len(tiles) - 1:
-            odd = tl.where(column == 3, -odd, odd)
-        value += ((even + 2 * odd) << (2 * column)) << (8 * (tile - FIRST))
-    return value
-
-
-@triton.jit
-def by_row(parts, GROUPS: tl.constexpr, SPLIT: tl.constexpr):
-    """Add up what threads have of rows, a part 8 rows of a group of SPLIT warps: (8 * parts * GROUPS,)."""
-    PARTS: tl.constexpr = len(parts)
-    stacked = tl.reshape(stack(parts), [GROUPS, SPLIT, 8, 4, PARTS])
-    return tl.sum(tl.reshape(tl.permute(stacked, [0, 4, 2, 1, 3]), [8 * PARTS * GROUPS, SPLIT * 4]), 1)
 
 
 @triton.jit

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bimamba_lit.kernels.binary_linear.triton_counts import ask, count, four
+from bimamba_lit.kernels.binary_linear.triton_counts import ask, count, four, put
 from bimamba_lit.kernels.binary_linear.triton_trades import largest_of_all, operands, row_sums, trade_planes
 from bimamba_lit.kernels.binary_linear.triton_words import (
     BITS,
@@ -25,6 +25,7 @@ from bimamba_lit.kernels.binary_linear.triton_words import (
     load_terms,
     overlaps,
     stride_of,
+    wait_if,
 )
 from bimamba_lit.kernels.binary_weight.triton import NO_TERMS, Terms
 from bimamba_lit.kernels.configurations import INTERPRETER, architecture, configuration
@@ -67,29 +68,6 @@ def _fetch(at, SIZE: tl.constexpr, WARPS: tl.constexpr):
     tl.inline_asm_elementwise(
         "prefetch.global.L2 [$1]; // no result $0", "=r,l", [(at + line * LINE % SIZE).to(tl.uint64)],
         dtype=tl.int32, is_pure=False, pack=1,
-    )  # fmt: skip
-
-
-@triton.jit
-def _put(words, zero, THREADS: tl.constexpr):
-    """Return a step's words where an instruction wants them, by an operation of which the compiler knows no result.
-
-    Left to itself it would move them just before they are counted, after the wait.
-    """
-    put = ()
-    for n in tl.static_range(len(words)):
-        a, b, c, d = four(words[n], THREADS)
-        put = put + ((a ^ zero, b ^ zero, c ^ zero, d ^ zero),)
-    return put
-
-
-@triton.jit
-def _wait_if(zero):
-    """Wait until the kernel before has ended; a branch, which the compiler moves nothing across."""
-    tl.inline_asm_elementwise(
-        "{.reg .pred never; setp.ne.u32 never, $1, 0; @never bra LAB_PAST; griddepcontrol.wait; "
-        "LAB_PAST: mov.u32 $0, 0;}",
-        "=r,r", [zero], dtype=tl.int32, is_pure=False, pack=1,
     )  # fmt: skip
 
 
@@ -310,9 +288,9 @@ def counts_kernel(
         if in_shift is not None:
             _fetch(in_shift, 32 * W, SPLIT)
     zero = tl.program_id(2)  # of one: the compiler does not know that
-    words = _put(words, zero, THREADS)
+    words = put(words, zero, THREADS)
     if PDL:
-        _wait_if(zero)
+        wait_if(zero)
     scaled, largest, total, shifted = _scaled_inputs(x, in_scale, in_shift, SUMS, W, SPLIT, PTX)
     thread = tl.arange(0, THREADS)
     row = tl.program_id(0) * ROWS + thread // SHARE

@@ -133,3 +133,57 @@ def row_sums(parts, SPLIT: tl.constexpr, PTX: tl.constexpr):
         each = tl.permute(tl.reshape(stack(parts), [SPLIT, 8, 4, PARTS]), [3, 1, 0, 2])
         sums = tl.sum(tl.reshape(each, [8 * PARTS, SPLIT * 4]), 1)
         return tl.reshape(tl.broadcast_to(sums[:, None], [8 * PARTS, SHARE]), [THREADS])
+
+
+@triton.constexpr_function
+def float_sums_text(ROWS, SPLIT):
+    """Return the text of `float_sums`: operands are the five results, two parts, a warp's sum, and three places."""
+    pitch, warps = sums_pitch(SPLIT), ROWS // 16 * SPLIT
+    totals = 4 * ROWS * pitch
+    text = f"{{.shared .align 16 .b32 room[{ROWS * pitch + 4 * warps}]; .reg .b32 room_at, at; .reg .f32 a, b, c, d; "
+    text += "mov.u32 room_at, room; mad.lo.u32 at, $8, 4, room_at; "
+    text += f"st.shared.f32 [at + 0], $5; st.shared.f32 [at + {32 * pitch}], $6; "
+    text += f"mad.lo.u32 at, $9, 4, room_at; st.shared.f32 [at + {totals}], $7; bar.sync 0; "
+    text += "mad.lo.u32 at, $10, 4, room_at; ld.shared.v4.f32 {a, b, c, d}, [at + 0]; "
+    text += "add.f32 a, a, b; add.f32 c, c, d; add.f32 $0, a, c; "
+    for vector in range(1, SPLIT):
+        text += f"ld.shared.v4.f32 {{a, b, c, d}}, [at + {16 * vector}]; "
+        text += "add.f32 a, a, b; add.f32 c, c, d; add.f32 a, a, c; add.f32 $0, $0, a; "
+    text += f"ld.shared.v4.f32 {{$1, $2, $3, $4}}, [room_at + {totals}]; "
+    for warp in range(1, warps):
+        text += f"ld.shared.v4.f32 {{a, b, c, d}}, [room_at + {totals + 16 * warp}]; "
+        text += "add.f32 $1, $1, a; add.f32 $2, $2, b; add.f32 $3, $3, c; add.f32 $4, $4, d; "
+    return text + "}"
+
+
+@triton.constexpr_function
+def sums_pitch(SPLIT):
+    """Return how far rows are apart, such that lanes meet in no bank."""
+    return 4 * SPLIT + 4 * (SPLIT % 2 == 0)
+
+
+@triton.jit
+def float_sums(parts, own, ROWS: tl.constexpr, SPLIT: tl.constexpr, PTX: tl.constexpr):
+    """Add up what threads have of rows, two parts of a line each in a group of SPLIT warps, and four sums of warps.
+
+    Thread t gets the sum of row t % ROWS, and the four of all warps. A warp's four are `own` of its lanes 0 to 3, and
+    the same again in the others.
+    """
+    WARPS: tl.constexpr = ROWS // 16 * SPLIT
+    thread = tl.arange(0, 32 * WARPS)
+    if PTX:
+        PITCH: tl.constexpr = sums_pitch(SPLIT)
+        warp, lane = thread // 32, thread % 32
+        to = (warp // SPLIT * 16 + lane // 4) * PITCH + warp % SPLIT * 4 + lane % 4
+        return tl.inline_asm_elementwise(
+            float_sums_text(ROWS, SPLIT), "=&f,=&f,=&f,=&f,=&f,f,f,f,r,r,r",
+            [parts[0], parts[1], own, to, warp * 4 + lane % 4, thread % ROWS * PITCH],
+            (tl.float32, tl.float32, tl.float32, tl.float32, tl.float32), is_pure=False, pack=1,
+        )  # fmt: skip
+    else:
+        each = tl.permute(tl.reshape(stack(parts), [ROWS // 16, SPLIT, 8, 4, 2]), [0, 4, 2, 1, 3])
+        rows = tl.sum(tl.reshape(each, [ROWS, 4 * SPLIT]), 1)
+        found = (tl.reshape(tl.broadcast_to(rows[None, :], [2 * SPLIT, ROWS]), [32 * WARPS]),)
+        for n in tl.static_range(4):
+            found = found + (tl.zeros_like(own) + tl.sum(tl.where(thread % 32 == n, own, 0.0), 0),)
+        return found

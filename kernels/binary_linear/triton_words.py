@@ -8,7 +8,7 @@ that is fixed by the shape, so runs repeat bit for bit.
 
 At these sizes all signs fit in the registers of the device. A program asks for its own before it waits for the kernel
 before it (programmatic dependent launch), so that memory is read while that one still works. Kernels let the next one
-begin at once; only the first of a call does so after its own wait. So before its wait a kernel of a call may read what
+begin at once, or after their own wait, as the first of a call does. So before its wait a kernel of a call may read what
 was there before the call, and after it what the kernels before it wrote.
 
 Legend: M tokens, O out features, I in features, W = I / 32 words of a row, G groups. `digits` are (M, 8 DIGITS, W):
@@ -90,7 +90,7 @@ def row_constants(words: int, digits: int, device: torch.device, chosen: Configu
     """Return the constants that every kernel with `multiply` in it takes."""
     return {
         "W": words, "ALL": triton.next_power_of_2(words), "DIGITS": digits,
-        "PTX": architecture(device).startswith("sm_"), "PDL": overlaps(device),
+        "PTX": writes_ptx(device), "PDL": overlaps(device),
         **chosen.launch(), **launch_early(device),
     }  # fmt: skip
 
@@ -98,6 +98,11 @@ def row_constants(words: int, digits: int, device: torch.device, chosen: Configu
 def stride_of(term: Tensor | None) -> int:
     """Return the stride of a term, which is 0 where one element serves all."""
     return 0 if term is None or term.shape[0] == 1 else term.stride(0)
+
+
+def writes_ptx(device: torch.device) -> bool:
+    """Say whether instructions that Triton has no operation for can be written."""
+    return architecture(device).startswith("sm_")
 
 
 def overlaps(device: torch.device) -> bool:
@@ -123,6 +128,16 @@ def wait(PDL: tl.constexpr):
     """Wait until the kernel before has ended."""
     if PDL:
         tl.extra.cuda.gdc_wait()
+
+
+@triton.jit
+def wait_if(zero):
+    """Wait until the kernel before has ended; a branch, which the compiler moves nothing across."""
+    tl.inline_asm_elementwise(
+        "{.reg .pred never; setp.ne.u32 never, $1, 0; @never bra LAB_PAST; griddepcontrol.wait; "
+        "LAB_PAST: mov.u32 $0, 0;}",
+        "=r,r", [zero], dtype=tl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -161,37 +176,6 @@ def write_digits(
         bytes = tl.reshape(low & 255, [WORDS, 4, 8]) << byte
         tl.store(digits + digit * 8 * W + place, tl.sum(bytes, 1), mask=there[:, None])
         number = (number - low) >> 8
-
-
-@triton.jit
-def write_planes(x, u, scaled, shift, w, tile, there, planes, scales, W: tl.constexpr, DIGITS: tl.constexpr):
-    """Write what `write_digits` does, but for digits a word of each plane: bits of numbers in two's complement.
-
-    A row of 32 inputs writes `tile` of 8 planes of its word w; the scales too where that is the first. A word's step is
-    a power of two, or not a number where an input is not finite.
-    """
-    limit: tl.constexpr = 2.0 ** (8 * DIGITS - 1) - 1
-    size = tl.abs(scaled)
-    size, largest, square, total, shift = tl.reduce((size, size, x * x, u, shift), 1, _merge)
-    finite = size < float("inf")
-    power = tl.maximum(largest.to(tl.int32, bitcast=True) >> 23, 8 * DIGITS)  # of two, and 127
-    inverse = ((254 - power + 8 * DIGITS - 2) << 23).to(tl.float32, bitcast=True)
-    step = ((power - 8 * DIGITS + 2) << 23).to(tl.float32, bitcast=True)
-    number = tl.floor(tl.where(finite[:, None], scaled, 0.0) * inverse[:, None] + 0.5)
-    number = tl.minimum(number, limit).to(tl.int32)
-    # As wide as the inputs, so that the layout stays what it is.
-    row = tl.arange(0, 32)[None, :]
-    place = row * W + w[:, None]
-    values = tl.where(row == 0, tl.where(finite, step, float("nan"))[:, None], square[:, None])
-    values = tl.where(row == 2, total[:, None], values)
-    values = tl.where(row == 3, shift[:, None], values)
-    values = tl.where(row == 4, tl.sum(number, 1).to(tl.float32, bitcast=True)[:, None], values)
-    tl.store(scales + place, values, mask=(there & (tile == 0))[:, None] & (row < 5))
-    own = number >> (8 * tile)[:, None]
-    words = tl.zeros_like(number)
-    for plane in tl.static_range(8):
-        words = tl.where(row == plane, tl.sum(((own >> plane) & 1) << row, 1)[:, None], words)
-    tl.store(planes + (8 * tile * W)[:, None] + place, words, mask=(there & (tile < DIGITS))[:, None] & (row < 8))
 
 
 @triton.jit

@@ -20,6 +20,7 @@ from bimamba_lit.kernels.binary_linear.triton_words import (
     row_arguments,
     row_constants,
     stride_of,
+    writes_ptx,
 )
 from bimamba_lit.kernels.configurations import CompileCase, architecture, configuration
 from bimamba_lit.kernels.packed_blocks import naive
@@ -128,7 +129,7 @@ def _start(x: Tensor, block: BlockParameters, digits: int, planes: bool) -> Made
     chosen = configuration("packed_blocks/start", x.dtype, words, x.device)
     start[(in_features // BITS, tokens)](
         x, *x.stride(), *_writing(block.norm_weight, block.in_proj, made), W=words, DIGITS=digits,
-        COPIES=max(4, chosen.num_warps) if planes else 1, PDL=overlaps(x.device),
+        COPIES=chosen.num_warps if planes else 1, PTX=writes_ptx(x.device), PDL=overlaps(x.device),
         **chosen.launch(), **launch_early(x.device),
     )  # fmt: skip
     return made
@@ -163,8 +164,8 @@ def _scan(projected: Tensor, state: Tensor, block: BlockParameters, digits: int,
     scan[(inner // BITS, tokens)](
         projected, state, *per_head, projected.shape[1], *state.stride(), *(t.stride(0) for t in per_head),
         *_writing(block.gated_weight, packed, made), P=width, N=size, BLOCK_N=triton.next_power_of_2(size), W=words,
-        DIGITS=digits, COPIES=max(4, chosen.num_warps) if planes else 1,
-        PDL=overlaps(state.device), **chosen.launch(), **launch_early(state.device),
+        DIGITS=digits, COPIES=chosen.num_warps if planes else 1,
+        PTX=writes_ptx(state.device), PDL=overlaps(state.device), **chosen.launch(), **launch_early(state.device),
     )  # fmt: skip
     return made
 
@@ -185,7 +186,7 @@ def _mix(
     mix[(triton.cdiv(out_features, BITS), tokens)](
         *row_arguments(packed.signs, gated, packed[1:6], packed.bias), x, y, out_features,
         block.gated_weight.shape[0], block.gated_eps, *x.stride(), *writing,
-        NEXT=made[0].shape[2], COPIES=max(4, chosen.num_warps) if planes else 1,
+        NEXT=made[0].shape[2], COPIES=chosen.num_warps if planes else 1,
         **row_constants(words, digits, x.device, chosen),
     )  # fmt: skip
     return y, made
@@ -213,8 +214,11 @@ def compile_cases() -> list[CompileCase]:
             meta(d_model), packed(inner + channels + heads, d_model, share_in), meta(channels, 4), meta(channels),
             meta(heads), meta(heads), meta(heads), meta(inner), packed(d_model, inner, share_out), 1e-5, 1e-5,
         )  # fmt: skip
+        x, conv_state = meta(1, d_model, dtype=torch.float32), meta(1, channels, 3)
         state = meta(1, heads, 64, size, dtype=torch.float32)
-        run(meta(1, d_model, dtype=torch.float32), [meta(1, channels, 3)] * 2, [state] * 2, [block] * 2)
+        if not supports(x, conv_state, state, block):
+            raise LookupError("no step of blocks so wide without counts")
+        run(x, [conv_state] * 2, [state] * 2, [block] * 2)
 
     return [
         CompileCase("780M bf16", partial(call, 1536, torch.bfloat16, False), representative=True),
@@ -223,6 +227,7 @@ def compile_cases() -> list[CompileCase]:
         CompileCase("2.7B bf16, second signs", partial(call, 2560, torch.bfloat16, False, 0.25, 0.73)),
         CompileCase("1.3B fp32, 67 words of in_proj", partial(call, 2048, torch.float32, False, 0.05, 0.0)),
         CompileCase("2.7B bf16, two signs in all of in_proj", partial(call, 2560, torch.bfloat16, False, 1.0, 0.0)),
+        CompileCase("wide bf16, two signs in all of in_proj", partial(call, 4608, torch.bfloat16, False, 1.0, 0.0)),
         CompileCase("2.7B bf16, two signs in all of out_proj", partial(call, 2560, torch.bfloat16, False, 0.0, 1.0)),
         CompileCase("780M fp32, second signs", partial(call, 1536, torch.float32, False, 0.0, 0.6)),
         CompileCase("2.7B fp32, all rows' terms", partial(call, 2560, torch.float32, True)),

@@ -34,6 +34,9 @@ def run(text, outputs, inputs):
                 values[arguments[0]] = value(arguments[1])
             case ["mad", "lo", _]:
                 values[arguments[0]] = value(arguments[1]) * value(arguments[2]) + value(arguments[3])
+            case ["add", "f32"]:
+                a, b = (value(name).view(np.float32) for name in arguments[1:])
+                values[arguments[0]] = (a + b).view(np.uint32)
             case ["add", _]:
                 values[arguments[0]] = value(arguments[1]) + value(arguments[2])
             case ["max", "s32"]:
@@ -94,3 +97,21 @@ def test_sums_of_rows(parts, warps):
     (found,) = run(trades.rows_text(parts, warps, share), 1, [*own, to, at + thread % share * parts])
     right = [[part[line == row].sum() for row in range(8)] for part in own]
     assert (found == np.ravel(right)[thread // share]).all()
+
+
+@pytest.mark.parametrize(("rows", "split"), [(16, 1), (64, 1), (32, 2), (16, 4), (32, 4), (32, 8)])
+def test_float_sums(rows, split):
+    warps, pitch = rows // 16 * split, trades.sums_pitch(split)
+    thread = np.arange(32 * warps)
+    warp, lane = thread // 32, thread % 32
+    parts, totals = random_words(2, 32 * warps) % 1000, random_words(warps, 4) % 1000
+    given = [*parts, totals[warp, lane % 4]]
+    to = (warp // split * 16 + lane // 4) * pitch + warp % split * 4 + lane % 4
+    places = [to, warp * 4 + lane % 4, thread % rows * pitch]
+    inputs = [values.astype(np.float32).view(np.uint32) for values in given] + places
+    product, *sums = (values.view(np.float32) for values in run(trades.float_sums_text(rows, split), 5, inputs))
+    row = warp // split * 16 + lane // 4
+    right = np.array([parts[r % 16 // 8][row == r - r % 16 // 8 * 8].sum() for r in range(rows)])
+    assert (product == right[thread % rows]).all()
+    for n in range(4):
+        assert (sums[n] == totals[:, n].sum()).all()

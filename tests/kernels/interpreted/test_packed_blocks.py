@@ -182,7 +182,7 @@ start = kernel._start
     [
         ((32, 1, 2), torch.float32, 5e-5, {"names": NO_GROUPS}),
         pytest.param(
-            (16, 2, 1),
+            (16, 2, 2),
             torch.float32,
             5e-5,
             {"blocks": 1, "names": NO_GROUPS, "single": True},
