@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+import triton
 from torch import Tensor
 
 from bimamba_lit.kernels.binary_linear import chunked, naive
@@ -25,12 +26,13 @@ from bimamba_lit.kernels.binary_linear.triton_words import fits, words_gemv
 from bimamba_lit.kernels.binary_weight.triton import Terms, dense_weight, weight_forward, weight_gradients
 from bimamba_lit.kernels.configurations import CompileCase, architecture
 
-try:
+# The kernels for Hopper are written in an experiment of Triton's, which promises nothing: names move, and where memory
+# lies. They were tried with these versions; with others the dense weight serves.
+TRIED = ("3.6.", "3.7.")
+if HOPPER := triton.__version__.startswith(TRIED):
     from bimamba_lit.kernels.binary_linear.triton_hopper import binary_gemm_hopper
     from bimamba_lit.kernels.binary_linear.triton_hopper_many import binary_gemm_hopper_many
     from bimamba_lit.kernels.binary_linear.triton_hopper_sparse import binary_gemm_hopper_sparse, fill
-except ImportError:  # what they are written in is an experiment of Triton's, whose names may move
-    binary_gemm_hopper = None  # type: ignore[assignment]
 
 FEWEST = 2  # tokens that words take: each reads all signs anew, where the integer units take eight columns at once
 MOST_COUNTED = 8192  # inputs: a thread a word, in eight warps
@@ -151,7 +153,7 @@ def linear_forward(
 
 def _hopper_can(x: Tensor, in_features: int, group_scale: Tensor | None) -> bool:
     """Return whether signs that become numbers in registers can multiply x."""
-    if binary_gemm_hopper is None or architecture(x.device) != "sm_90" or x.shape[0] < FEWEST_ON_HOPPER:
+    if not HOPPER or architecture(x.device) != "sm_90" or x.shape[0] < FEWEST_ON_HOPPER:
         return False
     return group_scale is None and in_features % MULTIPLE == 0 and x.itemsize == 2
 

@@ -1,6 +1,8 @@
 """The instructions by which signs become what Hopper's sparse tensor cores take, carried out one by one on a CPU."""
 
 import re
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -123,3 +125,18 @@ def test_a_step_is_the_product_of_its_signs_and_tokens():
     memory.view(np.uint16)[place // 2] = halves.reshape(TOKENS, 2, 64).transpose(1, 0, 2)
     text = sparse._product_text.fn(gl.bfloat16, TOKENS, GROUP)
     assert np.array_equal(carry_out(text, memory), (2 * bits - 1) @ x.T)
+
+
+def test_a_triton_that_was_not_tried_takes_the_dense_weight():
+    code = """
+import sys, torch, triton
+triton.__version__ = sys.argv[1]
+from bimamba_lit.kernels.binary_linear import triton as layer
+from bimamba_lit.kernels.configurations import compiling_for
+with compiling_for("sm_90"):
+    able = layer._hopper_can(torch.empty(4096, 2560, dtype=torch.bfloat16, device="meta"), 2560, None)
+print(able, any(name.startswith("triton.experimental.gluon.language.nvidia.hopper") for name in sys.modules))
+"""
+    for version, printed in (("3.7.1", "True True"), ("3.9.0", "False False")):
+        run = subprocess.run([sys.executable, "-c", code, version], capture_output=True, text=True, check=True)
+        assert run.stdout.strip() == printed
