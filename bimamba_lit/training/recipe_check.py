@@ -8,6 +8,7 @@ so that the one wrong key or value can be named with its full path and what woul
 import dataclasses
 import importlib
 import inspect
+import re
 import types
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -53,6 +54,8 @@ def _check_value(path: str, value: Any, kind: Any) -> None:
                 _check_value(f"{path}[{index}]", item, Union[tuple(elements)])  # noqa: UP007
             return
     bases = tuple(base for base in map(_class_wanted, kinds) if base is not None)
+    if isinstance(value, Mapping):
+        _check_mapping_keys(path, value, kinds)
     if isinstance(value, Mapping) and "class_path" not in value:
         dataclass = next((base for base in bases if dataclasses.is_dataclass(base)), None)
         if dataclass is not None:
@@ -68,11 +71,22 @@ def _check_value(path: str, value: Any, kind: Any) -> None:
         raise UserError(f"{path}: {shown} is not right, it must be {_told(kinds)}")
 
 
+def _check_mapping_keys(path: str, value: Mapping[Any, Any], kinds: list[Any]) -> None:
+    """Raise for a key that YAML read as a number, as it does with {1: 0.5}, where keys are names."""
+    named = any(get_origin(kind) is dict and get_args(kind)[0] is str for kind in kinds)
+    wrong = [key for key in value if named and not isinstance(key, str)]
+    if wrong:
+        shown = "null" if wrong[0] is None else repr(wrong[0])
+        raise UserError(f"{path}: the key {shown} is not right, it must be text")
+
+
 def _without_space(value: Any) -> str:
-    """Return what to do about a mapping that YAML read as keys without values, as it does with {in_proj:0.5}."""
-    keys = (
-        [key for key, item in value.items() if item is None and ":" in str(key)] if isinstance(value, Mapping) else []
-    )
+    """Return what to do about what YAML read as keys without values, as {in_proj:0.5}, or as text, as {in_proj:[1]}."""
+    keys: list[Any] = []
+    if isinstance(value, Mapping):
+        keys = [key for key, item in value.items() if item is None and ":" in str(key)]
+    elif isinstance(value, str) and value.startswith("{"):
+        keys = re.findall(r"[^\s{}\[\],:]+:(?=\S)", value)
     return f"; YAML wants a space after the colon of {keys[0]}" if keys else ""
 
 

@@ -65,6 +65,9 @@ def test_what_fits_passes(train):
             {"train": "a", "shares": {"a": 1, "b:0.5": None}},
             "shares: .* a dict.*; YAML wants a space after the colon of b:0.5",
         ),
+        ({"train": "a", "shares": "{b:[1,0]}"}, "shares: .* a dict.*; YAML wants a space after the colon of b:$"),
+        ({"train": "a", "shares": {1: 0.5}}, "shares: the key 1 is not right, it must be text"),
+        ({"train": "a", "shares": {"a": 1, None: 0.5}}, "shares: the key null is not right, it must be text"),
         ({"trian": "a"}, r"data.init_args has no key 'trian'; did you mean 'train'\?"),
     ],
 )
