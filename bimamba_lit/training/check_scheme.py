@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeGuard
 
 import torch
 from rich.console import Console
@@ -99,10 +100,14 @@ def find_scheme(name: str) -> Scheme:
         raise UserError(f"{error}; give a module on PYTHONPATH or in this folder") from error
     finally:
         sys.path.pop(0)
-    if not (isinstance(found, type) and issubclass(found, LatentLinear)):
-        schemes = [key for key, value in vars(imported).items() if isinstance(value, type)]
+    if not _is_scheme(found):
+        schemes = [key for key, value in vars(imported).items() if _is_scheme(value)]
         raise UserError(f"{name} is no subclass of bimamba_lit.binarize.LatentLinear{nearest(last, schemes)}")
     return found
+
+
+def _is_scheme(found: object) -> TypeGuard[Scheme]:
+    return isinstance(found, type) and issubclass(found, LatentLinear)
 
 
 def findings_of(scheme: Scheme) -> list[Finding]:

@@ -141,3 +141,5 @@ def test_the_command(bimamba, tmp_path, monkeypatch):
     }.items():
         answer = bimamba("check-scheme", name)
         assert answer.code == 1 and sentence in answer.err, answer
+    answer = bimamba("check-scheme", "bimamba_lit.binarize.DoubledInputs")
+    assert answer.code == 1 and answer.err.endswith("no subclass of bimamba_lit.binarize.LatentLinear")
