@@ -22,6 +22,9 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from bimamba_lit import ops
+from bimamba_lit.binarize import Unfinished
+from bimamba_lit.callbacks import Progressive
+from bimamba_lit.callbacks.steps import latent_layers
 from bimamba_lit.errors import UserError
 from bimamba_lit.training.byte_count import ByteCount, no_kernels
 from bimamba_lit.training.command_line import CommandLine, build
@@ -104,10 +107,12 @@ def estimate(args: Sequence[str]) -> Estimate:
             f"model: estimate is for recipes that train a Pretrain or a Distill, not a {type(module).__name__}"
         )
     _refuse_unknown(trainer)
-    return estimate_step(module, data, _devices(trainer), trainer)
+    return estimate_step(module, data, _devices(trainer), trainer, _unfinished(trainer))
 
 
-def estimate_step(module: LanguageModule, data: Any, devices: Devices, trainer: Any) -> Estimate:
+def estimate_step(
+    module: LanguageModule, data: Any, devices: Devices, trainer: Any, unfinished: Unfinished | None = None
+) -> Estimate:
     """Return what a training step of a module takes.
 
     Args:
@@ -115,6 +120,7 @@ def estimate_step(module: LanguageModule, data: Any, devices: Devices, trainer: 
         data: Its data, of which only the settings and the tokenizer are used.
         devices: What it is to train on.
         trainer: The trainer's settings: ``precision``, ``accumulate_grad_batches`` and ``gradient_clip_val``.
+        unfinished: How far its layers have come on their way to binary, which holds more than binary ones.
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -130,6 +136,8 @@ def estimate_step(module: LanguageModule, data: Any, devices: Devices, trainer: 
             stack.enter_context(ops.as_on_gpu())
             stack.enter_context(no_kernels())
         module.configure_model()
+        for layer in latent_layers(module):
+            layer.unfinished = unfinished
         count = ByteCount(_weights_of(module, devices))
         stack.enter_context(count)
         optimizer = module.configure_optimizers()["optimizer"]
@@ -282,6 +290,16 @@ def _refuse_unknown(trainer: Any) -> None:
         )
     if str(trainer.devices) == "0" or trainer.num_nodes < 1:
         raise UserError(f"trainer: devices is {trainer.devices} and num_nodes {trainer.num_nodes}, the least is 1")
+
+
+def _unfinished(trainer: Any) -> Unfinished | None:
+    """Return how the layers of a recipe begin that makes them binary over its steps."""
+    callbacks = trainer.callbacks or []
+    for callback in callbacks if isinstance(callbacks, list) else [callbacks]:
+        if callback.class_path.rpartition(".")[2] == Progressive.__name__:
+            by = callback.init_args.by
+            return Unfinished("mix" if by == "layers" else by, 0.0)
+    return None
 
 
 def _strategy(trainer: Any) -> str:

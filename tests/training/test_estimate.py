@@ -15,7 +15,8 @@ import yaml
 from torch.utils.data import DataLoader
 
 from bimamba_lit import MambaConfig
-from bimamba_lit.binarize import FBI
+from bimamba_lit.binarize import FBI, Unfinished
+from bimamba_lit.callbacks import Progressive
 from bimamba_lit.training import AdamW, Distill, Pretrain
 from bimamba_lit.training.estimate import Devices, Estimate, estimate_step
 
@@ -47,10 +48,10 @@ def settings(**options) -> SimpleNamespace:
 
 
 def estimated(
-    module, gpu: bool = False, count: int = 1, sharded: bool = False, context: int = 256, **options
+    module, gpu: bool = False, count: int = 1, sharded: bool = False, context: int = 256, unfinished=None, **options
 ) -> Estimate:
     data = SimpleNamespace(batch_size=4, context=context)
-    return estimate_step(module, data, Devices(gpu, count, sharded), settings(**options))
+    return estimate_step(module, data, Devices(gpu, count, sharded), settings(**options), unfinished)
 
 
 class Watch(pl.Callback):
@@ -82,7 +83,7 @@ class Watch(pl.Callback):
             print(f"PEAK {self.most}", flush=True)
 
 
-def measured(module, folder, gpu: bool = False, context: int = 256, **options) -> int:
+def measured(module, folder, gpu: bool = False, context: int = 256, callbacks=(), **options) -> int:
     ids = torch.randint(VOCABULARY, (4, context + 1))
     watch = Watch()
     trainer = pl.Trainer(
@@ -95,7 +96,7 @@ def measured(module, folder, gpu: bool = False, context: int = 256, **options) -
         enable_progress_bar=False,
         enable_model_summary=False,
         default_root_dir=folder,
-        callbacks=[watch],
+        callbacks=[watch, *callbacks],
         **vars(settings(**options)),
     )
     batches = DataLoader([{"input_ids": ids[:, :-1], "labels": ids[:, 1:]}] * 3, batch_size=None)
@@ -125,6 +126,34 @@ def test_the_estimate_is_what_a_step_on_a_cpu_is_measured_to_take(case, teacher,
     found = estimated(module, **options)
     most = measured(again, tmp_path, **options)
     assert abs(found.total - most) <= 0.01 * most, (found, most)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["tanh", "mix", "rows", "layers"])
+@pytest.mark.filterwarnings("ignore:.*does not have many workers:UserWarning")
+def test_layers_on_their_way_to_binary_take_what_is_estimated(way, teacher, tmp_path):
+    begun = Unfinished("mix" if way == "layers" else way, 0.0)
+    found = estimated(student(teacher), context=32, unfinished=begun)
+    most = measured(student(teacher), tmp_path, context=32, callbacks=[Progressive(way, 1000)])
+    assert abs(found.total - most) <= 0.01 * most, (found, most)
+
+
+def test_a_recipe_that_makes_layers_binary_by_a_temperature_is_counted_with_it(tiny, bimamba, tmp_path):
+    recipe = yaml.safe_load(tiny.distill_recipe.read_text())
+    recipe["model"]["init_args"]["student"] = {"d_model": 256, "n_layer": 2, "headdim": 64}
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe))
+
+    def told(*settings):
+        answer = bimamba("estimate", "-c", path, "--trainer.accelerator=gpu", *settings)
+        assert answer.code == 0, answer.err
+        return {name: float(re.search(rf"{name}\D+([\d.]+)", answer.out)[1]) for name in ("latent weights", "in all")}
+
+    way = ["--trainer.callbacks.by=tanh", "--trainer.callbacks.end_step=0.9"]
+    binary, begun = told(), told("--trainer.callbacks+=Progressive", *way)
+    assert told("--trainer.callbacks=Progressive", *way) == begun  # one, not in a list
+    # A binary layer keeps a bit a weight for its backward pass, the temperature 4 bytes.
+    assert begun["in all"] - binary["in all"] == pytest.approx(binary["latent weights"], rel=0.25)
 
 
 def test_two_devices_hold_half_of_what_is_sharded(teacher):
