@@ -106,11 +106,15 @@ class BinaryLinear(LatentLinear):
                 if "scale" in name
             }
         centred = self.centred()
-        reach = self._reach_of(centred)
-        if self.unfinished is None:
+
+        def binary(dtype: torch.dtype | None = None) -> Tensor:
+            reach = self._reach_of(centred)
             return ops.binary_weight(centred, self.straight_through, dtype=dtype, reach=reach, **terms)
-        binary = ops.binary_weight(centred, self.straight_through, reach=reach, **terms)
-        return self.unfinished.weight(self._dense(), centred, binary, terms).to(dtype or binary.dtype)
+
+        if self.unfinished is None:
+            return binary(dtype)
+        weight = self.unfinished.weight(self._dense(), centred, binary, terms)
+        return weight.to(dtype or weight.dtype)
 
     def _dense(self) -> Tensor:
         """Return the weight ``(O, I)`` that the layer has before it is binary."""

@@ -7,6 +7,7 @@ computed there; its signs alone would be another model, and are not given away.
 Legend: O out features, I in features.
 """
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
@@ -45,21 +46,21 @@ class Unfinished:
         if not isinstance(self.share, int | float) or not 0 <= self.share <= 1:
             raise UserError(f"the share that is binary must be a number from 0 to 1, not {self.share!r}")
 
-    def weight(self, latent: Tensor, centred: Tensor, binary: Tensor, terms: dict[str, Tensor]) -> Tensor:
+    def weight(self, latent: Tensor, centred: Tensor, binary: Callable[[], Tensor], terms: dict[str, Tensor]) -> Tensor:
         """Return the weight ``(O, I)`` of a layer that has come this far.
 
         Args:
             latent: Latent weights ``(O, I)``.
             centred: What the sign is taken of, ``(O, I)``.
-            binary: The binary weight ``(O, I)``.
+            binary: Forms the binary weight ``(O, I)``, where it is part of that.
             terms: The terms of the scheme's formula.
         """
         match self.way:
             case "rows":
                 rows = torch.arange(len(latent), device=latent.device) < int(self.share * len(latent))
-                return torch.where(rows.unsqueeze(1), binary, latent)
+                return torch.where(rows.unsqueeze(1), binary(), latent)
             case "mix":
-                return torch.lerp(latent, binary, self.share)
+                return torch.lerp(latent, binary(), self.share)
             case "tanh":
                 return naive.compose(torch.tanh(STEEPEST**self.share * centred / row_scale(centred)), **terms)
 
