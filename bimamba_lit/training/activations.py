@@ -13,6 +13,8 @@ from torch.utils.checkpoint import checkpoint
 
 from bimamba_lit.models.lm import Block
 
+_FORMS = 64
+
 
 def compile_blocks_(lm: nn.Module, backend: str = "inductor") -> None:
     """Compile the forward pass of every block with ``torch.compile``: once for all blocks of a kind.
@@ -21,6 +23,10 @@ def compile_blocks_(lm: nn.Module, backend: str = "inductor") -> None:
         lm: The model.
         backend: A compiler by the name that ``torch.compile`` has for it.
     """
+    # With second signs or without, on their way to binary or there, in training or not: each is compiled apart, and
+    # past torch's 8 forms the others would not be at all.
+    config = torch._dynamo.config
+    config.recompile_limit = max(config.recompile_limit, _FORMS)
     for block in _blocks(lm):
         block.forward = torch.compile(block.forward, backend=backend)  # type: ignore[method-assign]
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from bimamba_lit import MambaConfig, MambaLM
-from bimamba_lit.binarize import FBI, binarize_
+from bimamba_lit.binarize import FBI, Unfinished, binarize_
 from bimamba_lit.training.activations import checkpoint_blocks_, compile_blocks_
 
 
@@ -49,3 +49,21 @@ def test_compiled_blocks_have_the_same_names_loss_and_gradients():
     torch.testing.assert_close(*losses)
     for name, parameter in plain.named_parameters():
         torch.testing.assert_close(compiled.get_parameter(name).grad, parameter.grad, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("default")
+def test_blocks_of_the_best_recipe_stay_compiled_from_its_first_step_to_its_end():
+    config = MambaConfig(d_model=128, n_layer=4, vocab_size=61, headdim=16, d_state=8, chunk_size=8)
+    lm = binarize_(MambaLM(config), FBI, double_inputs={"in_proj": [0.25, 0, 0, 0], "out_proj": [1, 0]})
+    torch._dynamo.reset()
+    ids = torch.arange(24).reshape(2, 12)
+    with torch._dynamo.config.patch(recompile_limit=8, fail_on_recompile_limit_hit=True):
+        compile_blocks_(lm, backend="eager")
+        for share in (0.0, 0.25, 0.5, None):
+            for layer in lm.modules():
+                if isinstance(layer, FBI):
+                    layer.unfinished = None if share is None else Unfinished("tanh", share)
+            lm.train()(ids).logits.sum().backward()
+            with torch.no_grad():
+                lm.eval()(ids)
