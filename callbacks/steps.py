@@ -62,7 +62,7 @@ class StepRange:
         self._owner = type(owner).__name__
         self._start, self._given = start, end
         self._end: float = end
-        if end >= 1 and end != int(end):
+        if end >= 1 and end % 1:  # of infinity it is no number
             raise UserError(f"{self._owner}: end_step is {end}; it must be a whole step, or a share of the run below 1")
         if not 0 < end < 1:
             self._check()

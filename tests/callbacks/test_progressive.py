@@ -105,6 +105,7 @@ def test_the_gradient_narrows_by_the_same_ratio_every_step(tiny: SimpleNamespace
         (lambda: AnnealedGradient(end_step=2, start_step=-1), "start_step is -1"),
         (lambda: AnnealedGradient(end_step=2, softest=1.0), "softest is 1.0, and must be above 1"),
         (lambda: Progressive("mix", end_step=2.5), "end_step is 2.5; it must be a whole step, or a share"),
+        (lambda: Progressive("mix", end_step=float("inf")), "end_step is inf; it must be a whole step, or a share"),
         (lambda: Progressive("mix", end_step=0.25, start_step=2), "start_step is 2 and end_step 2, and must be"),
         (lambda: AnnealedGradient(end_step=8), "it has identity and the reach null"),
     ],
