@@ -24,6 +24,8 @@ class ModelLine(pl.Callback):
         """Say where the learning rate does not come to its highest, as in a short try of a recipe for long runs."""
         if not (trainer.is_global_zero and trainer.optimizers and isinstance(pl_module, LanguageModule)):
             return
+        if not pl_module.automatic_optimization:  # a calibration has no learning rate
+            return
         settings = pl_module.optimizer_settings
         if 0 < trainer.max_steps <= settings.warmup_steps:
             print(

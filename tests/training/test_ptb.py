@@ -40,6 +40,7 @@ def run(recipe, bimamba):
     assert answer.code == 0, answer.err
     folder = recipe.parent / "run"
     assert f"{folder}: {summary(folder)['bits_per_byte']:.3f} bits per byte after 1 step;" in answer.out
+    assert "warm-up" not in answer.out
     return folder
 
 
