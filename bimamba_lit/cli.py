@@ -315,7 +315,16 @@ def _compare(chosen: argparse.Namespace) -> None:
 
     comparison = compare([Path(run) for run in chosen.runs], Path(chosen.out))
     print_comparison(comparison)
-    print(f"\nWritten: {chosen.out}/report.md, report.csv, report.tex and report.png")
+    _print_written(Path(chosen.out))
+
+
+def _print_written(out: Path) -> None:
+    """Name the files of a report, of which curves.png is there where its runs logged signs or scales."""
+    files = [name for name in _REPORT if (out / name).exists()]
+    print(f"\nWritten: {out}/{', '.join(files[:-1])} and {files[-1]}")
+
+
+_REPORT = ("report.md", "report.csv", "report.tex", "report.png", "curves.png")
 
 
 def _ablate_arguments(parser: argparse.ArgumentParser) -> None:
@@ -371,7 +380,9 @@ def _ablate(chosen: argparse.Namespace) -> None:
     out = Path(chosen.out or Path("runs") / f"ablation_{grid.stem}")
     shared = ["-c", chosen.config, *(f"--{setting}" for setting in chosen.set)]
     ablate(shared, grid, chosen.seeds, out, tuning, chosen.jobs, chosen.curves)
-    print(f"\nWritten: {out}/report.md, report.csv, report.tex and report.png")
+    _print_written(out)
+    if chosen.curves and not (out / "curves.png").exists():
+        print(f"--curves: nothing is drawn, as {', '.join(chosen.curves)} logged neither signs nor scales")
 
 
 def _check_scheme_arguments(parser: argparse.ArgumentParser) -> None:

@@ -49,6 +49,11 @@ def test_compare_lays_runs_side_by_side(tiny, bimamba, tmp_path):
     answer = bimamba("compare", tiny.teacher, folder, "--out", out)
     assert answer.code == 0, answer.err
     assert sorted(path.name for path in out.iterdir()) == ["report.csv", "report.md", "report.png", "report.tex"]
+    assert f"Written: {out}/report.md, report.csv, report.tex and report.png" in answer.out
+    with (folder / "metrics.csv").open("w") as file:
+        file.write("step,flips/rate\n9,0.5\n19,0.25\n")
+    answer = bimamba("compare", tiny.teacher, folder, "--out", out)
+    assert answer.code == 0 and "report.png and curves.png" in answer.out and (out / "curves.png").exists()
     assert "FBI" in answer.out and "FBI" in (out / "report.md").read_text()
     with (out / "report.csv").open() as file:
         assert len(list(csv.reader(file))) == 3

@@ -208,6 +208,7 @@ def test_the_settings_to_draw_are_chosen_by_name(tiny, bimamba, tmp_path, monkey
     args = ["ablate", "-c", tiny.distill_recipe, "--seeds=5,6", "--grid", grid(tmp_path, {"scheme": ["a", "b", "c"]})]
     answer = bimamba(*args, "--out", tmp_path / "out", "--curves", "scheme-b")
     assert answer.code == 0 and drawn == ["scheme-b-seed5", "scheme-b-seed6"], answer
+    assert "--curves: nothing is drawn, as scheme-b logged neither signs nor scales" in answer.out
     answer = bimamba(*args, "--out", tmp_path / "other", "--curves", "scheme-d")
     assert answer.code == 1 and "has no setting scheme-d; did you mean" in answer.err
     assert not (tmp_path / "other").exists()
