@@ -114,7 +114,7 @@ def word(key: str, value: Any) -> str:
     """Return a setting as a part of a run's name: ``lr-0.001``."""
     last = key.removesuffix(".class_path").rpartition(".")[2]
     text = value.rpartition(".")[2] if isinstance(value, str) and "/" not in value else as_argument(value)
-    return f"{last}-{_words(text)}"
+    return f"{last}-{_words(text) or 'none'}"
 
 
 def _words(text: object) -> str:

@@ -80,6 +80,8 @@ def test_every_run_has_a_name_of_its_own_and_all_its_settings(tmp_path):
         "--trainer.default_root_dir=out", "--ckpt_path=last",
     ]  # fmt: skip
     assert plan({"a-1": {"a": 1}}, []) == [Run("a-1", {"a": 1}, None)]
+    content = {"model.double_inputs": [{"out_proj": [1, 0]}, {}]}
+    assert list(read_grid(grid(tmp_path, content))) == ["double_inputs-out_proj_1_0", "double_inputs-none"]
     with pytest.raises(UserError, match="a seed twice"):
         plan({"a-1": {"a": 1}}, [0, 0])
 
