@@ -195,6 +195,7 @@ def test_distilling_from_a_run(scaled, tiny, bimamba, tmp_path):
     assert answer.code == 0, answer.err
     start = summary(tmp_path / "run")
     assert start["bits_per_byte"] == pytest.approx(summary(scaled)["bits_per_byte"], abs=1e-4)
+    assert "latent weights" in bimamba("estimate", *args).out
     answer = bimamba("fit", *args, "--trainer.max_steps=6")
     assert answer.code == 0, answer.err
     found = summary(tmp_path / "run")
