@@ -55,4 +55,4 @@ class FBI(BinaryLinear):
 
     def terms(self) -> dict[str, Tensor]:
         """Return scale and shift: ``in_`` ``(I,)``, ``out_`` ``(O,)`` or ``(1,)``; for ``two_sided`` both scales."""
-        return {name: self.get_parameter(name) for name in self._terms}
+        return {name: getattr(self, name) for name in self._terms}

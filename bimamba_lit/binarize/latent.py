@@ -32,6 +32,9 @@ class LatentLinear(nn.Linear, ABC):
         weight: ``(O, I)`` fp32, what the layer multiplies by, differentiable to its parameters.
         unfinished: How far the layer has come on its way to binary; None once, or where always, it is.
         formats: What ``bimamba export`` can write of the scheme; ``gguf`` looks at the terms, too.
+
+    In evaluation mode and without gradients, the weight is kept from one token to the next until a parameter changes. A
+    change in place of a parameter's ``.data`` cannot be seen; call ``eval()`` after it.
     """
 
     formats: ClassVar[tuple[str, ...]] = ("torchscript", "pt2", "safetensors", "gguf", "transformers")
@@ -82,10 +85,17 @@ class LatentLinear(nn.Linear, ABC):
 
     def _kept_weight(self) -> Tensor:
         """Return the weight, formed once for as long as nothing that it is formed of changes."""
-        state = (self.unfinished, *fingerprint(self.parameters()))
+        state = fingerprint(self.parameters())
+        if state is None:
+            return self.weight
+        state = (self.unfinished, *state)
         if self._kept is None or self._kept[0] != state:
             self._kept = (state, self.weight.detach())
         return self._kept[1]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what is copied and pickled of the layer: all but the weight kept while decoding."""
+        return {**self.__dict__, "_kept": None}
 
     def options(self) -> dict[str, Any]:
         """Return the constructor's arguments but ``linear``, as plain values."""
@@ -106,9 +116,19 @@ class LatentLinear(nn.Linear, ABC):
         return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}{options}"
 
 
-def fingerprint(tensors: Iterable[Tensor]) -> tuple[Any, ...]:
-    """Return what changes whenever the values of one of the tensors do, without reading them."""
-    return tuple((id(t), t.data_ptr(), t._version, t.device, t.dtype) for t in tensors)
+def fingerprint(tensors: Iterable[Tensor]) -> tuple[Any, ...] | None:
+    """Return what differs once the values of one of the tensors do, without reading them; None where nothing tells.
+
+    It holds the tensors, so that none that comes later can have the place of one that is gone. Nothing tells of those
+    made in inference mode or traced, as by ``torch.export`` and ``torch.func.vmap``.
+    """
+    if torch.compiler.is_compiling():
+        return None
+    try:
+        # A tensor is only ever compared with itself, as its id comes first.
+        return tuple((id(t), t, t.data_ptr(), t._version, t.device, t.dtype) for t in tensors)
+    except RuntimeError:
+        return None
 
 
 def product_dtype(x: Tensor) -> torch.dtype | None:

@@ -1,5 +1,8 @@
 """Making models binary: targets, ties, other libraries' blocks, packing, descriptions."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 from torch import nn
@@ -11,6 +14,7 @@ from bimamba_lit.binarize import (
     PackedLinear,
     ScaledSign,
     Sign,
+    TwoBit,
     apply_binarization_,
     binarize_,
     describe_binarization,
@@ -211,3 +215,51 @@ def test_a_weight_kept_while_decoding_follows_every_change():
         assert layer(token) is not None and layer._kept is kept
     layer.train()
     assert layer._kept is None
+
+
+@pytest.mark.parametrize("scheme", [FBI, ScaledSign, TwoBit])
+def test_a_weight_kept_while_decoding_is_of_the_parameters_that_a_call_is_made_with(scheme):
+    layer = scheme(nn.Linear(16, 8, bias=False)).eval()
+    token = torch.randn(1, 16)
+    with torch.no_grad():
+        for seed in range(20):  # each time where the last one lay, as likely as not
+            generator = torch.Generator().manual_seed(seed)
+            values = {name: torch.rand(p.shape, generator=generator) - 0.3 for name, p in layer.named_parameters()}
+            expected = torch.func.functional_call(copy.deepcopy(layer), values, (token.expand(5, -1),))
+            torch.testing.assert_close(torch.func.functional_call(layer, values, (token,)), expected[:1])
+            del values
+
+
+@pytest.mark.parametrize("scheme", [FBI, TwoBit])
+def test_a_weight_kept_while_decoding_is_neither_copied_nor_pickled(scheme):
+    layer = scheme(nn.Linear(64, 64)).eval()
+    with torch.no_grad():
+        size = len(pickle.dumps(layer))
+        layer(torch.randn(1, 64))
+        assert layer._kept is not None and len(pickle.dumps(layer)) == size
+        assert copy.deepcopy(layer)._kept is None
+        packed = pack_(nn.Sequential(layer))
+        size = len(pickle.dumps(packed))
+        packed(torch.randn(1, 64))
+        assert len(pickle.dumps(packed)) == size
+
+
+# torch.compile's own, where it traces an autograd.Function without gradients.
+@pytest.mark.filterwarnings("ignore:.*autograd.function.Function.* should not be instantiated:DeprecationWarning")
+@pytest.mark.parametrize("scheme", [FBI, TwoBit])
+def test_a_layer_decodes_where_nothing_tells_whether_its_parameters_changed(scheme):
+    token = torch.randn(1, 16)
+    with torch.inference_mode():
+        layer = scheme(nn.Linear(16, 8)).eval()
+        layer(token)
+        layer.latent.neg_()
+        assert torch.equal(layer(token), nn.functional.linear(token, layer.weight, layer.bias))
+    layer = scheme(nn.Linear(16, 8)).eval()
+    with torch.no_grad():
+        compiled = torch.compile(layer, fullgraph=True, backend="eager")
+        for _ in range(2):
+            torch.testing.assert_close(compiled(token), layer(token))
+            layer.latent.neg_()
+        for model in (layer, pack_(nn.Sequential(copy.deepcopy(layer)))):
+            exported = torch.export.export(model, (token,)).module()
+            torch.testing.assert_close(exported(token), model(token))

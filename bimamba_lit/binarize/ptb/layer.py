@@ -51,9 +51,15 @@ class PTBLinear(nn.Module):
         """The dense weight ``(O, I)`` that the parts stand for, in the dtype that the model is in."""
         parts = self.parts
         state = (fingerprint(parts.values()), self._dtype)
-        if self._kept is None or self._kept[0] != state:
-            self._kept = (state, self._scheme.decode(parts, self.out_features, self.in_features).to(self._dtype))
-        return self._kept[1]
+        if self._kept is not None and self._kept[0] == state and state[0] is not None:
+            return self._kept[1]
+        weight = self._scheme.decode(parts, self.out_features, self.in_features).to(self._dtype)
+        self._kept = None if state[0] is None else (state, weight)
+        return weight
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what is copied and pickled of the layer: all but the dense weight."""
+        return {**self.__dict__, "_kept": None}
 
     def forward(self, x: Tensor) -> Tensor:
         """Multiply ``x`` ``(..., I)`` by the weight and add the bias: ``(..., O)``."""
