@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from bimamba_lit.kernels.autocast import without_autocast
+
 
 class _Recompute(torch.autograd.Function):
     @staticmethod
@@ -25,9 +27,9 @@ class _Recompute(torch.autograd.Function):
             other if tensor is None else tensor.detach().requires_grad_(wanted)
             for tensor, other, wanted in zip(ctx.saved_tensors, ctx.others, needed, strict=True)
         ]
-        device = next(tensor for tensor in ctx.saved_tensors if tensor is not None).device.type
+        some = next(tensor for tensor in ctx.saved_tensors if tensor is not None)
         # A backward pass inside an autocast block would otherwise round what the forward pass did not.
-        with torch.enable_grad(), torch.autocast(device, enabled=False):
+        with torch.enable_grad(), without_autocast(some):
             outputs = ctx.function(*inputs)
             outputs = outputs if isinstance(outputs, tuple) else (outputs,)
             used = [(out, g) for out, g in zip(outputs, gradients, strict=True) if g is not None and out.requires_grad]

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from bimamba_lit.binarize.unfinished import Unfinished
+from bimamba_lit.kernels.autocast import product_dtype
 from bimamba_lit.kernels.linear import FEW, linear
 
 
@@ -129,9 +130,3 @@ def fingerprint(tensors: Iterable[Tensor]) -> tuple[Any, ...] | None:
         return tuple((id(t), t, t.data_ptr(), t._version, t.device, t.dtype) for t in tensors)
     except RuntimeError:
         return None
-
-
-def product_dtype(x: Tensor) -> torch.dtype | None:
-    """Return the dtype that autocast multiplies ``x`` in; None where it is off."""
-    device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bimamba_lit.binarize.latent import LatentLinear, product_dtype
+from bimamba_lit.binarize.latent import LatentLinear
 from bimamba_lit.binarize.packed import PackedLinear
 from bimamba_lit.binarize.ptb.layer import PTBLinear
+from bimamba_lit.kernels.autocast import product_dtype
 from bimamba_lit.kernels.linear import linear
 
 SchemeLayer = LatentLinear | PackedLinear | PTBLinear

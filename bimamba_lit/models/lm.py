@@ -12,8 +12,8 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from bimamba_lit.binarize.latent import product_dtype
 from bimamba_lit.errors import UserError
+from bimamba_lit.kernels.autocast import product_dtype
 from bimamba_lit.models.config import MambaConfig
 from bimamba_lit.models.linear import Linear
 from bimamba_lit.models.mamba1 import Mamba1

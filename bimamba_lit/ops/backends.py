@@ -3,7 +3,7 @@
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
@@ -67,9 +67,3 @@ has_triton_form._dynamo_marked_constant = True  # type: ignore[attr-defined]
 def importable(module: str) -> bool:
     """Say whether there is such a module, and Triton for it."""
     return find_spec("triton") is not None and find_spec(module) is not None
-
-
-def without_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
-    """Turn autocast off on the tensor's device, for an op that holds its sums in float32 whatever it is called in."""
-    device = tensor.device.type
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()

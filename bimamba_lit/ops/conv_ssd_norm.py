@@ -6,9 +6,10 @@ taps, Z = I + K + H projected features.
 
 from torch import Tensor
 
+from bimamba_lit.kernels.autocast import without_autocast
 from bimamba_lit.kernels.conv_ssd_norm import chunked, naive, parallel
 from bimamba_lit.ops.arguments import check_dimensions, check_shape
-from bimamba_lit.ops.backends import pick, without_autocast
+from bimamba_lit.ops.backends import pick
 
 
 def conv_ssd_norm(

@@ -2,9 +2,10 @@
 
 from torch import Tensor
 
+from bimamba_lit.kernels.autocast import without_autocast
 from bimamba_lit.kernels.selective_scan import chunked, naive
 from bimamba_lit.ops.arguments import check_dimensions, check_maps, check_selective, check_shape
-from bimamba_lit.ops.backends import pick, without_autocast
+from bimamba_lit.ops.backends import pick
 
 
 def selective_scan(

@@ -4,9 +4,10 @@ import math
 
 from torch import Tensor
 
+from bimamba_lit.kernels.autocast import without_autocast
 from bimamba_lit.kernels.ssd import chunked, naive, parallel
 from bimamba_lit.ops.arguments import check_dimensions, check_scan, check_shape
-from bimamba_lit.ops.backends import pick, without_autocast
+from bimamba_lit.ops.backends import pick
 
 
 def ssd(

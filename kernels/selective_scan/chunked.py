@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from bimamba_lit.kernels.autocast import without_autocast
 from bimamba_lit.kernels.causal_conv1d.naive import accumulator
 from bimamba_lit.kernels.selective_scan.naive import per_channel, step_size
 from bimamba_lit.kernels.selective_scan.naive import selective_scan_step as naive_step
@@ -180,7 +181,7 @@ class _Scan(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gy: Tensor | None, g_state: Tensor | None) -> tuple[Tensor | None, ...]:
         u, delta, A, B, C, D, starts, kept = ctx.saved_tensors
-        with torch.autocast(u.device.type, enabled=False):
+        with without_autocast(u):
             chunks = _Chunks(u, delta, A, B, C, D, starts)
             gy = torch.zeros_like(chunks.u) if gy is None else chunks.time_first(gy.to(chunks.u.dtype))
             last = None if g_state is None else chunks.state_first(g_state.to(gy.dtype))

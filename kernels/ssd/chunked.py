@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from bimamba_lit.kernels.autocast import without_autocast
 from bimamba_lit.kernels.causal_conv1d.naive import document_numbers
 from bimamba_lit.kernels.ssd.naive import accumulator, step_size
 from bimamba_lit.kernels.ssd.naive import ssd_step as naive_step
@@ -343,7 +344,7 @@ class _Scan(torch.autograd.Function):
         x, dt, log_decay, B, C, D, documents, states = ctx.saved_tensors
         if gy is None:
             gy = torch.zeros_like(x)
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x):
             decays = Decays(dt, log_decay, ctx.chunk, documents)
             *grads, g_initial = _backward(gy, g_end, x, decays, B, C, D, states, ctx.initial_dtype is not None)
         if g_initial is not None:

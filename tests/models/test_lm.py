@@ -176,6 +176,18 @@ def test_it_builds_on_the_meta_device():
     assert lm.device.type == "meta"
 
 
+@pytest.mark.parametrize("mixer", ["mamba2", "mamba"])
+def test_it_runs_on_the_meta_device_forward_and_backward(mixer):
+    """As Lightning's ``measure_flops`` counts what a step computes."""
+    with torch.device("meta"):
+        lm = binarize_(MambaLM(MambaConfig(d_model=64, n_layer=2, vocab_size=50, headdim=32, mixer=mixer)), FBI)
+        ids = torch.zeros(2, 8, dtype=torch.int64)
+    logits = lm(ids).logits
+    logits.sum().backward()
+    assert logits.shape == (2, 8, 50) and all(parameter.grad is not None for parameter in lm.parameters())
+    assert lm.eval().step(ids[:, 0], lm.init_state(2))[0].shape == (2, 50)
+
+
 @pytest.mark.parametrize(
     ("bad", "words"),
     [
