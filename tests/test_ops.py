@@ -153,7 +153,8 @@ def test_causal_conv1d_names_what_is_wrong(changes, message):
     [
         ({"projected": torch.ones(2, 31)}, r"projected has shape \(2, 31\), but must be \(B, L, Z\)"),
         ({"projected": torch.ones(2, 3, 29)}, r"projected has shape .* \(B, L, I\+K\+H\) = \(2, 3, 30\)"),
-        ({"projected": torch.ones(2, 0, 30)}, "length and chunk_size must be at least 1, and are 0 and 256"),
+        ({"projected": torch.ones(2, 0, 30)}, "length, chunk_size and taps must be at least 1, and are 0, 256 and 4"),
+        ({"conv_weight": torch.ones(18, 0)}, "length, chunk_size and taps must be at least 1, and are 3, 256 and 0"),
         ({"groups": 3}, "groups is 3, which must divide 4 heads, and these 8 inner features"),
         ({"A": torch.ones(3)}, "groups is 1, which must divide 3 heads, and these 8 inner features"),
         ({"conv_weight": torch.ones(8, 4)}, "conv_weight has 8 channels, but must have 8 and twice as many as B has"),
@@ -191,6 +192,8 @@ def test_steps_name_what_is_wrong():
         ops.ssd_step(state[:1], x, dt, A, B, B)
     with pytest.raises(ValueError, match=r"conv_state has shape .*, but must be \(B, D, W-1\) = \(2, 4, 2\)"):
         ops.causal_conv1d_step(torch.ones(2, 4), torch.ones(2, 4, 3), torch.ones(4, 3))
+    with pytest.raises(ValueError, match=r"weight has shape \(4, 0\), but must have at least one tap"):
+        ops.causal_conv1d_step(torch.ones(2, 4), torch.ones(2, 4, 0), torch.ones(4, 0))
     u, rates, maps = torch.ones(2, 4), torch.ones(4, 6), torch.ones(2, 6)
     with pytest.raises(ValueError, match=r"state has shape .*, but must be \(B, D, N\) = \(2, 4, 6\)"):
         ops.selective_scan_step(state, u, u, rates, maps, maps)
@@ -223,6 +226,8 @@ def test_binary_linear_names_what_is_wrong(changes, error, message):
         ({"head_t": torch.ones(8, 5)}, ValueError, r"head_t has shape \(8, 5\), but must be \(V, D\) = \(7, 5\)"),
         ({"head_s": torch.ones(7, 5)}, ValueError, r"head_s has shape \(7, 5\), but must be \(V, D\) = \(7, 4\)"),
         ({"hidden_t": torch.ones(3, 5)}, ValueError, r"hidden_t has shape \(3, 5\)"),
+        ({"hidden_t": torch.tensor(1.0)}, ValueError, r"hidden_t has shape \(\), but must be"),
+        ({"labels": torch.ones(2, 3)}, TypeError, "labels has dtype torch.float32, but must be of an integer dtype"),
         ({"hidden_t": None}, ValueError, "hidden_t and head_t are needed at hard_share = 0.0, or set hard_share = 1.0"),
         ({"hard_share": 0.5}, ValueError, "labels are needed at hard_share = 0.5"),
         ({"hard_share": 1.5}, ValueError, "hard_share is 1.5, but must be between 0 and 1"),
@@ -244,3 +249,52 @@ def test_distillation_loss_names_what_is_wrong(changes, error, message):
     assert ops.distillation_loss(**inputs).shape == ()
     with pytest.raises(error, match=message):
         ops.distillation_loss(**{**inputs, **changes})
+
+
+def test_topk_distillation_loss_names_what_is_wrong():
+    student, head, ids, rest = torch.ones(2, 3, 4), torch.ones(7, 4), torch.zeros(2, 3, 1), torch.zeros(2, 3, 2)
+    with pytest.raises(TypeError, match="top_ids has dtype torch.float32, but must be of an integer dtype"):
+        ops.topk_distillation_loss(student, head, ids, rest)
+    with pytest.raises(ValueError, match=r"top_ids has shape \(\), but must be"):
+        ops.topk_distillation_loss(student, head, torch.tensor(1), rest)
+
+
+def empty_scans():
+    """Scans of no sequences at all, with a gradient wanted."""
+    x, A = torch.empty(0, 5, 4, 8, requires_grad=True), -torch.ones(4)
+    dt, maps = torch.empty(0, 5, 4), torch.empty(0, 5, 2, 6)
+    yield x, (0, 4, 8, 6), lambda: ops.ssd(x, dt, A, maps, maps, return_final_states=True)
+    u, maps = torch.empty(0, 4, 5, requires_grad=True), torch.empty(0, 3, 5)
+    yield u, (0, 4, 3), lambda: ops.selective_scan(u, u, -torch.ones(4, 3), maps, maps, return_last_state=True)
+    projected = torch.empty(0, 3, 30, requires_grad=True)
+    rest = torch.ones(18, 4), torch.ones(18), A, A, A, torch.ones(8)
+    yield projected, None, lambda: (ops.conv_ssd_norm(projected, *rest), None)
+
+
+def test_an_empty_batch_is_scanned():
+    for inputs, state_shape, scanned in empty_scans():
+        y, state = scanned()
+        assert len(y) == 0 and (state is None or state.shape == state_shape)
+        y.sum().backward()
+        assert inputs.grad.shape == inputs.shape
+
+
+def test_integers_in_place_of_floats_are_refused_and_the_other_way_round():
+    whole, rates = torch.ones(2, 4, 7, dtype=torch.int64), -torch.ones(4, 5)
+    maps, signs = torch.ones(2, 5, 7), torch.zeros(4, 1, dtype=torch.uint8)
+    for name, run in {
+        "x": lambda: scan(x=torch.ones(2, 3, 4, 5, dtype=torch.int32)),
+        "u": lambda: ops.selective_scan(whole, whole, rates, maps, maps),
+        "latent": lambda: ops.binary_weight(whole[0]),
+    }.items():
+        with pytest.raises(TypeError, match=f"{name} has dtype torch.int.*, but must be of a float dtype"):
+            run()
+    for run in (
+        lambda: ops.causal_conv1d(whole, torch.ones(4, 3)),
+        lambda: ops.rms_norm(whole, torch.ones(7)),
+        lambda: ops.binary_linear(whole, signs, 7),
+    ):
+        with pytest.raises(TypeError, match="x has dtype torch.int64, but must be of a float dtype"):
+            run()
+    with pytest.raises(TypeError, match="seq_idx has dtype torch.float32, but must be of an integer dtype"):
+        scan(seq_idx=torch.ones(2, 3))

@@ -29,6 +29,24 @@ def check_shape(name: str, tensor: Tensor | None, letters: str, shape: tuple[int
         )
 
 
+def check_float(name: str, tensor: Tensor) -> None:
+    """Refuse a tensor of integers: its results would be integers, too."""
+    if not tensor.is_floating_point():
+        raise TypeError(f"{name} has dtype {tensor.dtype}, but must be of a float dtype.")
+
+
+def check_integers(name: str, tensor: Tensor | None) -> None:
+    """Refuse a tensor of floats where whole numbers are told apart; None passes."""
+    if tensor is not None and tensor.is_floating_point():
+        raise TypeError(f"{name} has dtype {tensor.dtype}, but must be of an integer dtype.")
+
+
+def check_documents(seq_idx: Tensor | None, batch: int, length: int) -> None:
+    """Refuse numbers of documents that are not one integer a token."""
+    check_shape("seq_idx", seq_idx, "B L", (batch, length))
+    check_integers("seq_idx", seq_idx)
+
+
 def check_scan(heads: int, width: int, groups: int, A: Tensor, D: Tensor | None, dt_bias: Tensor | None) -> None:
     """Refuse groups, decays, skips or biases that do not fit the heads of an SSD."""
     if groups < 1 or heads % groups:
@@ -149,6 +167,7 @@ def check_distillation(
         raise ValueError(f"hard_share is {hard_share}, but must be between 0 and 1.")
     if chunk_tokens < 1:
         raise ValueError(f"chunk_tokens is {chunk_tokens}, but must be at least 1.")
+    check_float("hidden_s", hidden_s)
     if hidden_s.ndim < 2:
         raise ValueError(f"hidden_s has shape {tuple(hidden_s.shape)}, but must be (..., D).")
     check_dimensions("head_s", head_s, "V D")
@@ -157,6 +176,7 @@ def check_distillation(
     if hard_share > 0.0 and labels is None:
         raise ValueError(f"labels are needed at hard_share = {hard_share}, or set hard_share = 0.0.")
     check_shape("labels", labels, "...", tokens)
+    check_integers("labels", labels)
     check_shape("mask", mask, "...", tokens)
     if mask is not None and mask.dtype != torch.bool:
         raise TypeError(f"mask has dtype {mask.dtype}, but must be torch.bool.")

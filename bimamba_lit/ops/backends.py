@@ -34,7 +34,7 @@ def pick(backend: str, tensor: Tensor, naive: Op, chunked: Op | None = None, par
     """Return the form of an op that `backend` and the device and dtype of `tensor` ask for, or raise ValueError."""
     if backend not in BACKENDS:
         raise ValueError(f"backend is {backend!r}, but must be one of {', '.join(BACKENDS)}.")
-    if backend == "naive":
+    if backend == "naive" or tensor.numel() == 0:  # other forms have no tiles or programs for nothing
         return naive
     # In float64 the Triton forms hold sums in float32, or are another form.
     on_gpu = tensor.is_cuda or _as_on_gpu

@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from bimamba_lit.kernels.binary_linear import chunked, naive
-from bimamba_lit.ops.arguments import check_signs, check_terms
+from bimamba_lit.ops.arguments import check_float, check_signs, check_terms
 from bimamba_lit.ops.backends import pick
 
 
@@ -48,8 +48,9 @@ def binary_linear(
 
     Raises:
         ValueError: If a shape, `in_features`, `activation_bits` or the backend is wrong.
-        TypeError: If `signs` is not uint8.
+        TypeError: If `x` is not of a float dtype or `signs` not uint8.
     """
+    check_float("x", x)
     check_signs(signs, in_features)
     if x.ndim < 1 or x.shape[-1] != in_features:
         raise ValueError(f"x has shape {tuple(x.shape)}, but must be (..., I) = (..., {in_features}).")

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from bimamba_lit.kernels.binary_weight import naive
-from bimamba_lit.ops.arguments import check_dimensions, check_terms
+from bimamba_lit.ops.arguments import check_dimensions, check_float, check_terms
 from bimamba_lit.ops.backends import pick
 
 STRAIGHT_THROUGH = ("identity", "clipped", "tanh", "bireal")
@@ -47,8 +47,10 @@ def binary_weight(
 
     Raises:
         ValueError: If a shape, `straight_through` or the backend is wrong.
+        TypeError: If `latent` is not of a float dtype.
     """
     check_dimensions("latent", latent, "O I")
+    check_float("latent", latent)
     if straight_through not in STRAIGHT_THROUGH:
         raise ValueError(f"straight_through is {straight_through!r}, but must be one of {', '.join(STRAIGHT_THROUGH)}.")
     check_terms(latent.shape[0], latent.shape[1], in_scale, out_scale, group_scale, in_shift, out_shift, None)

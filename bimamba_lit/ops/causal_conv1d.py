@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from bimamba_lit.kernels.causal_conv1d import chunked, naive, parallel
-from bimamba_lit.ops.arguments import check_activation, check_dimensions, check_shape
+from bimamba_lit.ops.arguments import check_activation, check_dimensions, check_documents, check_float, check_shape
 from bimamba_lit.ops.backends import pick
 
 
@@ -35,8 +35,10 @@ def causal_conv1d(
 
     Raises:
         ValueError: If a shape, the activation or the backend is wrong.
+        TypeError: If `x` is not of a float dtype, or `seq_idx` not of an integer one.
     """
     check_dimensions("x", x, "B D L")
+    check_float("x", x)
     batch, channels, length = x.shape
     check_dimensions("weight", weight, "D W")
     taps = weight.shape[1]
@@ -45,7 +47,7 @@ def causal_conv1d(
     check_shape("weight", weight, "D W", (channels, taps))
     check_shape("bias", bias, "D", (channels,))
     check_shape("initial_states", initial_states, "B D W-1", (batch, channels, taps - 1))
-    check_shape("seq_idx", seq_idx, "B L", (batch, length))
+    check_documents(seq_idx, batch, length)
     check_activation(activation)
     run = pick(backend, x, naive.causal_conv1d, chunked.causal_conv1d, parallel.causal_conv1d)
     return run(x, weight, bias, activation, initial_states, seq_idx, return_final_states)
@@ -80,6 +82,8 @@ def causal_conv1d_step(
     batch, channels = x.shape
     check_dimensions("weight", weight, "D W")
     taps = weight.shape[1]
+    if taps < 1:
+        raise ValueError(f"weight has shape {tuple(weight.shape)}, but must have at least one tap.")
     check_shape("weight", weight, "D W", (channels, taps))
     check_shape("conv_state", conv_state, "B D W-1", (batch, channels, taps - 1))
     check_shape("bias", bias, "D", (channels,))

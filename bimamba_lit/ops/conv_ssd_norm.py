@@ -8,7 +8,7 @@ from torch import Tensor
 
 from bimamba_lit.kernels.autocast import without_autocast
 from bimamba_lit.kernels.conv_ssd_norm import chunked, naive, parallel
-from bimamba_lit.ops.arguments import check_dimensions, check_shape
+from bimamba_lit.ops.arguments import check_dimensions, check_documents, check_float, check_shape
 from bimamba_lit.ops.backends import pick
 
 
@@ -52,10 +52,12 @@ def conv_ssd_norm(
 
     Raises:
         ValueError: If a shape, `groups` or the backend is wrong.
+        TypeError: If `projected` is not of a float dtype, or `seq_idx` not of an integer one.
 
     Source: arXiv 2405.21060, section 7.1.
     """
     check_dimensions("projected", projected, "B L Z")
+    check_float("projected", projected)
     batch, length, _ = projected.shape
     check_dimensions("conv_weight", conv_weight, "K W")
     channels, taps = conv_weight.shape
@@ -66,13 +68,13 @@ def conv_ssd_norm(
         raise ValueError(f"groups is {groups}, which must divide {heads} heads, and these {inner} inner features.")
     if channels <= inner or (channels - inner) % (2 * groups):
         raise ValueError(f"conv_weight has {channels} channels, but must have {inner} and twice as many as B has.")
-    if length < 1 or chunk_size < 1:
-        raise ValueError(f"length and chunk_size must be at least 1, and are {length} and {chunk_size}.")
+    if length < 1 or chunk_size < 1 or taps < 1:
+        raise ValueError(f"length, chunk_size and taps must be at least 1, and are {length}, {chunk_size} and {taps}.")
     check_shape("projected", projected, "B L I+K+H", (batch, length, inner + channels + heads))
     check_shape("conv_bias", conv_bias, "K", (channels,))
     check_shape("D", D, "H", (heads,))
     check_shape("dt_bias", dt_bias, "H", (heads,))
-    check_shape("seq_idx", seq_idx, "B L", (batch, length))
+    check_documents(seq_idx, batch, length)
     check_shape("mask", mask, "B L", (batch, length))
     run = pick(backend, projected, naive.conv_ssd_norm, chunked.conv_ssd_norm, parallel.conv_ssd_norm)
     with without_autocast(projected):

@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from bimamba_lit.kernels.distillation_loss import chunked, naive
-from bimamba_lit.ops.arguments import check_distillation, check_shape, readable
+from bimamba_lit.ops.arguments import check_distillation, check_integers, check_shape, readable
 from bimamba_lit.ops.backends import pick
 
 
@@ -48,7 +48,7 @@ def distillation_loss(
 
     Raises:
         ValueError: If a shape, an option, a label or the backend is wrong, or an input that is needed is missing.
-        TypeError: If `mask` is not bool.
+        TypeError: If `hidden_s` is not of a float dtype, `labels` not of an integer one, or `mask` not bool.
 
     Source: arXiv 2411.11843, section 3 (soft_ce at temperature 1).
     """
@@ -58,8 +58,9 @@ def distillation_loss(
     if hard_share < 1.0:
         if hidden_t is None or head_t is None:
             raise ValueError(f"hidden_t and head_t are needed at hard_share = {hard_share}, or set hard_share = 1.0.")
-        check_shape("hidden_t", hidden_t, "... D", (*tokens, hidden_t.shape[-1]))
-        check_shape("head_t", head_t, "V D", (vocabulary, hidden_t.shape[-1]))
+        width = hidden_t.shape[-1] if hidden_t.ndim else 0
+        check_shape("hidden_t", hidden_t, "... D", (*tokens, width))
+        check_shape("head_t", head_t, "V D", (vocabulary, width))
     run = pick(backend, hidden_s, naive.distillation_loss, chunked.distillation_loss)
     return run(
         hidden_s, head_s, hidden_t, head_t, labels, divergence=divergence, temperature=temperature,
@@ -108,13 +109,16 @@ def topk_distillation_loss(
 
     Raises:
         ValueError: If a shape, an option, a label, a token or the backend is wrong.
-        TypeError: If `mask` is not bool.
+        TypeError: If `hidden_s` is not of a float dtype, `labels` or `top_ids` not of an integer one, or `mask` not
+            bool.
     """
     tokens, vocabulary = check_distillation(
         hidden_s, head_s, labels, mask, divergence, temperature, hard_share, chunk_tokens
     )
-    check_shape("top_ids", top_ids, "... k", (*tokens, top_ids.shape[-1]))
-    check_shape("top_log_probs", top_log_probs, "... k+1", (*tokens, top_ids.shape[-1] + 1))
+    k = top_ids.shape[-1] if top_ids.ndim else 1
+    check_shape("top_ids", top_ids, "... k", (*tokens, k))
+    check_integers("top_ids", top_ids)
+    check_shape("top_log_probs", top_log_probs, "... k+1", (*tokens, k + 1))
     if readable(top_ids) and top_ids.numel() and not 0 <= int(top_ids.min()) <= int(top_ids.max()) < vocabulary:
         raise ValueError(f"top_ids hold a value outside 0 to {vocabulary - 1}.")
     run = pick(backend, hidden_s, naive.topk_distillation_loss, chunked.topk_distillation_loss)

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from bimamba_lit.kernels.rms_norm import chunked, naive
-from bimamba_lit.ops.arguments import check_shape
+from bimamba_lit.ops.arguments import check_float, check_shape
 from bimamba_lit.ops.backends import pick
 
 
@@ -37,6 +37,7 @@ def rms_norm(
 
     Raises:
         ValueError: If a shape, `groups` or the backend is wrong.
+        TypeError: If `x` is not of a float dtype.
 
     Source: arXiv 1910.07467, eq. 4; with the gate, arXiv 2405.21060, section 7.1.
     """
@@ -72,12 +73,14 @@ def norm_and_residual(
 
     Raises:
         ValueError: If a shape or the backend is wrong.
+        TypeError: If `x` is not of a float dtype.
     """
     _check(x, weight)
     return pick(backend, x, naive.norm_and_residual, chunked.norm_and_residual)(x, weight, eps, dtype)
 
 
 def _check(x: Tensor, weight: Tensor) -> None:
+    check_float("x", x)
     if x.ndim < 1 or x.shape[-1] < 1:
         raise ValueError(f"x has shape {tuple(x.shape)}, but must be (..., D) with at least one feature.")
     check_shape("weight", weight, "D", (x.shape[-1],))

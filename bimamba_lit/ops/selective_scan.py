@@ -4,7 +4,14 @@ from torch import Tensor
 
 from bimamba_lit.kernels.autocast import without_autocast
 from bimamba_lit.kernels.selective_scan import chunked, naive
-from bimamba_lit.ops.arguments import check_dimensions, check_maps, check_selective, check_shape
+from bimamba_lit.ops.arguments import (
+    check_dimensions,
+    check_documents,
+    check_float,
+    check_maps,
+    check_selective,
+    check_shape,
+)
 from bimamba_lit.ops.backends import pick
 
 
@@ -49,10 +56,12 @@ def selective_scan(
 
     Raises:
         ValueError: If a shape or the backend is wrong.
+        TypeError: If `u` is not of a float dtype, or `seq_idx` not of an integer one.
 
     Source: arXiv 2312.00752, algorithm 2; the arguments are those of mamba_ssm's ``selective_scan_fn``.
     """
     check_dimensions("u", u, "B D L")
+    check_float("u", u)
     batch, channels, length = u.shape
     if length < 1:
         raise ValueError("length must be at least 1, and is 0.")
@@ -61,7 +70,7 @@ def selective_scan(
     check_maps(B, C, batch, channels, size, (length,))
     check_shape("z", z, "B D L", (batch, channels, length))
     check_shape("initial_states", initial_states, "B D N", (batch, channels, size))
-    check_shape("seq_idx", seq_idx, "B L", (batch, length))
+    check_documents(seq_idx, batch, length)
     run = pick(backend, u, naive.selective_scan, chunked.selective_scan)
     with without_autocast(u):
         return run(

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from bimamba_lit.kernels.autocast import without_autocast
 from bimamba_lit.kernels.ssd import chunked, naive, parallel
-from bimamba_lit.ops.arguments import check_dimensions, check_scan, check_shape
+from bimamba_lit.ops.arguments import check_dimensions, check_documents, check_float, check_scan, check_shape
 from bimamba_lit.ops.backends import pick
 
 
@@ -56,10 +56,12 @@ def ssd(
 
     Raises:
         ValueError: If a shape or the backend is wrong.
+        TypeError: If `x` is not of a float dtype, or `seq_idx` not of an integer one.
 
     Source: arXiv 2405.21060, section 6; the arguments are those of mamba_ssm's ``mamba_chunk_scan_combined``.
     """
     check_dimensions("x", x, "B L H P")
+    check_float("x", x)
     batch, length, heads, width = x.shape
     check_dimensions("B", B, "B L G N")
     groups, size = B.shape[2:]
@@ -71,7 +73,7 @@ def ssd(
     check_shape("C", C, "B L G N", (batch, length, groups, size))
     check_shape("z", z, "B L H P", (batch, length, heads, width))
     check_shape("initial_states", initial_states, "B H P N", (batch, heads, width, size))
-    check_shape("seq_idx", seq_idx, "B L", (batch, length))
+    check_documents(seq_idx, batch, length)
     run = pick(backend, x, naive.ssd, chunked.ssd, parallel.ssd)
     with without_autocast(x):
         return run(
