@@ -100,6 +100,8 @@ class Backbone(nn.Module):
                     f"{name} must have the shape of input_ids, {tuple(input_ids.shape)}, not {tuple(value.shape)}"
                 )
         if seq_idx is not None:
+            if seq_idx.is_floating_point():
+                raise UserError(f"seq_idx must be integers (torch.int32), not {seq_idx.dtype}")
             seq_idx = seq_idx.to(torch.int32)
         x = self._embed(input_ids)
         for layer in self.layers:
@@ -126,6 +128,8 @@ class Backbone(nn.Module):
         return self.norm_f(x), MambaState(layers)
 
     def _embed_after(self, ids: Tensor, state: MambaState) -> Tensor:
+        if len(state.layers) != len(self.layers):
+            raise UserError(f"the state is of {len(state.layers)} blocks and the model has {len(self.layers)}")
         if (expected := state.layers[0].ssm.shape[0]) != ids.shape[0]:
             raise UserError(f"the state is for a batch of {expected} sequences and the tokens are of {ids.shape[0]}")
         return self._embed(ids)

@@ -4,6 +4,7 @@ import torch
 from bimamba_lit import MambaConfig, MambaLM, ops
 from bimamba_lit.binarize import FBI, binarize_, pack_
 from bimamba_lit.errors import UserError
+from bimamba_lit.models.state import MambaState
 
 
 @pytest.fixture
@@ -210,6 +211,19 @@ def test_bad_tokens_of_a_step_are_refused(make):
     lm = make()
     with pytest.raises(UserError, match=r"must have the shape \(batch,\), not \(2, 1\)"):
         lm.step(torch.zeros(2, 1, dtype=torch.int64), lm.init_state(2))
+
+
+def test_a_state_of_another_model_is_refused(make):
+    lm, ids = make(), torch.zeros(2, 3, dtype=torch.int64)
+    state = MambaState(lm.init_state(2).layers[:1])
+    for call in (lambda: lm.prefill(ids, state), lambda: lm.step(ids[:, 0], state)):
+        with pytest.raises(UserError, match="the state is of 1 blocks and the model has 2"):
+            call()
+
+
+def test_document_numbers_that_are_no_integers_are_refused(make, ids):
+    with pytest.raises(UserError, match=r"seq_idx must be integers \(torch.int32\), not torch.float32"):
+        make()(ids, seq_idx=torch.rand(ids.shape))
 
 
 @pytest.mark.parametrize("name", ["attention_mask", "seq_idx"])
