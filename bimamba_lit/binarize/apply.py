@@ -53,9 +53,13 @@ def binarize_(
 
     Raises:
         UserError: If a pattern matches no ``nn.Linear`` that is still in full precision, rows have other names, a
-            share is out of range, or ``scheme`` does not fit a layer or makes something else than a
-            :class:`LatentLinear`. The model is then as it was.
+            share is out of range, ``scheme`` is none, does not fit a layer or makes something else than a
+            :class:`LatentLinear`, or the model is itself an ``nn.Linear``. The model is then as it was.
     """
+    if isinstance(scheme, nn.Module) or not callable(scheme):
+        raise UserError(f"a scheme is a class, as FBI, or what makes a layer of an nn.Linear, not {scheme!r}")
+    if isinstance(model, nn.Linear):
+        raise UserError("the model is itself a Linear layer, which cannot be replaced in place: take scheme(model)")
     return replace_(model, partial(_made, scheme), targets, keep_rows, double_inputs)
 
 
@@ -97,12 +101,18 @@ def pack_(model: Model, activation_bits: int | None = None) -> Model:
             percent; see :class:`PackedLinear`.
 
     Raises:
-        UserError: If the model has no binary layer to pack, a post-training result holds more than one sign a weight,
-            or ``activation_bits`` is neither None nor 8. The model is then as it was.
+        UserError: If the model has no binary layer to pack or is one itself, a post-training result holds more than one
+            sign a weight, or ``activation_bits`` is neither None nor 8. The model is then as it was.
     """
+    if isinstance(model, _UNPACKED):
+        raise UserError(
+            "the model is itself a binary layer, which cannot be replaced in place: take packed_form(model)"
+        )
     layers = {name: layer for name, layer in model.named_modules() if name and isinstance(layer, _UNPACKED)}
     if not layers:
-        raise UserError("nothing to pack: the model has no latent layer; call binarize_ first")
+        packed_already = any(isinstance(layer, PackedLinear) for layer in model.modules())
+        hint = "its binary layers are packed already" if packed_already else "call binarize_ first"
+        raise UserError(f"nothing to pack: the model has no latent layer; {hint}")
     if activation_bits not in (None, 8):
         raise UserError(f"activation_bits must be None or 8, not {activation_bits}")
     packed = {name: packed_form(layer, activation_bits).train(layer.training) for name, layer in layers.items()}

@@ -7,6 +7,9 @@ from torch import Tensor, nn
 from bimamba_lit.binarize.linear import BinaryLinear, no_decay
 from bimamba_lit.binarize.straight_through import StraightThrough
 from bimamba_lit.binarize.two_sided import rank_one
+from bimamba_lit.errors import UserError
+
+_AXES = {"column": (0,), "row": (1,), "single": (0, 1), "two_sided": (0,)}
 
 
 class FBI(BinaryLinear):
@@ -23,6 +26,9 @@ class FBI(BinaryLinear):
         straight_through: The gradient that stands in for that of the sign.
         scaled_gradients: As in :class:`~bimamba_lit.binarize.BinaryLinear`.
         reach: As in :class:`~bimamba_lit.binarize.BinaryLinear`.
+
+    Raises:
+        UserError: If ``pattern`` is none of these.
     """
 
     def __init__(
@@ -34,8 +40,10 @@ class FBI(BinaryLinear):
         reach: float | None = None,
     ) -> None:
         super().__init__(linear, straight_through, scaled_gradients, reach)
+        if pattern not in _AXES:
+            raise UserError(f"pattern is {pattern!r}, and must be one of {', '.join(_AXES)}")
         self.pattern = pattern
-        axes = {"column": (0,), "row": (1,), "single": (0, 1), "two_sided": (0,)}[pattern]
+        axes = _AXES[pattern]
         beta = self.latent.detach().mean(dim=axes, keepdim=True)
         magnitude = (self.latent.detach() - beta).abs()
         side = "out" if pattern in ("row", "single") else "in"

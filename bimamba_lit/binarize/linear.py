@@ -5,7 +5,7 @@ Every scheme is one formula with some of its terms, so that training, packing an
 """
 
 from abc import abstractmethod
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from bimamba_lit import ops
 from bimamba_lit.binarize.latent import LatentLinear
 from bimamba_lit.binarize.scaled_gradient import scaled_gradient
-from bimamba_lit.binarize.straight_through import StraightThrough
+from bimamba_lit.binarize.straight_through import StraightThrough, check_straight_through
 from bimamba_lit.binarize.unfinished import row_scale
 from bimamba_lit.errors import UserError
 from bimamba_lit.kernels.binary_linear.second_signs import whole_shift
@@ -60,9 +60,7 @@ class BinaryLinear(LatentLinear):
         scaled_gradients: bool = False,
         reach: float | None = None,
     ) -> None:
-        if straight_through not in get_args(StraightThrough):
-            known = ", ".join(get_args(StraightThrough))
-            raise UserError(f"straight_through is {straight_through!r}, and must be one of {known}")
+        check_straight_through(straight_through)
         if reach is not None and not reach > 0:
             raise UserError(f"reach is {reach}, and must be above 0 or null")
         super().__init__(linear)

@@ -1,12 +1,20 @@
 """The sign function and the gradients that stand in for its own, which is zero almost everywhere."""
 
-from typing import Literal
+from typing import Literal, get_args
 
 from torch import Tensor
 
+from bimamba_lit.errors import UserError
 from bimamba_lit.kernels.binary_weight import naive
 
 StraightThrough = Literal["identity", "clipped", "tanh", "bireal"]
+
+
+def check_straight_through(name: str) -> None:
+    """Refuse what is no gradient that stands in for the sign's."""
+    if name not in get_args(StraightThrough):
+        known = ", ".join(get_args(StraightThrough))
+        raise UserError(f"straight_through is {name!r}, and must be one of {known}")
 
 
 def straight_through_sign(
@@ -24,5 +32,9 @@ def straight_through_sign(
 
     Returns:
         Shape and dtype of ``x``.
+
+    Raises:
+        UserError: If ``straight_through`` is none of these.
     """
+    check_straight_through(straight_through)
     return naive.straight_through_sign(x, straight_through, reach)

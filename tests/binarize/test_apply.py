@@ -177,7 +177,10 @@ def test_a_description_rebuilds_what_is_binary(packed):
         ({"scheme": "FBJ"}, "did you mean 'FBI'"),
         ({"scheme": "os.system"}, "must be imported first"),
         ({"options": {"patern": "row"}}, "does not take the options"),
-        ({"options": {"pattern": "diagonal"}}, "does not take the options"),
+        (
+            {"options": {"pattern": "diagonal"}},
+            "pattern is 'diagonal', and must be one of column, row, single, two_sided",
+        ),
         ({"targets": ["no_such_layer"]}, "matches no Linear layer"),
     ],
 )
@@ -263,3 +266,27 @@ def test_a_layer_decodes_where_nothing_tells_whether_its_parameters_changed(sche
         for model in (layer, pack_(nn.Sequential(copy.deepcopy(layer)))):
             exported = torch.export.export(model, (token,)).module()
             torch.testing.assert_close(exported(token), model(token))
+
+
+@pytest.mark.parametrize("wrong", ["FBI", None, FBI(nn.Linear(8, 4))])
+def test_what_makes_no_layers_is_refused(wrong):
+    with pytest.raises(UserError, match="a scheme is a class, as FBI, or what makes a layer of an nn.Linear, not"):
+        binarize_(small_lm(), wrong)
+
+
+def test_a_pattern_that_fbi_does_not_have_is_refused():
+    with pytest.raises(UserError, match="pattern is 'diagonal', and must be one of column, row, single, two_sided"):
+        FBI(nn.Linear(8, 4), pattern="diagonal")
+
+
+def test_a_model_that_is_itself_a_layer_is_refused():
+    with pytest.raises(UserError, match="itself a Linear layer, which cannot be replaced in place: take scheme"):
+        binarize_(nn.Linear(8, 4), FBI, targets="*")
+    with pytest.raises(UserError, match="itself a binary layer, which cannot be replaced in place: take packed_form"):
+        pack_(FBI(nn.Linear(8, 4)))
+
+
+def test_a_packed_model_is_not_packed_again():
+    lm = pack_(binarize_(small_lm(), FBI))
+    with pytest.raises(UserError, match="nothing to pack: .* its binary layers are packed already"):
+        pack_(lm)

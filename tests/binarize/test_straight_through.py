@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from bimamba_lit.binarize import straight_through_sign
+from bimamba_lit.errors import UserError
 
 X = torch.tensor([-1e8, -2.0, -1.0, -0.6, -0.0, 0.0, 1e-30, 0.3, 1.0, 1.5, 1e8])
 SLOPES = {
@@ -50,3 +51,8 @@ def test_dtype_is_kept(dtype):
     y = straight_through_sign(x, "tanh")
     y.sum().backward()
     assert y.dtype == x.grad.dtype == dtype
+
+
+def test_another_gradient_is_refused():
+    with pytest.raises(UserError, match="straight_through is 'sigmoid', and must be one of identity, clipped, tanh"):
+        straight_through_sign(X, "sigmoid")

@@ -63,9 +63,12 @@ def calibrate_(
         ``model``, with a :class:`PTBLinear` in the place of every fitted layer.
 
     Raises:
-        UserError: If there are no such blocks or layers, no batches, or a layer cannot be fitted: its weight or inputs
-            are not finite, its inputs are all zero, it is never multiplied by. The model is then as it was.
+        UserError: If the scheme is none, there are no such blocks or layers, no batches, or a layer cannot be fitted:
+            its weight or inputs are not finite, its inputs are all zero, it is never multiplied by. The model is then
+            as it was.
     """
+    if not isinstance(scheme, PTBScheme):
+        raise UserError(f"calibrate_ takes a post-training scheme, as ptb.GPTQ(), not {scheme!r}")
     found = _blocks(model, blocks)
     layers = _targeted(model, found, targets)
     kept = list(batches) if scheme.needs_hessian else []
@@ -252,9 +255,8 @@ def _targeted(
         block: {name: layer for name, layer in chosen.items() if name.startswith(f"{block}.")} for block in blocks
     }
     if not any(inside.values()):
-        raise UserError(
-            f"targets: {', '.join(targets)} match no layer inside the blocks, {next(iter(blocks))} and so on"
-        )
+        names = [targets] if isinstance(targets, str) else targets
+        raise UserError(f"targets: {', '.join(names)} match no layer inside the blocks, {next(iter(blocks))} and so on")
     return inside
 
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from bimamba_lit import MambaConfig, MambaLM
-from bimamba_lit.binarize import PTBLinear, ptb
+from bimamba_lit.binarize import FBI, PTBLinear, ptb
 from bimamba_lit.errors import UserError
 
 
@@ -348,3 +348,9 @@ def test_one_block_at_a_time_runs_on_the_device_that_is_given():
     assert {value.device.type for value in away.state_dict().values()} == {"cpu"}
     for (_, one), (_, other) in zip(here.seen, there.seen, strict=True):
         assert other.device.type == "cuda" and (one - other.cpu()).norm() < 1e-3 * one.norm()
+
+
+@pytest.mark.parametrize("wrong", [FBI, ptb.GPTQ, None])
+def test_what_is_no_post_training_scheme_is_refused(wrong):
+    with pytest.raises(UserError, match=r"calibrate_ takes a post-training scheme, as ptb.GPTQ\(\), not"):
+        ptb.calibrate_(nn.ModuleDict({"layers": nn.ModuleList([nn.Linear(8, 8)])}), wrong, targets="*")
