@@ -36,7 +36,7 @@ class AnnealedGradient(pl.Callback):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Check that there is something to narrow."""
         self._steps.begin(trainer, pl_module)
-        for layer in latent_layers(pl_module):
+        for layer in latent_layers(pl_module).values():
             if layer.reach is None or layer.straight_through == "identity":
                 raise UserError(
                     "AnnealedGradient narrows the reach of a gradient: give the binarizer a reach, and clipped, tanh "
@@ -53,5 +53,5 @@ class AnnealedGradient(pl.Callback):
         self._set(trainer, pl_module)
 
     def _set(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        for layer in latent_layers(pl_module):
+        for layer in latent_layers(pl_module).values():
             layer.widening = self.softest ** (1 - self._steps.share(trainer.global_step))

@@ -1,6 +1,5 @@
 """How many signs change."""
 
-from collections.abc import Mapping
 from typing import Any
 
 import lightning.pytorch as pl
@@ -10,7 +9,7 @@ from torch import Tensor
 
 from bimamba_lit.binarize import BinaryLinear
 from bimamba_lit.callbacks.sharded import whole
-from bimamba_lit.callbacks.steps import EverySteps, report
+from bimamba_lit.callbacks.steps import EverySteps, latent_layers, report
 from bimamba_lit.errors import UserError
 from bimamba_lit.ops import pack_signs
 
@@ -18,10 +17,10 @@ from bimamba_lit.ops import pack_signs
 class BitFlips(pl.Callback):
     """Logs the share of signs that changed: FBI-LLM's flip-flop ratio (arXiv 2407.07093).
 
-    ``flips/rate`` is taken over all binary layers of ``pl_module.lm`` between this log and the one before, and
-    ``flips/rate/LAYER`` by layer, LAYER being its dotted name within ``pl_module.lm``. ``flips/since_start`` and
-    ``flips/since_start/LAYER`` compare with the signs training started from. All are shares of 1. The rate depends on
-    ``every_n_steps``: compare runs that have the same.
+    ``flips/rate`` is taken over all binary layers of the model between this log and the one before, and
+    ``flips/rate/LAYER`` by layer, LAYER being its dotted name within the model: ``pl_module.lm``, or ``pl_module``
+    itself where it has none. ``flips/since_start`` and ``flips/since_start/LAYER`` compare with the signs training
+    started from. All are shares of 1. The rate depends on ``every_n_steps``: compare runs that have the same.
 
     The snapshots are packed, an eighth of a byte a sign, lie on the layer's device and are part of the checkpoint, so
     that a resumed run logs what an uninterrupted one would. Those of a layer that is not binary yet (`Progressive`) are
@@ -53,7 +52,7 @@ class BitFlips(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Take the first snapshot, unless a checkpoint brought it."""
         self._steps.start(trainer)
-        layers = _latent_layers(pl_module)
+        layers = latent_layers(pl_module)
         if not layers:
             rank_zero_info("BitFlips: the model has no binary layer, so there are no signs to watch.")
         for snapshots in (self._start, self._last):
@@ -68,7 +67,7 @@ class BitFlips(pl.Callback):
         """Compare with the snapshots and log, at the steps that are multiples of ``every_n_steps``."""
         if not self._start or not self._steps.due(trainer):
             return
-        layers = _latent_layers(pl_module)
+        layers = latent_layers(pl_module)
         now = {name: _packed_signs(layer) for name, layer in layers.items()}
         flips = {
             # After a rewind the snapshots come from a checkpoint, on the CPU.
@@ -118,8 +117,3 @@ def _packed_signs(layer: BinaryLinear) -> Tensor:
 
 def _ones_in_a_byte(device: torch.device) -> Tensor:
     return torch.tensor([byte.bit_count() for byte in range(256)], device=device)
-
-
-def _latent_layers(pl_module: pl.LightningModule) -> Mapping[str, BinaryLinear]:
-    assert isinstance(pl_module.lm, torch.nn.Module)
-    return {name: layer for name, layer in pl_module.lm.named_modules() if isinstance(layer, BinaryLinear)}

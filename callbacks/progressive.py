@@ -9,7 +9,9 @@ from bimamba_lit.callbacks.steps import StepRange, latent_layers
 
 
 class Progressive(pl.Callback):
-    """Takes the binary layers of ``pl_module.lm`` from full precision to binary between two steps.
+    """Takes the binary layers of a model from full precision to binary between two steps.
+
+    The model is ``pl_module.lm``, or ``pl_module`` itself where it has none.
 
     With ``share`` growing from 0 at ``start_step`` to 1 at ``end_step`` in a straight line, the optimizer's next step
     is taken with
@@ -62,7 +64,7 @@ class Progressive(pl.Callback):
 
     def _set(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         share = self._steps.share(trainer.global_step)
-        layers = latent_layers(pl_module)
+        layers = latent_layers(pl_module).values()
         for index, layer in enumerate(layers):
             if share == 1 or (self.by == "layers" and index < int(share * len(layers))):
                 layer.unfinished = None

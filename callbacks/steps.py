@@ -10,7 +10,6 @@ from collections.abc import Mapping
 
 import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_info
-from torch import nn
 
 from bimamba_lit.binarize import BinaryLinear
 from bimamba_lit.errors import UserError
@@ -96,10 +95,13 @@ class StepRange:
             raise UserError(f"{self._owner}: {given}, and must be 0 <= start < end")
 
 
-def latent_layers(pl_module: pl.LightningModule) -> list[BinaryLinear]:
-    """Return the binary layers in training of ``pl_module.lm``, in the model's order."""
-    assert isinstance(pl_module.lm, nn.Module)
-    return [layer for layer in pl_module.lm.modules() if isinstance(layer, BinaryLinear)]
+def latent_layers(pl_module: pl.LightningModule) -> dict[str, BinaryLinear]:
+    """Return the binary layers in training by dotted name, in the model's order.
+
+    The model is ``pl_module.lm``, or ``pl_module`` itself where it has none.
+    """
+    model = getattr(pl_module, "lm", pl_module)
+    return {name: layer for name, layer in model.named_modules() if isinstance(layer, BinaryLinear)}
 
 
 def report(

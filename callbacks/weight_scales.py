@@ -9,7 +9,7 @@ from torch import Tensor
 
 from bimamba_lit.binarize import BinaryLinear
 from bimamba_lit.callbacks.sharded import whole
-from bimamba_lit.callbacks.steps import EverySteps, report
+from bimamba_lit.callbacks.steps import EverySteps, latent_layers, report
 from bimamba_lit.errors import UserError
 
 MULTIPLIERS = ("in_scale", "out_scale", "group_scale")
@@ -49,11 +49,8 @@ class WeightScales(pl.Callback):
         """Log at the steps that are multiples of ``every_n_steps``."""
         if not self._steps.due(trainer):
             return
-        assert isinstance(pl_module.lm, torch.nn.Module)
-        layers = {name: layer for name, layer in pl_module.lm.named_modules() if isinstance(layer, BinaryLinear)}
-        found = {
-            name: figures for name, layer in layers.items() if (figures := scale_figures(whole(layer))) is not None
-        }
+        layers = latent_layers(pl_module).items()
+        found = {name: figures for name, layer in layers if (figures := scale_figures(whole(layer))) is not None}
         if not found:
             return
         keys = ("mean", "std", "min", "max", "near_zero")

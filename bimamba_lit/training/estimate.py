@@ -138,7 +138,7 @@ def estimate_step(
             stack.enter_context(no_kernels())
         with _results_without_values():
             module.configure_model()
-        for layer in latent_layers(module):
+        for layer in latent_layers(module).values():
             layer.unfinished = unfinished
         count = ByteCount(_weights_of(module, devices))
         stack.enter_context(count)
