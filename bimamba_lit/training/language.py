@@ -188,7 +188,7 @@ class LanguageModule(pl.LightningModule):
                 "the checkpoint holds another model than the recipe builds: use the recipe it was trained with "
                 f"(they differ in {_differences(saved, built)})"
             )
-        if self.trainer.training:
+        if self._trainer is not None and self.trainer.training:  # none in load_from_checkpoint
             check_loops(self.trainer, checkpoint)
 
     def on_train_start(self) -> None:

@@ -315,3 +315,16 @@ def test_scale_names_tell_whether_a_model_was_trained():
     binarize_(lm, FBI, ["out_proj"])
     assert scheme_name(lm, trained=True) == "FBI+Sign"
     assert scheme_name(lm, trained=False) == "ptb.FBI+ptb.Sign"
+
+
+def test_a_checkpoint_loads_as_any_lightning_module(tiny, path, tmp_path):
+    options = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "limit_val_batches": 0}
+    trainer = pl.Trainer(accelerator="cpu", max_steps=1, **options)
+    module = Distill(path, FBI, optimizer=AdamW(warmup_steps=1))
+    data = TextDataModule(str(tiny.text), str(tiny.text), context=32, batch_size=8, cache_dir=str(tmp_path))
+    trainer.fit(module, data)
+    trainer.save_checkpoint(tmp_path / "student.ckpt")
+    settings = {"teacher": path, "binarizer": FBI, "weights_only": True}
+    loaded = Distill.load_from_checkpoint(tmp_path / "student.ckpt", **settings)
+    ids = torch.arange(9)[None]
+    assert torch.equal(loaded.eval().lm(ids).logits, module.eval().lm(ids).logits)
