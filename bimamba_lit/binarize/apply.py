@@ -14,7 +14,7 @@ from bimamba_lit.binarize.latent import LatentLinear
 from bimamba_lit.binarize.linear import BinaryLinear
 from bimamba_lit.binarize.packed import PackedLinear
 from bimamba_lit.binarize.ptb.layer import PTBLinear
-from bimamba_lit.binarize.targets import TARGETS, dense_layers
+from bimamba_lit.binarize.targets import TARGETS, dense_layers, put_
 from bimamba_lit.binarize.wrapper import SchemeLayer, Wrapper, linear_of
 from bimamba_lit.errors import UserError
 
@@ -72,7 +72,7 @@ def replace_(
 ) -> Model:
     """Replace every targeted ``nn.Linear`` by what ``make`` makes of it, or of part of it, in place."""
     shared = _shared_parameters(model)
-    made: dict[str, nn.Module] = {}
+    made: dict[nn.Module, nn.Module] = {}
     dense = dense_layers(model, targets)
     kept = rows_to_keep(model, list(dense), keep_rows)
     doubled = inputs_to_double(list(dense), double_inputs)
@@ -83,9 +83,8 @@ def replace_(
             layer = KeptRows(whole, part, *kept[name]) if name in kept else part(whole)
         except UserError as error:
             raise UserError(f"{name}: {error}") from error
-        made[name] = layer.train(linear.training)
-    for name, module in made.items():
-        model.set_submodule(name, module)
+        made[linear] = layer.train(linear.training)
+    put_(model, made.items())
     return model
 
 
@@ -108,16 +107,14 @@ def pack_(model: Model, activation_bits: int | None = None) -> Model:
         raise UserError(
             "the model is itself a binary layer, which cannot be replaced in place: take packed_form(model)"
         )
-    layers = {name: layer for name, layer in model.named_modules() if name and isinstance(layer, _UNPACKED)}
+    layers = [layer for layer in model.modules() if isinstance(layer, _UNPACKED)]
     if not layers:
         packed_already = any(isinstance(layer, PackedLinear) for layer in model.modules())
         hint = "its binary layers are packed already" if packed_already else "call binarize_ first"
         raise UserError(f"nothing to pack: the model has no latent layer; {hint}")
     if activation_bits not in (None, 8):
         raise UserError(f"activation_bits must be None or 8, not {activation_bits}")
-    packed = {name: packed_form(layer, activation_bits).train(layer.training) for name, layer in layers.items()}
-    for name, layer in packed.items():
-        model.set_submodule(name, layer)
+    put_(model, [(layer, packed_form(layer, activation_bits).train(layer.training)) for layer in layers])
     return model
 
 

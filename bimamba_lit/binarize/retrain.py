@@ -12,7 +12,7 @@ from bimamba_lit.binarize.doubled_inputs import InputShares
 from bimamba_lit.binarize.latent import LatentLinear
 from bimamba_lit.binarize.linear import TERMS, compose
 from bimamba_lit.binarize.ptb.layer import PTBLinear
-from bimamba_lit.binarize.targets import TARGETS, dense_layers
+from bimamba_lit.binarize.targets import TARGETS, dense_layers, put_
 from bimamba_lit.binarize.wrapper import linear_of
 
 _ROUNDING = 1e-6
@@ -56,12 +56,9 @@ def retrain_(
     Raises:
         UserError: If a target matches no layer, rows have other names, or a share is out of range.
     """
-    results: dict[int, PTBLinear] = {}
-    for name, layer in list(model.named_modules()):
-        if isinstance(layer, PTBLinear):
-            linear = layer.dense()
-            model.set_submodule(name, linear)
-            results[id(linear)] = layer
+    dense = {layer: layer.dense() for layer in model.modules() if isinstance(layer, PTBLinear)}
+    put_(model, dense.items())
+    results = {id(linear): layer for layer, linear in dense.items()}
     if scheme is None:
         return Start(0, 0)
     exact: list[LatentLinear] = []

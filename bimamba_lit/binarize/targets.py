@@ -1,6 +1,6 @@
 """Which layers of a model are to be made binary."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
 from typing import TypeGuard
 
@@ -36,6 +36,14 @@ def dense_layers(model: nn.Module, targets: Sequence[str]) -> dict[str, nn.Linea
             f"targets {', '.join(targets)} leave nothing: name layers first, then those of them to leave out"
         )
     return {name: layer for name, layer in linears.items() if name in chosen - left_out}
+
+
+def put_(model: nn.Module, layers: Iterable[tuple[nn.Module, nn.Module]]) -> None:
+    """Replace each first layer of a pair by the second, in place, under every name that it has in the model."""
+    new = dict(layers)
+    for name, layer in list(model.named_modules(remove_duplicate=False)):
+        if layer in new:
+            model.set_submodule(name, new[layer])
 
 
 def _is_dense(layer: nn.Module) -> TypeGuard[nn.Linear]:

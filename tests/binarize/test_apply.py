@@ -290,3 +290,15 @@ def test_a_packed_model_is_not_packed_again():
     lm = pack_(binarize_(small_lm(), FBI))
     with pytest.raises(UserError, match="nothing to pack: .* its binary layers are packed already"):
         pack_(lm)
+
+
+def test_a_layer_that_a_model_has_twice_stays_one():
+    torch.manual_seed(0)
+    shared = nn.Linear(8, 8)
+    model, x = nn.Sequential(shared, nn.ReLU(), shared), torch.randn(3, 8)
+    binarize_(model, FBI, targets="*")
+    assert isinstance(model[0], FBI) and model[2] is model[0]
+    expected = model(x)
+    pack_(model)
+    assert isinstance(model[0], PackedLinear) and model[2] is model[0]
+    torch.testing.assert_close(model(x), expected)
