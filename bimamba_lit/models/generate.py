@@ -43,6 +43,8 @@ def generate(
         raise UserError(f"max_new_tokens must be 0 or more, not {max_new_tokens}")
     if not (temperature >= 0 and math.isfinite(temperature)):
         raise UserError(f"temperature must be 0 (the most likely token) or a positive number, not {temperature}")
+    if ids.dim() != 2:
+        raise UserError(f"prompts must have the shape (batch, length), not {tuple(ids.shape)}")
     ids = ids.to(lm.device)
     modes = [(module, module.training) for module in lm.modules()]
     lm.eval()

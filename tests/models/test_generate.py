@@ -79,6 +79,11 @@ def test_bad_options_are_refused(make, ids, options, words):
         generate(make(), ids, **options)
 
 
+def test_a_prompt_without_a_batch_is_refused(make, ids):
+    with pytest.raises(UserError, match=r"prompts must have the shape \(batch, length\), not \(\d+,\)"):
+        generate(make(), ids[0], 2)
+
+
 def test_a_model_that_diverged_is_told(make, ids):
     lm = make()
     lm.backbone.norm_f.weight.data[0] = float("nan")
