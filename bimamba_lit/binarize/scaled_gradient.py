@@ -12,10 +12,15 @@ def scaled_gradient(x: Tensor, factor: float) -> Tensor:
 
 
 class _ScaledGradient(torch.autograd.Function):
+    generate_vmap_rule = True  # for torch.func's transforms
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor, factor: float) -> Tensor:
-        ctx.factor = factor
+    def forward(x: Tensor, factor: float) -> Tensor:
         return x.view_as(x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, float], output: Tensor) -> None:
+        _, ctx.factor = inputs
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:

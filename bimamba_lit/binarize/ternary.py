@@ -32,10 +32,16 @@ class Ternary(CodedLinear):
 
 
 class _Ternary(torch.autograd.Function):
+    generate_vmap_rule = True  # for torch.func's transforms
+
     @staticmethod
-    def forward(ctx: Any, latent: Tensor) -> Tensor:
+    def forward(latent: Tensor) -> Tensor:
         codes, scale = ternary(latent)
         return codes.mul_(scale)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        pass
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:

@@ -43,15 +43,21 @@ class TwoBit(CodedLinear):
 
 
 class _TwoBit(torch.autograd.Function):
+    generate_vmap_rule = True  # for torch.func's transforms
+
     @staticmethod
-    def forward(ctx: Any, latent: Tensor, scale: Tensor) -> Tensor:
+    def forward(latent: Tensor, scale: Tensor) -> Tensor:
         scale = stored_scales(scale)
-        ctx.save_for_backward(latent, scale)
         return levels_of(codes_of(latent, scale), scale)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
         latent, scale = ctx.saved_tensors
+        scale = stored_scales(scale)
         ratio = latent / scale.unsqueeze(1)
         inside = ratio.abs() <= 1
         level = levels_of(codes_of(latent, scale), torch.ones_like(scale))

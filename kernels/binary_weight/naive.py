@@ -50,11 +50,16 @@ def compose(
 
 
 class _Sign(torch.autograd.Function):
+    generate_vmap_rule = True  # for torch.func's transforms
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor, straight_through: str, reach: Tensor | None) -> Tensor:
-        ctx.straight_through = straight_through
-        ctx.save_for_backward(None if straight_through == "identity" else x, reach)
+    def forward(x: Tensor, straight_through: str, reach: Tensor | None) -> Tensor:
         return torch.where(x > 0, 1.0, -1.0).to(x.dtype)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, str, Tensor | None], output: Tensor) -> None:
+        x, ctx.straight_through, reach = inputs
+        ctx.save_for_backward(None if ctx.straight_through == "identity" else x, reach)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from functools import partial
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from bimamba_lit.binarize import (
     PackedLinear,
     ScaledSign,
     Sign,
+    Ternary,
     TwoBit,
     apply_binarization_,
     binarize_,
@@ -302,3 +304,19 @@ def test_a_layer_that_a_model_has_twice_stays_one():
     pack_(model)
     assert isinstance(model[0], PackedLinear) and model[2] is model[0]
     torch.testing.assert_close(model(x), expected)
+
+
+@pytest.mark.parametrize("scheme", [partial(FBI, scaled_gradients=True), ScaledSign, Ternary, TwoBit])
+def test_gradients_of_every_example_by_torch_func(scheme):
+    torch.manual_seed(0)
+    layer, x = scheme(nn.Linear(16, 8)), torch.randn(3, 16)
+
+    def loss(parameters, one):
+        return torch.func.functional_call(layer, parameters, (one,)).square().sum()
+
+    each = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(dict(layer.named_parameters()), x)
+    for n, one in enumerate(x):
+        layer.zero_grad()
+        layer(one).square().sum().backward()
+        for name, parameter in layer.named_parameters():
+            torch.testing.assert_close(each[name][n], parameter.grad, msg=name)
