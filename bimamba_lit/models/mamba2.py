@@ -20,9 +20,8 @@ _DT_FLOOR = 1e-4
 class Mamba2(nn.Module):
     """``in_proj``, causal convolution, state-space scan (SSD), gated norm, ``out_proj``.
 
-    Shapes: B batch, L length, D model width, H heads, P head width, N state size, G groups. Both projections are
-        called as
-    modules, so any module of the same shape can take their place. The initial values are mamba_ssm's: A uniform in
+    Shapes: B batch, L length, D model width, H heads, P head width, N state size, G groups. Both projections are called
+    as modules, so any module of the same shape can take their place. The initial values are mamba_ssm's: A uniform in
     [1, 16] stored as ``A_log``, dt log-uniform in [1e-3, 1e-1] stored in ``dt_bias`` as the inverse of softplus, D
     one, ``out_proj`` Kaiming-uniform divided by the square root of the number of blocks, the rest as PyTorch has it.
 

@@ -1,7 +1,8 @@
 """The packed linear layer on a GPU: the integer units for a few tokens, a dense weight and cuBLAS for many.
 
-Hopper unpacks signs in registers instead: `triton_hopper` for tens of tokens, and for hundreds and more
-`triton_hopper_sparse`, or `triton_hopper_many` with activations of 8 bits.
+For a token or two nothing is unpacked to numbers: `triton_counts_gemv` counts on the binary units, and `triton_words`
+takes 8-bit dot products. Hopper unpacks signs in registers instead: `triton_hopper` for tens of tokens, and for
+hundreds and more `triton_hopper_sparse`, or `triton_hopper_many` with activations of 8 bits.
 
 The dense weight holds every term of the formula, so beyond the product there is one pass that writes it: 2 bytes a
 weight beside 2 M operations, a tenth of the product's time at 2,048 tokens.
@@ -34,7 +35,7 @@ if HOPPER := triton.__version__.startswith(TRIED):
     from bimamba_lit.kernels.binary_linear.triton_hopper_many import binary_gemm_hopper_many
     from bimamba_lit.kernels.binary_linear.triton_hopper_sparse import binary_gemm_hopper_sparse, fill
 
-FEWEST = 2  # tokens that words take: each reads all signs anew, where the integer units take eight columns at once
+FEW = 2  # tokens that counts and words take: each reads all signs anew, the integer units serve eight columns at once
 MOST_COUNTED = 8192  # inputs: a thread a word, in eight warps
 FEWEST_ON_HOPPER = 17  # tokens; up to 16 of 16 bits fit the integer units' columns
 MANY_ON_HOPPER = 512  # tokens, of 8 bits
@@ -125,9 +126,9 @@ def linear_forward(
     groups = 1 if group_scale is None else group_scale.shape[1]
     digits = 1 if activation_bits == 8 else (4 if x.dtype == torch.float32 else 2)
     counted = x.itemsize == 2 and in_features <= MOST_COUNTED and counts_fit(in_features, group_scale, x.device)
-    if x.shape[0] <= FEWEST and counted:
+    if x.shape[0] <= FEW and counted:
         return counts_gemv(x, signs, digits, terms, bias)
-    if x.shape[0] <= FEWEST and fits(in_features, group_scale) and not architecture(x.device).startswith("gfx"):
+    if x.shape[0] <= FEW and fits(in_features, group_scale) and not architecture(x.device).startswith("gfx"):
         return words_gemv(x, signs, min(digits, 3), terms, bias)
     if _hopper_can(x, in_features, group_scale):
         if activation_bits == 8 and x.shape[0] >= MANY_ON_HOPPER:

@@ -1,4 +1,4 @@
-"""The packed linear layer for tens to thousands of tokens on Hopper: signs become numbers in registers.
+"""The packed linear layer for tens to hundreds of tokens on Hopper: signs become numbers in registers.
 
 Its tensor cores take their left operand from registers, so y^T = W x^T needs no dense weight in memory: each warp reads
 words of 32 signs and writes those of its rows as 0 and 1 in 8 bits, or as -1 and 1 in 16 bits. One launch before it
