@@ -22,7 +22,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     for a large weight, where reading whole rows at once comes closer to the memory's speed than cuBLAS.
     """
     rows, width = weight.shape
-    if x.numel() > FEW * width or x.numel() == 0 or torch.is_grad_enabled():
+    few = x.shape[-1:] == (width,) and 0 < x.numel() <= FEW * width
+    if not few or torch.is_grad_enabled():
         return F.linear(x, weight, bias)
     if _reads_rows(x, weight):
         y = _rows(x.reshape(width), weight).view(*x.shape[:-1], rows)

@@ -75,3 +75,9 @@ def test_gradients_and_autocast_are_those_of_the_plain_layer():
 def test_a_scheme_takes_it_over():
     ours, plain = twins(900, 600)
     assert torch.equal(FBI(ours).weight, FBI(plain).weight)
+
+
+@pytest.mark.parametrize("shape", [(2, 512), (1, 1000)])
+def test_a_few_tokens_of_another_width_are_told_as_by_torch(shape):
+    with torch.no_grad(), pytest.raises(RuntimeError, match="mat1 and mat2 shapes cannot be multiplied"):
+        Linear(1024, 1024)(torch.ones(shape))
