@@ -7,12 +7,12 @@ and cannot silently train in full precision.
 
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from bimamba_lit.binarize.kept import Kept
 from bimamba_lit.binarize.unfinished import Unfinished
 from bimamba_lit.kernels.autocast import product_dtype
 from bimamba_lit.kernels.linear import FEW, linear
@@ -45,7 +45,7 @@ class LatentLinear(nn.Linear, ABC):
         self.in_features = linear.in_features
         self.out_features = linear.out_features
         self.unfinished: Unfinished | None = None
-        self._kept: tuple[Any, Tensor] | None = None
+        self._kept = Kept()
         self.latent = nn.Parameter(linear.weight.detach().to(torch.float32))
         bias = linear.bias
         self.bias = None if bias is None else nn.Parameter(bias.detach().to(torch.float32))
@@ -81,22 +81,12 @@ class LatentLinear(nn.Linear, ABC):
 
     def train(self, mode: bool = True) -> "LatentLinear":
         """Set training or evaluation mode; the weight kept while decoding is let go."""
-        self._kept = None
+        self._kept.clear()
         return super().train(mode)
 
     def _kept_weight(self) -> Tensor:
         """Return the weight, formed once for as long as nothing that it is formed of changes."""
-        state = fingerprint(self.parameters())
-        if state is None:
-            return self.weight
-        state = (self.unfinished, *state)
-        if self._kept is None or self._kept[0] != state:
-            self._kept = (state, self.weight.detach())
-        return self._kept[1]
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Return what is copied and pickled of the layer: all but the weight kept while decoding."""
-        return {**self.__dict__, "_kept": None}
+        return self._kept.get(lambda: self.weight.detach(), self.parameters(), self.unfinished)
 
     def options(self) -> dict[str, Any]:
         """Return the constructor's arguments but ``linear``, as plain values."""
@@ -115,18 +105,3 @@ class LatentLinear(nn.Linear, ABC):
         """Name the sizes and the options when the layer is printed."""
         options = "".join(f", {name}={value!r}" for name, value in self.options().items())
         return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}{options}"
-
-
-def fingerprint(tensors: Iterable[Tensor]) -> tuple[Any, ...] | None:
-    """Return what differs once the values of one of the tensors do, without reading them; None where nothing tells.
-
-    It holds the tensors, so that none that comes later can have the place of one that is gone. Nothing tells of those
-    made in inference mode or traced, as by ``torch.export`` and ``torch.func.vmap``.
-    """
-    if torch.compiler.is_compiling():
-        return None
-    try:
-        # A tensor is only ever compared with itself, as its id comes first.
-        return tuple((id(t), t, t.data_ptr(), t._version, t.device, t.dtype) for t in tensors)
-    except RuntimeError:
-        return None

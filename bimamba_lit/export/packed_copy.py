@@ -20,8 +20,6 @@ def packed_copy(lm: Model) -> Model:
     """
     shared: dict[int, object] = {id(tensor): tensor for tensor in chain(lm.parameters(), lm.buffers())}
     layers = {name: layer for name, layer in lm.named_modules() if isinstance(layer, LatentLinear | PTBLinear)}
-    # The weight that a layer keeps while it decodes would be copied too, dense.
-    shared |= {id(layer._kept): None for layer in layers.values() if layer._kept is not None}
     clone = copy.deepcopy(lm, shared)
     for name, layer in layers.items():
         if isinstance(layer, LatentLinear) or layer.terms() is not None:

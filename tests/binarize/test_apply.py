@@ -216,10 +216,10 @@ def test_a_weight_kept_while_decoding_follows_every_change():
     layer(token).sum().backward()
     assert changed(optimizer.step)
     with torch.no_grad():
-        kept = layer._kept
-        assert layer(token) is not None and layer._kept is kept
+        kept = layer._kept._formed
+        assert layer(token) is not None and layer._kept._formed is kept
     layer.train()
-    assert layer._kept is None
+    assert layer._kept._formed is None
 
 
 @pytest.mark.parametrize("scheme", [FBI, ScaledSign, TwoBit])
@@ -241,8 +241,8 @@ def test_a_weight_kept_while_decoding_is_neither_copied_nor_pickled(scheme):
     with torch.no_grad():
         size = len(pickle.dumps(layer))
         layer(torch.randn(1, 64))
-        assert layer._kept is not None and len(pickle.dumps(layer)) == size
-        assert copy.deepcopy(layer)._kept is None
+        assert layer._kept._formed is not None and len(pickle.dumps(layer)) == size
+        assert copy.deepcopy(layer)._kept._formed is None
         packed = pack_(nn.Sequential(layer))
         size = len(pickle.dumps(packed))
         packed(torch.randn(1, 64))

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bimamba_lit.binarize.latent import fingerprint
+from bimamba_lit.binarize.kept import Kept
 from bimamba_lit.binarize.linear import DEPLOYED_BITS
 from bimamba_lit.binarize.ptb.scheme import PTBScheme
 from bimamba_lit.errors import UserError
@@ -36,7 +36,7 @@ class PTBLinear(nn.Module):
         self._scheme = scheme
         self._names = tuple(parts)
         self._dtype = fitted.weight.dtype
-        self._kept: tuple[Any, Tensor] | None = None
+        self._kept = Kept()
         for name, part in parts.items():
             self.register_buffer(name, part)
         self.register_buffer("bias", None if fitted.bias is None else fitted.bias.detach().clone())
@@ -50,16 +50,11 @@ class PTBLinear(nn.Module):
     def weight(self) -> Tensor:
         """The dense weight ``(O, I)`` that the parts stand for, in the dtype that the model is in."""
         parts = self.parts
-        state = (fingerprint(parts.values()), self._dtype)
-        if self._kept is not None and self._kept[0] == state and state[0] is not None:
-            return self._kept[1]
-        weight = self._scheme.decode(parts, self.out_features, self.in_features).to(self._dtype)
-        self._kept = None if state[0] is None else (state, weight)
-        return weight
 
-    def __getstate__(self) -> dict[str, Any]:
-        """Return what is copied and pickled of the layer: all but the dense weight."""
-        return {**self.__dict__, "_kept": None}
+        def decoded() -> Tensor:
+            return self._scheme.decode(parts, self.out_features, self.in_features).to(self._dtype)
+
+        return self._kept.get(decoded, parts.values(), self._dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """Multiply ``x`` ``(..., I)`` by the weight and add the bias: ``(..., O)``."""
@@ -67,7 +62,7 @@ class PTBLinear(nn.Module):
 
     def train(self, mode: bool = True) -> "PTBLinear":
         """Set training or evaluation mode; the dense weight is let go."""
-        self._kept = None
+        self._kept.clear()
         return super().train(mode)
 
     def terms(self) -> dict[str, Tensor] | None:

@@ -148,7 +148,7 @@ def test_the_weight_is_what_the_parts_say_in_the_models_dtype():
             torch.equal(part, parts[name]) and part.dtype == parts[name].dtype for name, part in moved.parts.items()
         )
     assert torch.equal(half.float().weight, dense)
-    assert layer.train().__dict__["_kept"] is None
+    assert layer.train()._kept._formed is None
 
 
 def test_the_weight_follows_the_parts():
