@@ -18,7 +18,7 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 from bimamba_lit.data.blocks import EpochOrder, EvalWindows, TrainBlocks
 from bimamba_lit.data.bpe import bpe_size, trained_bpe
 from bimamba_lit.data.offline import offline_files
-from bimamba_lit.data.source import Setting, as_sources, without_held_out
+from bimamba_lit.data.source import Setting, as_sources, parts_of, without_held_out
 from bimamba_lit.data.sources import HELD_OUT, Part, Span
 from bimamba_lit.data.stream import StreamBlocks, StreamLoader
 from bimamba_lit.data.tokenizer import ByteTokenizer, SubwordTokenizer, load_tokenizer
@@ -301,8 +301,9 @@ class TextDataModule(LightningDataModule):
         sources = as_sources(train, "train")
         name = " + ".join(source.name for source in sources)
         groups: dict[float, list[Part]] = {}
-        for source in sources:
-            groups.setdefault(source.weight, []).extend(source.parts("train", self.streaming, in_shards=self.streaming))
+        for weight in dict.fromkeys(source.weight for source in sources):
+            alike = [source for source in sources if source.weight == weight]
+            groups[weight] = parts_of(alike, "train", self.streaming, in_shards=self.streaming)
         if self.texts["val"] is not None:
             return name, list(groups.items())
         if len(groups) > 1 or self.streaming:
@@ -322,9 +323,8 @@ class TextDataModule(LightningDataModule):
         sources = as_sources(chosen, "train" if held_out else split)
         name = " + ".join(source.name for source in sources)
         if held_out:
-            parts = [part for source in sources for part in source.parts("train")]
-            return f"{name}, last {HELD_OUT:.0%}", without_held_out(parts)[1]
-        return name, [part for source in sources for part in source.parts(split, streaming=True)]
+            return f"{name}, last {HELD_OUT:.0%}", without_held_out(parts_of(sources, "train"))[1]
+        return name, parts_of(sources, split, streaming=True)
 
     def _cache(self) -> Path:
         if self.cache_dir is not None:

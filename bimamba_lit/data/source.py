@@ -1,7 +1,7 @@
 """What the settings ``train``, ``val`` and ``test`` may name, and what is read for each."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +64,31 @@ class Source:
 def part_of(path: Path, column: str) -> Part:
     """Return the whole of a file, as its name says what it is."""
     return FileRows(path, column) if is_table(path) else Span(path)
+
+
+def parts_of(sources: Sequence[Source], key: str, streaming: bool = False, in_shards: bool = False) -> list[Part]:
+    """Return what is to be read of several sources; what two of them name is read once.
+
+    Twice, it would be held out with its second copy and trained on with its first.
+
+    Args:
+        sources: The sources.
+        key: As of :meth:`Source.parts`, as are the others.
+        streaming: Likewise.
+        in_shards: Likewise.
+
+    Raises:
+        UserError: If nothing is there.
+    """
+    found: dict[Part, Part] = {}
+    for source in sources:
+        for part in source.parts(key, streaming, in_shards):
+            found.setdefault(_with_full_path(part), part)
+    return list(found.values())
+
+
+def _with_full_path(part: Part) -> Part:
+    return replace(part, path=part.path.resolve()) if isinstance(part, (Span, FileRows)) else part
 
 
 # What a recipe may say: jsonargparse would take the name of a file for a configuration, were `Source` among the types.

@@ -10,7 +10,7 @@ from datasets import Dataset
 
 from bimamba_lit.data import Source, TextDataModule
 from bimamba_lit.data.rows import FileRows, HubRows
-from bimamba_lit.data.source import as_sources, without_held_out
+from bimamba_lit.data.source import as_sources, parts_of, without_held_out
 from bimamba_lit.data.sources import Span, digest, pieces
 from bimamba_lit.errors import UserError
 
@@ -147,3 +147,20 @@ def test_a_module_reads_tables_and_text_of_one_folder(tmp_path: Path) -> None:
     module.setup("fit")
     (stream,) = module._streams["train"]
     assert stream.documents == 11 and stream.text_bytes == 16 + 5 * 26
+
+
+def test_what_is_named_twice_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Held out with one copy and trained on with the other, a model would be measured on what it has seen."""
+    for name in "abc":
+        (tmp_path / f"{name}.txt").write_text("".join(f"{name}{i}\n" for i in range(100)))
+    monkeypatch.chdir(tmp_path)
+    twice = ["a.txt", str(tmp_path), "c.txt", {"text": str(tmp_path / "?.txt")}]
+    module = TextDataModule(train=twice, context=8, cache_dir=str(tmp_path / "cache"))
+    module.setup("fit")
+    (train,), (val,) = module._streams["train"], module._streams["val"]
+    assert train.documents == 3 and val.documents == 1
+    assert train.text_bytes + val.text_bytes == sum(path.stat().st_size for path in tmp_path.glob("*.txt"))
+    rows = write("jsonl", tmp_path, ["one two three"] * 5)
+    assert len(parts_of(as_sources(["rows.jsonl", str(rows)], "train"), "train")) == 1
+    columns = [Source("rows.jsonl"), Source("rows.jsonl", column="other")]
+    assert len(parts_of(columns, "train")) == 2
