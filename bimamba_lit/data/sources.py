@@ -72,48 +72,41 @@ class Piece(TypedDict):
     text: str
 
 
-def find_files(setting: str | Sequence[str], key: str) -> list[Path]:
+def find_files(name: str, key: str) -> list[Path]:
     """Return the files that a setting names, each once.
 
     Args:
-        setting: Paths of files (plain, or compressed as .xz, .gz or .bz2), of folders (their .txt, .jsonl and .parquet
-            files, compressed or not, at any depth, in order of name) or glob patterns. Empty files found in folders or
-            by a pattern are left out.
+        name: The path of a file (plain, or compressed as .xz, .gz or .bz2), of a folder (its .txt, .jsonl, .ndjson and
+            .parquet files, compressed or not, at any depth, in order of name) or a glob pattern. Empty files found in
+            a folder or by a pattern are left out.
         key: The setting's name, for messages.
 
     Raises:
-        UserError: If a path does not exist, a folder or pattern holds no text, or a named file is empty.
+        UserError: If the path does not exist, a folder or pattern holds no text, or a named file is empty.
     """
-    names = [setting] if isinstance(setting, str) else list(setting)
-    if not names:
-        raise UserError(f"{key}: the list of text files is empty")
-    found: dict[Path, None] = {}
-    for name in names:
-        path = Path(name).expanduser()
-        if path.is_file():
-            if _is_empty(path):
-                raise UserError(f"{key}: the file {path} is empty")
-            found[path] = None
-            continue
-        if path.is_dir():
-            candidates = sorted(p for p in path.rglob("*") if p.is_file() and p.name.endswith(_FOLDER_NAMES))
-            kind = f"the folder {path} holds no file named {', '.join('*' + n for n in _FOLDER_NAMES)}"
-        elif glob.has_magic(name):
-            candidates = sorted(p for p in map(Path, glob.glob(str(path), recursive=True)) if p.is_file())
-            kind = f"no file matches the pattern '{name}'"
-        else:
-            siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-            raise UserError(
-                f"{key}: '{name}' is not a file or folder (accepted: 'offline', or the paths of local text files, "
-                f"folders or glob patterns){nearest(path.name, [*siblings, 'offline'])}"
-            )
-        if not candidates:
-            raise UserError(f"{key}: {kind}")
-        full = [p for p in candidates if not _is_empty(p)]
-        if not full:
-            raise UserError(f"{key}: all files of '{name}' are empty")
-        found.update(dict.fromkeys(full))
-    return list(found)
+    path = Path(name).expanduser()
+    if path.is_file():
+        if _is_empty(path):
+            raise UserError(f"{key}: the file {path} is empty")
+        return [path]
+    if path.is_dir():
+        candidates = sorted(p for p in path.rglob("*") if p.is_file() and p.name.endswith(_FOLDER_NAMES))
+        lacking = f"the folder {path} holds no file named {', '.join('*' + n for n in _FOLDER_NAMES)}"
+    elif glob.has_magic(name):
+        candidates = sorted(p for p in map(Path, glob.glob(str(path), recursive=True)) if p.is_file())
+        lacking = f"no file matches the pattern '{name}'"
+    else:
+        siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+        raise UserError(
+            f"{key}: '{name}' is not a file or folder (accepted: 'offline', or the paths of local text files, "
+            f"folders or glob patterns){nearest(path.name, [*siblings, 'offline'])}"
+        )
+    if not candidates:
+        raise UserError(f"{key}: {lacking}")
+    full = [p for p in candidates if not _is_empty(p)]
+    if not full:
+        raise UserError(f"{key}: all files of '{name}' are empty")
+    return list(dict.fromkeys(full))
 
 
 def hold_out(files: Sequence[Path]) -> tuple[list[Span], list[Span]]:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from bimamba_lit.data import sources
+from bimamba_lit.data.source import as_sources
 from bimamba_lit.data.sources import Span, digest, find_files, hold_out, pieces, size_of
 from bimamba_lit.data.tokenizer import load_tokenizer
 from bimamba_lit.errors import UserError
@@ -34,7 +35,7 @@ def test_files_folders_and_patterns_in_order_and_once(tmp_path: Path) -> None:
     write(tmp_path / "hollow.txt.gz", b"")
     assert find_files(str(tmp_path), "train") == [b, packed, a]
     assert find_files(str(tmp_path / "*.md"), "train") == [tmp_path / "other.md"]
-    assert find_files([str(tmp_path / "**" / "a.txt"), str(tmp_path)], "train") == [a, b, packed]
+    assert find_files(str(tmp_path / "**" / "*.txt"), "train") == [b, a]
 
 
 @pytest.mark.parametrize("suffix", OPENERS)
@@ -134,7 +135,7 @@ def test_what_is_missing_or_empty(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="did you mean 'offline'"):
         find_files("ofline", "train")
     with pytest.raises(UserError, match="list of text files is empty"):
-        find_files([], "val")
+        as_sources([], "val")
 
 
 def test_undecodable_text_is_told_with_its_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
