@@ -4,6 +4,7 @@ import copy
 import hashlib
 import json
 import warnings
+from collections.abc import Hashable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 from bimamba_lit.data.blocks import EpochOrder, EvalWindows, TrainBlocks
 from bimamba_lit.data.bpe import bpe_size, trained_bpe
 from bimamba_lit.data.offline import offline_files
-from bimamba_lit.data.source import Setting, as_sources, parts_of, without_held_out
+from bimamba_lit.data.source import Setting, as_sources, parts_of, text_of, without_held_out
 from bimamba_lit.data.sources import HELD_OUT, Part, Span
 from bimamba_lit.data.stream import StreamBlocks, StreamLoader
 from bimamba_lit.data.tokenizer import ByteTokenizer, SubwordTokenizer, load_tokenizer
@@ -128,6 +129,7 @@ class TextDataModule(LightningDataModule):
         self._streams: dict[str, list[TokenStream]] = {}
         self._weights: list[float] = []
         self._shards: list[Part] = []
+        self._trained_on: set[Hashable] = set()
 
     def setup(self, stage: str) -> None:
         """Tokenize what a stage needs, unless the cache has it; processes that want the same text wait for the first.
@@ -240,6 +242,7 @@ class TextDataModule(LightningDataModule):
 
     def _prepare_train(self) -> None:
         name, groups = self._training_text()
+        self._trained_on = {text_of(part) for _, parts in groups for part in parts}
         streams = [self._stream(name, parts) for _, parts in groups]
         self._weights = [weight for weight, _ in groups]
         if not len(TrainBlocks(streams, self.context, self._weights)):
@@ -260,6 +263,7 @@ class TextDataModule(LightningDataModule):
         if any(weight != 1 for weight, _ in groups):
             raise UserError("streaming: sources with weights are read from the cache only: set streaming to false")
         self._shards = [part for _, parts in groups for part in parts]
+        self._trained_on = set(map(text_of, self._shards))
         rank_zero_info(f"train: {name}, {len(self._shards):,} files or shards, streamed")
 
     def _prepare_evaluation(self, split: str) -> None:
@@ -274,6 +278,11 @@ class TextDataModule(LightningDataModule):
         self.eval_data = {"name": name + cut, "sha256": stream.sha256}
         self._streams[split] = [stream]
         _tell(split, name, [stream])
+        if self.texts[split] is not None and (both := self._trained_on & set(map(text_of, parts))):
+            rank_zero_info(
+                f"{split}: train reads {len(both)} of its files or data sets too, so its figures are of text that was "
+                "trained on: leave them out of one of the two"
+            )
 
     def _stream(self, title: str, parts: list[Part], sized: bool = False, max_tokens: int | None = None) -> TokenStream:
         return token_stream(

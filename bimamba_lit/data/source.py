@@ -1,6 +1,6 @@
 """What the settings ``train``, ``val`` and ``test`` may name, and what is read for each."""
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -89,6 +89,13 @@ def parts_of(sources: Sequence[Source], key: str, streaming: bool = False, in_sh
 
 def _with_full_path(part: Part) -> Part:
     return replace(part, path=part.path.resolve()) if isinstance(part, (Span, FileRows)) else part
+
+
+def text_of(part: Part) -> Hashable:
+    """Return the file or the data set that a part is of, whichever of its bytes, columns or shards are read."""
+    if isinstance(part, HubRows):
+        return part.name, part.subset, part.split
+    return part.path.resolve() if isinstance(part, (Span, FileRows)) else part
 
 
 # What a recipe may say: jsonargparse would take the name of a file for a configuration, were `Source` among the types.

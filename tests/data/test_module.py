@@ -74,15 +74,34 @@ def test_the_offline_corpus_is_the_default(make: Any) -> None:
     assert len(list(module.test_dataloader())) == 8
 
 
-def test_val_is_held_out_of_train(make: Any, corpus: Path) -> None:
+def test_val_is_held_out_of_train(make: Any, corpus: Path, caplog: pytest.LogCaptureFixture) -> None:
     module = fitted(make(train=str(corpus), context=8, max_eval_tokens=None))
     assert module.eval_data["name"] == "corpus.txt, last 5%"
     assert str(corpus.parent) not in module.eval_data["name"]
     train, val = (bytes(module._streams[split][0].tokens.tolist()) for split in ("train", "val"))
     assert train + val == corpus.read_bytes()
     assert val.startswith(b"line ")
+    assert "train reads" not in caplog.text
     given = fitted(make(train=str(corpus), val=str(corpus)))
     assert given._streams["train"][0].text_bytes == given._streams["val"][0].text_bytes == corpus.stat().st_size
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_text_that_is_validated_on_and_trained_on_is_told(
+    make: Any, texts: Path, caplog: pytest.LogCaptureFixture, streaming: bool
+) -> None:
+    caplog.set_level("INFO", "lightning.pytorch.utilities.rank_zero")
+
+    def told(**settings: Any) -> bool:
+        caplog.clear()
+        fitted(make(train=str(texts), context=8, streaming=streaming, **settings))
+        return "val: train reads 1 of its files or data sets too" in caplog.text
+
+    assert told(val=str(texts / "..") + "/texts/1.txt")
+    other = texts.parent / "other.txt"
+    other.write_text("another text")
+    assert not told(val=str(other))
+    assert not told(val="offline", max_eval_tokens=100)
 
 
 def test_documents_within_a_file(make: Any, tmp_path: Path) -> None:
