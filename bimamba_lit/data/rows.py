@@ -146,7 +146,7 @@ def json_objects(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         where = f"{path}, line {number}"
         try:
             row = json.loads(decode(line, path, 0))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{where}: not a line of JSON ({error}); mend or remove it") from error
         if not isinstance(row, dict):
             raise UserError(f"{where}: a JSON object is needed, not {type(row).__name__}")

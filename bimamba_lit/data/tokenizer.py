@@ -104,7 +104,7 @@ class SubwordTokenizer:
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
         try:
             fields = json.loads(definition)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"the tokenizer is not JSON: {error}") from error
         if not isinstance(fields, dict) or "model" not in fields:
             raise UserError("the tokenizer has no 'model' key, as a tokenizer.json of Hugging Face tokenizers has")

@@ -119,7 +119,7 @@ def read_summary(run_dir: str | Path) -> Summary:
         values = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is cut off or no JSON ({error}): let `bimamba validate` write it anew") from error
     return _checked(values, path)
 

@@ -69,7 +69,7 @@ def read_grid(path: Path) -> dict[str, Setting]:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"cannot read the grid {path}: {error.strerror or error}") from error
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
+    except (ValueError, yaml.YAMLError, RecursionError) as error:
         raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
     settings: dict[str, Setting] = {}
     for block in content if isinstance(content, list) else [content]:
@@ -78,9 +78,8 @@ def read_grid(path: Path) -> dict[str, Setting]:
         for name, setting in _combinations(block, path):
             if setting in settings.values():
                 raise UserError(f"{path} holds the setting {name} twice")
-            if name in settings:
-                name = f"{name}-{sum(other.startswith(name) for other in settings) + 1}"
-            settings[name] = setting
+            names = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
+            settings[next(one for one in names if one not in settings)] = setting
     if not settings:
         raise UserError(f"{path} is empty: it must map recipe keys to lists of values")
     return settings

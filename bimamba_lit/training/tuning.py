@@ -114,7 +114,7 @@ def read_tuning(text: str) -> Tuning:
     key, _, values = text.partition("=")
     try:
         read = tuple(yaml.safe_load(_number(value)) for value in values.split(",") if value)
-    except yaml.YAMLError as error:
+    except (ValueError, yaml.YAMLError, RecursionError) as error:
         raise UserError(f"--tune {text}: its values are no YAML ({' '.join(str(error).split())})") from error
     if not key or len(read) < 2 or len(set(map(str, read))) < len(read):
         raise UserError(f"--tune {text}: give a key and different values, as in model.optimizer.lr=1e-3,2e-3,4e-3")

@@ -58,6 +58,7 @@ def test_the_last_rows_are_held_out(kind: str, tmp_path: Path) -> None:
     [
         ('{"text": "cut', "line 2: not a line of JSON"),
         ("\xff", "line 2"),
+        pytest.param("[" * 100_000, "line 2: not a line of JSON", id="deep"),
         ("[1]", "line 2: a JSON object is needed, not list"),
         ('{"txt": "a", "id": 3}', r"line 2: there is no column 'text' \(there: 'txt', 'id'\); did you mean 'txt'"),
         ('{"text": 3}', "line 2: 'text' holds int, and text is needed"),

@@ -99,7 +99,13 @@ def test_text_that_a_normalizer_drops_is_still_counted() -> None:
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [("not json", "not JSON"), ("[1]", "no 'model' key"), ('{"model": {"type": "BPE"}}', "does not accept")],
+    [
+        ("not json", "not JSON"),
+        pytest.param("[" * 100_000, "not JSON", id="deep"),
+        pytest.param("1" * 5000, "not JSON", id="digits"),
+        ("[1]", "no 'model' key"),
+        ('{"model": {"type": "BPE"}}', "does not accept"),
+    ],
 )
 def test_a_file_that_is_no_tokenizer(tmp_path: Path, content: str, message: str) -> None:
     path = tmp_path / "tokenizer.json"

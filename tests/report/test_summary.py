@@ -74,6 +74,7 @@ def test_missing_folders_and_files(summary: Callable[..., Summary], tmp_path: Pa
     [
         (lambda text: text[: len(text) // 2], "is cut off or no JSON"),
         (lambda text: "", "is cut off or no JSON"),
+        (lambda text: "[" * 100_000, "is cut off or no JSON"),
         (lambda text: "[1]", "holds no JSON object"),
         (lambda text: text.replace('"stride"', '"strides"'), "unknown key 'strides'; did you mean 'stride'"),
         (lambda text: text.replace('  "stride": 128,\n  "params": 2000000,\n', ""), "lacks params, stride"),

@@ -41,10 +41,20 @@ def test_a_block_may_have_a_name_and_its_runs_say_what_differs_in_it(tmp_path):
     }  # fmt: skip
 
 
+def test_settings_of_one_name_are_numbered_past_the_names_that_are_taken(tmp_path):
+    blocks = [{"name": name, "a": value} for value, name in enumerate(["x", "x", "x-3", "x", "x", "xy"])]
+    named = read_grid(grid(tmp_path, blocks))
+    assert {name: setting["a"] for name, setting in named.items()} == {
+        "x": 0, "x-2": 1, "x-3": 2, "x-4": 3, "x-5": 4, "xy": 5,
+    }  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("content", "sentence"),
     [
         ("a: [1", "is not YAML"),
+        ("a: 2026-13-01", "is not YAML"),
+        pytest.param("a: " + "[" * 2000, "is not YAML", id="deep"),
         ("just text", "is no grid"),
         ("", "is no grid"),
         ({1: [2]}, "is no grid"),
@@ -132,7 +142,7 @@ def test_what_is_tuned_is_read_as_yaml_is(text, values):
     assert read_tuning(text) == Tuning(text.split("=")[0], values)
 
 
-@pytest.mark.parametrize("text", ["lr", "lr=", "lr=1", "=1,2", "lr=1,1", "lr=[1,{"])
+@pytest.mark.parametrize("text", ["lr", "lr=", "lr=1", "=1,2", "lr=1,1", "lr=[1,{", "lr=2026-13-01,1"])
 def test_what_is_no_tuning_is_told(text):
     with pytest.raises(UserError, match="--tune"):
         read_tuning(text)
