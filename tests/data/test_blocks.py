@@ -3,9 +3,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from bimamba_lit.data.blocks import IGNORED, EpochOrder, EvalWindows, TrainBlocks
+from bimamba_lit.data.blocks import IGNORED, EpochOrder, EvalWindows, SeparateWindows, TrainBlocks
 from bimamba_lit.data.sources import Span
-from bimamba_lit.data.tokenizer import ByteTokenizer
+from bimamba_lit.data.tokenizer import ByteTokenizer, load_tokenizer
 from bimamba_lit.data.tokens import NOT_A_TARGET, TokenStream, token_stream
 from bimamba_lit.errors import UserError
 
@@ -50,6 +50,17 @@ def test_windows_count_every_target_once(stream: TokenStream, context: int, stri
     assert windows.targets == len(targets)
     if multiple_of == 1:
         assert (windows[len(windows) - 1]["labels"] != IGNORED).any()
+
+
+def test_separate_windows_predict_all_of_their_ids_but_the_first(texts: Path, bpe: Path, tmp_path: Path) -> None:
+    stream = token_stream([Span(texts / "1.txt")], load_tokenizer(str(bpe)), tmp_path / "cache", sized=True)
+    windows = SeparateWindows(stream, 7)
+    assert len(windows) == stream.length // 7 > 3
+    for index in range(len(windows)):
+        item, first = windows[index], index * 7
+        assert item["input_ids"].tolist() == stream.tokens[first : first + 7].tolist()
+        assert item["labels"].tolist() == [*stream.tokens[first + 1 : first + 7].tolist(), IGNORED]
+        assert item["label_bytes"].tolist() == [*stream.sizes[first + 1 : first + 7].tolist(), 0]
 
 
 def test_ranks_share_an_order_without_overlap(stream: TokenStream) -> None:

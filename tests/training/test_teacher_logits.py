@@ -55,6 +55,21 @@ def losses(folder: Path) -> list[float]:
     return [float(line.split(",")[column]) for line in lines[1:]]
 
 
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+@pytest.mark.parametrize("top_k", [1, 5, 12])
+def test_what_is_kept_is_the_likeliest_at_a_temperature_and_the_rest(top_k, temperature, monkeypatch):
+    monkeypatch.setattr(store_teacher, "_CHUNK_TOKENS", 4)
+    draw = torch.Generator().manual_seed(0)
+    hidden, head = torch.randn(9, 6, generator=draw), torch.randn(12, 6, generator=draw)
+    ids, log_probs = store_teacher.likeliest(hidden, head, top_k, temperature)
+    for row, own_ids, own in zip(hidden, ids, log_probs.exp(), strict=True):
+        powers = [float((row @ weights / temperature).exp()) for weights in head]
+        shares = [power / sum(powers) for power in powers]
+        assert own_ids.tolist() == sorted(sorted(range(12), key=lambda i: -shares[i])[:top_k])
+        assert own[:-1].tolist() == pytest.approx([shares[i] for i in own_ids], rel=1e-5)
+        assert float(own[-1]) == pytest.approx(1 - sum(shares[i] for i in own_ids), abs=1e-6)
+
+
 def test_the_cost_is_told_before_and_after(written):
     out, printed = written
     size = sum(file.stat().st_size for file in out.glob("*.arrow"))
