@@ -68,6 +68,14 @@ def test_rate_and_totals(tiny: SimpleNamespace, tmp_path: Path, clock: Clock, ac
     assert trainer.callback_metrics["speed/tokens_seen"] == 8 * accumulate * tiny.tokens_a_batch
 
 
+def test_tokens_are_those_of_all_devices() -> None:
+    speed = Throughput(1)
+    trainer = SimpleNamespace(world_size=3, global_step=0, loggers=[])
+    for _ in range(2):
+        speed.on_train_batch_end(trainer, None, None, {"input_ids": torch.zeros(4, 8)}, 0)  # type: ignore[arg-type]
+    assert speed.tokens_seen == 2 * 3 * 4 * 8
+
+
 def test_the_wait_for_data_counts(tiny: SimpleNamespace, tmp_path: Path, clock: Clock) -> None:
     class SlowData(tiny.data):  # type: ignore[misc]
         def train_dataloader(self) -> Any:
