@@ -153,7 +153,7 @@ def test_last_passes_over_a_broken_checkpoint_and_says_so(tiny, bimamba, whole, 
     answer = bimamba(*args, "--ckpt_path=last")
     assert answer.code == 0, answer.err
     kept = folder / "checkpoints" / "at-step=5.ckpt"
-    assert f"{newest} is broken (it is cut off or no checkpoint); going on from {kept}" in answer.out
+    assert f"{newest} is broken (it is no checkpoint, or is damaged or cut short); going on from {kept}" in answer.out
     (folder / "checkpoints" / "at-step=40.ckpt").rename(folder / "checkpoints" / "last.ckpt")
     assert_same_run(folder, whole)
 

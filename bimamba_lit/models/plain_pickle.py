@@ -8,6 +8,7 @@ and which no checkpoint needs, is refused. The checksums of the records are thos
 
 import pickle
 import zipfile
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -30,31 +31,42 @@ def load_plain(file: Path, wanted: str) -> Any:
         UserError: If it holds more than tensors and plain values, is damaged, or is no PyTorch file.
     """
     try:
-        _check_archive(file, wanted)
+        with zipfile.ZipFile(file) as archive:
+            if (fault := _fault(archive, file.stat().st_size)) is not None:
+                raise UserError(f"{file} {fault}; give {wanted}")
         return torch.load(file, map_location="cpu", mmap=True, weights_only=True)
     except UserError:
         raise
     except pickle.UnpicklingError as error:
-        raise UserError(
-            f"{file} is not a checkpoint of plain tensors and values, and nothing else is opened; give {wanted}"
-        ) from error
+        raise UserError(f"{file} {_NOT_PLAIN}; give {wanted}") from error
     except Exception as error:  # a damaged pickle raises whatever its bytes happen to ask for
         raise UserError(f"{file} is no checkpoint, or is damaged or cut short; give {wanted}") from error
 
 
-def _check_archive(file: Path, wanted: str) -> None:
-    size = file.stat().st_size
-    with zipfile.ZipFile(file) as archive:
-        records = archive.infolist()
-        if any(record.compress_type != zipfile.ZIP_STORED or record.file_size > size for record in records):
-            raise UserError(f"{file} is compressed or damaged: PyTorch stores its records as they are; give {wanted}")
-        for record in records:
-            if record.filename.endswith("/data.pkl") and not _is_harmless(archive, record):
-                raise UserError(
-                    f"{file} is not a checkpoint of plain tensors and values, and nothing else is opened; give {wanted}"
-                )
-        if damaged := archive.testzip():
-            raise UserError(f"{file} is damaged: {damaged} in it does not have its checksum; save or copy it again")
+def check_plain(data: bytes) -> None:
+    """Hold a PyTorch file that lies in memory, such as a part of another file, to the same.
+
+    Raises:
+        Exception: Whatever its bytes happen to ask for, if it is anything else.
+    """
+    with zipfile.ZipFile(BytesIO(data)) as archive:
+        if (fault := _fault(archive, len(data))) is not None:
+            raise UserError(f"it {fault}")
+    torch.load(BytesIO(data), weights_only=True)
+
+
+_NOT_PLAIN = "is not a checkpoint of plain tensors and values, and nothing else is opened"
+
+
+def _fault(archive: zipfile.ZipFile, size: int) -> str | None:
+    """Return what keeps an archive of so many bytes from being opened; None if nothing does."""
+    records = archive.infolist()
+    if any(record.compress_type != zipfile.ZIP_STORED or record.file_size > size for record in records):
+        return "is compressed or damaged: PyTorch stores its records as they are"
+    if not all(_is_harmless(archive, record) for record in records if record.filename.endswith("/data.pkl")):
+        return _NOT_PLAIN
+    damaged = archive.testzip()
+    return None if damaged is None else f"is damaged: {damaged} in it does not have its checksum"
 
 
 def _is_harmless(archive: zipfile.ZipFile, record: zipfile.ZipInfo) -> bool:

@@ -11,7 +11,6 @@ import importlib
 import pickle
 import warnings
 from functools import cache
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ import torch
 from torch import Tensor
 
 from bimamba_lit.errors import UserError
-from bimamba_lit.models.plain_pickle import load_plain
+from bimamba_lit.models.plain_pickle import check_plain, load_plain
 
 _META, _INDEX = "meta.pt", ".metadata"
 _WHOLE = "a whole sharded checkpoint, with meta.pt, .metadata and the .distcp files of every process"
@@ -105,9 +104,9 @@ def check_sharded(folder: Path) -> None:
             continue  # a tensor, which torch reads as nothing else
         with (folder / where.relative_path).open("rb") as file:
             file.seek(where.offset)
-            values = BytesIO(file.read(where.length))
+            value = file.read(where.length)
         try:
-            torch.load(values, weights_only=True)
+            check_plain(value)
         except Exception as error:
             raise UserError(f"{folder} holds {key.fqn}, which is no plain value; give {_WHOLE}") from error
 

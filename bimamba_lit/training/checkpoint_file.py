@@ -1,7 +1,6 @@
 """Checkpoint files: written whole or not at all, and the newest whole one found again."""
 
 import sys
-import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from lightning.fabric.plugins.io import TorchCheckpointIO
 
 from bimamba_lit.errors import UserError
 from bimamba_lit.files import replacing
+from bimamba_lit.models.plain_pickle import load_plain
 from bimamba_lit.models.sharded_folder import check_sharded, load_meta
 
 EXACT = "resumes_exactly"
@@ -113,12 +113,10 @@ def _read(path: Path) -> tuple[str | None, dict[str, Any]]:
     if not path.stat().st_size:
         return "it is empty", {}
     try:
-        with zipfile.ZipFile(path) as archive:
-            if (bad := archive.testzip()) is not None:
-                return f"its part {bad} is damaged", {}
-        content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        path.open("rb").close()
+        content = load_plain(path, "another")
     except OSError as error:
         return error.strerror or str(error), {}
-    except Exception:  # noqa: BLE001  (garbage fails in many ways)
-        return "it is cut off or no checkpoint", {}
+    except UserError as error:
+        return f"it {str(error).removeprefix(f'{path} ').partition('; ')[0]}", {}
     return (None, content) if isinstance(content, dict) else ("it is no checkpoint", {})

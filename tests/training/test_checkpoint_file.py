@@ -2,6 +2,7 @@
 
 import errno
 import os
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,19 @@ def test_a_broken_one_is_passed_over_and_named(tmp_path: Path, how: str) -> None
         str(tmp_path / "last.ckpt"),
         str(tmp_path / "step=2.ckpt"),
     ]
+
+
+class Allocate:
+    def __reduce__(self) -> Any:
+        return bytearray, (1 << 30,)
+
+
+def test_one_that_asks_for_memory_is_passed_over_without_giving_it(tmp_path: Path) -> None:
+    torch.save(checkpoint(1) | {"more": Allocate()}, tmp_path / "last.ckpt")
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    found, (told,) = newest_whole(tmp_path, "last.ckpt")
+    assert found is None and "plain tensors and values, and nothing else is opened" in told
+    assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 < 1 << 28
 
 
 def test_one_that_does_not_resume_exactly_is_passed_over(tmp_path: Path) -> None:

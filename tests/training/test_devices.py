@@ -6,6 +6,7 @@ import pickle
 import shutil
 import subprocess
 import sys
+from io import BytesIO
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ import yaml
 
 from bimamba_lit.errors import UserError
 from bimamba_lit.models import MambaLM
-from bimamba_lit.models.sharded_folder import check_sharded
+from bimamba_lit.models.sharded_folder import _checked_index, check_sharded
 from bimamba_lit.training.checkpoint_file import newest_whole
 
 CALLBACKS = [
@@ -138,6 +139,24 @@ def _shorten(folder: Path) -> None:
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
 
 
+class Allocate:
+    def __reduce__(self):
+        return bytearray, (1 << 36,)
+
+
+def _allocate(folder: Path) -> None:
+    index = _checked_index(folder)
+    parts = [
+        where for key, where in index.storage_data.items() if not hasattr(index.state_dict_metadata[key.fqn], "size")
+    ]
+    where = max(parts, key=lambda part: part.length)
+    torch.save(Allocate(), value := BytesIO())
+    assert len(value.getvalue()) <= where.length
+    with (folder / where.relative_path).open("rb+") as file:
+        file.seek(where.offset)
+        file.write(value.getvalue().rjust(where.length, b"\0"))  # before it a zip file may have anything
+
+
 DAMAGES = {
     "holds posix.mkdir": _steal,
     "is missing or cut short": _shorten,
@@ -158,6 +177,15 @@ def test_a_sharded_checkpoint_that_is_not_whole_or_no_data_is_refused(two, tmp_p
         with pytest.raises(UserError, match=told):
             read(folder)
     assert not (tmp_path / "stolen").exists()
+
+
+def test_a_sharded_checkpoint_with_a_value_that_asks_for_memory_is_refused(two, tmp_path):
+    folder = tmp_path / "checkpoint"
+    shutil.copytree(last(two), folder)
+    check_sharded(folder)
+    _allocate(folder)
+    with pytest.raises(UserError, match="which is no plain value"):
+        check_sharded(folder)
 
 
 def test_last_passes_over_a_sharded_checkpoint_that_is_not_whole(two, tmp_path):
