@@ -95,7 +95,8 @@ def text_of(part: Part) -> Hashable:
     """Return the file or the data set that a part is of, whichever of its bytes, columns or shards are read."""
     if isinstance(part, HubRows):
         return part.name, part.subset, part.split
-    return part.path.resolve() if isinstance(part, (Span, FileRows)) else part
+    assert isinstance(part, (Span, FileRows))
+    return part.path.resolve()
 
 
 # What a recipe may say: jsonargparse would take the name of a file for a configuration, were `Source` among the types.

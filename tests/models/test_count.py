@@ -1,5 +1,6 @@
 import pytest
 import torch
+from torch import nn
 
 from bimamba_lit import MambaConfig, MambaLM
 from bimamba_lit.binarize import FBI, ScaledSign, binarize_, pack_
@@ -46,6 +47,17 @@ def test_every_part_is_counted_once(make):
     scales = 2 * 2 * (32 + 64)
     assert count_parameters(lm) == (total + scales, projections)
     assert true_bits(lm) == projections + 16 * (total - projections + scales)
+
+
+@pytest.mark.parametrize("pack", [False, True])
+@pytest.mark.parametrize("options", [{}, {"double_inputs": {"0": 0.5}}], ids=str)
+def test_biases_of_binary_layers_are_counted(options, pack):
+    model = binarize_(nn.Sequential(nn.Linear(64, 8)), ScaledSign, ["0"], **options)
+    second = 32 if options else 0
+    if pack:
+        pack_(model)
+    assert count_parameters(model) == (8 * 64 + 8 + 8, 8 * 64)
+    assert true_bits(model) == 8 * (64 + second + 16 + 16) + (8 if options else 0)
 
 
 def test_rows_of_signs_fill_whole_bytes():

@@ -90,6 +90,13 @@ def test_gptq_is_the_plain_derivation(bits, group_size, kind, layer):
     assert_agrees(ptb.GPTQ(bits, group_size).fit(weight, hessian), expected, weight, hessian)
 
 
+@pytest.mark.parametrize("side", [1, -1])
+def test_a_grid_over_weights_of_one_sign_reaches_zero(side, layer):
+    weight, hessian = layer("correlated", 4, 32)
+    weight = side * (weight.abs() + 0.05)
+    assert_agrees(ptb.GPTQ(4, None).fit(weight, hessian), plain_gptq(weight, hessian, 4, 32), weight, hessian)
+
+
 def test_gptq_leaves_out_inputs_that_were_always_zero(layer):
     weight, hessian = layer("correlated", 4, 32)
     hessian[5], hessian[:, 5] = 0.0, 0.0
