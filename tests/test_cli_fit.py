@@ -204,6 +204,30 @@ def test_the_share_of_a_batch_that_a_device_gets_makes_no_other_run():
     assert not same(config(8, 4), config(4, 4, context=9)) and not same(config(8, 4), config(4, 6))
 
 
+def test_what_changes_the_result_makes_another_run_and_what_does_not_makes_none():
+    config = {"seed_everything": 0, "trainer": {"max_steps": 9}, "model": {"lr": 1.0}}
+    config |= {"data": {"init_args": {"seed": 0}}}
+    same = run_folder._is_same_run
+    for key, value in {
+        "precision": "bf16-mixed",
+        "accumulate_grad_batches": 2,
+        "gradient_clip_val": 1.0,
+        "gradient_clip_algorithm": "value",
+        "limit_train_batches": 3,
+        "overfit_batches": 1,
+    }.items():
+        assert not same(config, config | {"trainer": config["trainer"] | {key: value}}), key
+    for part, other in (("seed_everything", 1), ("model", {"lr": 2.0}), ("data", {"init_args": {"seed": 1}})):
+        assert not same(config, config | {part: other})
+    for part, other in (
+        ("trainer", {"max_steps": 99, "log_every_n_steps": 5, "devices": 2}),
+        ("data", {"init_args": {"seed": 0, "test": "other.txt"}}),
+        ("tests", ["other.txt"]),
+        ("checkpoint", {"every_n_train_steps": 5}),
+    ):
+        assert same(config, config | {part: other}), part
+
+
 def test_a_stream_is_resumed_with_the_batch_it_stopped_at(tiny, bimamba, tmp_path, module):
     text = tmp_path / "text"
     text.mkdir()

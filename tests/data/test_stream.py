@@ -54,6 +54,7 @@ def test_documents_are_kept_apart(streaming: bool, tmp_path: Path) -> None:
         assert torch.equal(labels[:, :-1][labels[:, :-1] >= 0], ids[:, 1:][labels[:, :-1] >= 0])
         begins = seq_idx[:, 1:] != seq_idx[:, :-1]
         assert torch.equal(begins, ids[:, 1:] == 256)  # a separator is the first of the document after it
+        assert torch.equal(labels[:, :-1], ids[:, 1:])  # and what ends the one before it
         for row, numbers in zip(ids, seq_idx, strict=True):
             for number in numbers.unique():
                 assert len(set(row[numbers == number].tolist()) - {256, 10}) <= 1

@@ -60,8 +60,10 @@ def test_bits_per_byte_is_what_validate_and_test_say(tiny, bimamba, tmp_path):
     test += [f"--trainer.default_root_dir={tmp_path / 'tested'}"]
     tested = bimamba(*test, "--ckpt_path", tiny.teacher / "checkpoints" / "last.ckpt")
     assert tested.code == 0, tested.err
+    assert (figures["context"], figures["stride"]) == (32, 32)
     assert bimamba(*args, "--stride=5").code == 0
     (figures,) = json.loads(out.read_text())["text"]
+    assert (figures["context"], figures["stride"]) == (32, 5)
     assert figures["bits_per_byte"] != pytest.approx(summary["bits_per_byte"], rel=1e-6)
     assert f"test: {figures['bits_per_byte']:.3f} bits per byte, perplexity {figures['perplexity']:.1f}" in tested.out
 

@@ -27,6 +27,20 @@ def test_rows_are_sorted_and_say_what_the_summaries_say(run: Run) -> None:
     assert (second.tokens_seen, second.seconds, second.agreement) == (2_048_000, 1300.0, 0.75)
 
 
+def test_bits_a_binarized_weight_are_those_of_the_binary_layers_alone(run: Run) -> None:
+    storage = {"signs": 1_500_000, "out_scale": 375_000, "full_precision": 8_000_000}
+    told, untold, dense = (
+        lay_side_by_side([run(name, **changes)]).rows[0]
+        for name, changes in {
+            "told": {"storage": storage, "true_bits": sum(storage.values())},
+            "untold": {},
+            "dense": {"storage": {"full_precision": 32_000_000}, "binarized_params": 0},
+        }.items()
+    )
+    assert told.bits_per_binarized_weight == 1.25 and told.bits_per_weight == 9_875_000 / 2e6
+    assert untold.bits_per_binarized_weight is None and dense.bits_per_binarized_weight is None
+
+
 def test_seeds_fold_to_mean_and_spread(run: Run) -> None:
     config = "seed_everything: {0}\ntrainer:\n  default_root_dir: runs/fbi-seed{0}\ndata:\n  init_args: {{seed: {0}}}\n"
     results, agreements = [2.10, 2.16, 2.31], [0.7, None, 0.8]
