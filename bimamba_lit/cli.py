@@ -118,6 +118,8 @@ def _dispatch(args: list[str]) -> None:
     if chosen.command is None:
         parser.print_help()
         return
+    if getattr(chosen, "module", None) is not None:
+        _import(chosen.module)
     chosen.run(chosen)
 
 
@@ -150,19 +152,21 @@ def _generate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--temperature", type=float, default=0.8, help="0 takes the likeliest token (default: %(default)s)"
     )
-    parser.add_argument(
-        "--import", dest="module", metavar="MODULE", help="import a module first, one that defines the model's scheme"
-    )
+    _import_argument(parser)
     parser.add_argument("--seed", type=int, default=0, help="of the random draws (default: %(default)s)")
 
 
 def _generate(chosen: argparse.Namespace) -> None:
-    if chosen.module is not None:
-        _import(chosen.module)
     from bimamba_lit.eval.continue_text import continue_text
 
     text = continue_text(chosen.ckpt, chosen.prompt, chosen.max_new_tokens, chosen.temperature, chosen.seed)
     print(text)
+
+
+def _import_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--import", dest="module", metavar="MODULE", help="import a module first, one that defines the model's scheme"
+    )
 
 
 def _import(module: str) -> None:
@@ -201,15 +205,11 @@ def _evaluate_arguments(parser: argparse.ArgumentParser) -> None:
         "--tokenizer", help="a tokenizer.json, a folder with one, a run, or bytes (default: the model's own)"
     )
     parser.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: a GPU if there is one)")
-    parser.add_argument(
-        "--import", dest="module", metavar="MODULE", help="import a module first, one that defines the model's scheme"
-    )
+    _import_argument(parser)
     parser.add_argument("--out", metavar="FILE", help="write the figures as JSON too")
 
 
 def _evaluate(chosen: argparse.Namespace) -> None:
-    if chosen.module is not None:
-        _import(chosen.module)
     from bimamba_lit.data.source import Source
     from bimamba_lit.eval.evaluate import evaluate, print_evaluation, write_evaluation
     from bimamba_lit.eval.text import TextSettings
@@ -242,14 +242,10 @@ def _export_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--embedding", help="of the embedding and the head: int8 or int4 instead of --dtype")
     parser.add_argument("--group_size", type=int, help="entries of such an embedding that share a scale: else a row")
     parser.add_argument("--fallback", help="gguf: f16 for binary layers that Q1_0 cannot hold, refused otherwise")
-    parser.add_argument(
-        "--import", dest="module", metavar="MODULE", help="import a module first, one that defines the model's scheme"
-    )
+    _import_argument(parser)
 
 
 def _export(chosen: argparse.Namespace) -> None:
-    if chosen.module is not None:
-        _import(chosen.module)
     from bimamba_lit.export import export
 
     names = ("dtype", "embedding", "group_size", "fallback")
@@ -269,14 +265,10 @@ def _convert_arguments(parser: argparse.ArgumentParser) -> None:
         help="latent, packed (both this project's), transformers, state-spaces or bi-mamba (default: %(default)s)",
     )
     parser.add_argument("--dtype", help="of the tensors written: float16, bfloat16 or float32")
-    parser.add_argument(
-        "--import", dest="module", metavar="MODULE", help="import a module first, one that defines the model's scheme"
-    )
+    _import_argument(parser)
 
 
 def _convert(chosen: argparse.Namespace) -> None:
-    if chosen.module is not None:
-        _import(chosen.module)
     from bimamba_lit.export.convert import convert
 
     convert(chosen.source, chosen.target, chosen.format, chosen.dtype)
@@ -288,14 +280,10 @@ def _share_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", required=True, help="the folder to write")
     parser.add_argument("--dtype", help="of what is not binary: float16, bfloat16 or float32")
     parser.add_argument("--embedding", help="of the embedding and the head: int8 or int4 instead of --dtype")
-    parser.add_argument(
-        "--import", dest="module", metavar="MODULE", help="import a module first, one that defines the model's scheme"
-    )
+    _import_argument(parser)
 
 
 def _share(chosen: argparse.Namespace) -> None:
-    if chosen.module is not None:
-        _import(chosen.module)
     from bimamba_lit.report.share import share
 
     options = {name: value for name in ("dtype", "embedding") if (value := getattr(chosen, name)) is not None}
