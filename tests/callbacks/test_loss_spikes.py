@@ -55,6 +55,26 @@ def spiking(tiny: SimpleNamespace) -> Any:
     return SimpleNamespace(module=Module, data=Data)
 
 
+def test_a_spike_is_above_the_mean_by_so_many_standard_deviations(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "lightning.pytorch.utilities.rank_zero")
+
+    def is_spike(*losses: float) -> bool:
+        caplog.clear()
+        guard = LossSpikeGuard(window=4, sigmas=3.0)
+        strategy = SimpleNamespace(reduce=lambda loss, reduce_op: loss)
+        trainer: Any = SimpleNamespace(global_step=0, strategy=strategy, checkpoint_callbacks=[])
+        guard.on_train_start(trainer, trainer)
+        for trainer.global_step, loss in enumerate(losses, 1):
+            guard.on_before_backward(trainer, trainer, torch.tensor(loss))
+            guard.on_train_batch_end(trainer, trainer)
+        return f"step {len(losses)}: " in caplog.text
+
+    before = [1.0, 3.0, 1.0, 3.0]  # mean 2, population's standard deviation 1
+    assert is_spike(*before, 5.001) and not is_spike(*before, 4.999)
+    assert not is_spike(*before[1:], 100.0), "nothing is a spike before the window is full"
+    assert is_spike(9.0, *before, 5.001), "what left the window does not count"
+
+
 class Stop(Exception):
     pass
 
