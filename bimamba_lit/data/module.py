@@ -146,6 +146,8 @@ class TextDataModule(LightningDataModule):
             self._prepare_train()
         if stage in ("fit", "validate"):
             self._prepare_evaluation("val")
+        if stage == "fit":
+            self._tell_what_is_in_both()
         if stage == "test":
             self._prepare_evaluation("test")
 
@@ -278,9 +280,13 @@ class TextDataModule(LightningDataModule):
         self.eval_data = {"name": name + cut, "sha256": stream.sha256}
         self._streams[split] = [stream]
         _tell(split, name, [stream])
-        if self.texts[split] is not None and (both := self._trained_on & set(map(text_of, parts))):
+
+    def _tell_what_is_in_both(self) -> None:
+        if self.texts["val"] is None:  # the rest of a file is no text of train
+            return
+        if both := self._trained_on & set(map(text_of, self._evaluation_text("val")[1])):
             rank_zero_info(
-                f"{split}: train reads {len(both)} of its files or data sets too, so its figures are of text that was "
+                f"val: train reads {len(both)} of its files or data sets too, so its figures are of text that was "
                 "trained on: leave them out of one of the two"
             )
 
