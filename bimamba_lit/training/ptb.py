@@ -83,9 +83,9 @@ class PTB(LanguageModule):
             UserError: If the training text is too short, or a layer cannot be fitted.
         """
         wanted = self.sequences - sum(len(kept["input_ids"]) for kept in self._text)
-        kept: Batch = {name: batch[name][:wanted] for name in ("input_ids", "seq_idx") if name in batch}
-        self._text.append(kept)
-        there = self.sequences - wanted + len(kept["input_ids"])
+        batch |= {name: values[:wanted] for name, values in batch.items()}  # Throughput does not count what is left out
+        self._text.append({name: batch[name] for name in ("input_ids", "seq_idx") if name in batch})
+        there = self.sequences - wanted + len(batch["input_ids"])
         enough = there == self.sequences or not self.scheme.needs_hessian
         if enough or self.trainer.fast_dev_run:  # type: ignore[attr-defined]
             self._calibrate()

@@ -66,7 +66,7 @@ def test_a_fit_is_the_calibration_on_the_first_training_sequences(run, tiny, rec
 def test_a_run_has_its_files_and_tells_its_bits(run, tiny):
     assert {path.name for path in run.iterdir()} >= {"config.yaml", "checkpoints", "metrics.csv", "summary.json"}
     found, lm = summary(run), load_lm(find_checkpoint(run))
-    assert (found["scheme"], found["tokens_seen"], Path(found["teacher"]).name) == ("ptb.GPTQ", 3 * 4 * 32, "teacher")
+    assert (found["scheme"], found["tokens_seen"], Path(found["teacher"]).name) == ("ptb.GPTQ", 10 * 32, "teacher")
     assert found["storage"] == storage_by_part(lm) and set(found["storage"]) > {"codes", "scales", "zeros"}
     assert found["true_bits"] == sum(found["storage"].values()) < summary(tiny.teacher)["true_bits"]
     assert 0 <= found["agreement"] < 1
