@@ -28,7 +28,7 @@ def write_latex(comparison: Comparison, path: Path) -> None:
     columns = [column for column in columns_of(comparison) if column.short in (*_SHOWN, *comparison.tests.values())]
     kinds = "".join("l" if column.short in ("run", "scheme") else "r" for column in columns)
     students = [row for row in comparison.rows if not row.is_teacher]
-    binary = [row for row in students if row.binarized_params]
+    binary = [row for row in comparison.rows if row.binarized_params]
     best = min(binary or students, key=_result, default=None)
 
     def cells(row: Row) -> str:

@@ -171,13 +171,13 @@ def _teacher_of(path: Path, summaries: dict[Path, Summary]) -> Path | None:
     teacher = summaries[path].teacher
     if teacher is None:
         return None
-    full = [other for other, summary in summaries.items() if summary.scheme == "fp" and other != path]
+    others = [other for other in summaries if other != path]
     target = Path(teacher).resolve()
-    for other in full:
+    for other in others:
         if other == target or other in target.parents:
             return other
     # A path relative to the folder that training was started in, which need not be this one.
-    named = [other for other in full if other.name in Path(teacher).parts]
+    named = [other for other in others if summaries[other].scheme == "fp" and other.name in Path(teacher).parts]
     return named[0] if len(named) == 1 else None
 
 

@@ -28,11 +28,13 @@ def test_it_is_whole_latex(run: Run, tmp_path: Path) -> None:
 
 
 def test_the_best_is_neither_the_teacher_nor_in_full_precision(run: Run, tmp_path: Path) -> None:
-    teacher = run("teacher", scheme="fp", bits_per_byte=1.0)
+    teacher = run("teacher", scheme="fp", bits_per_byte=1.0, binarized_params=0)
     dense = run("dense", scheme="fp", bits_per_byte=1.0, binarized_params=0, teacher=str(teacher))
-    lines = table([teacher, dense, run("student", teacher=str(teacher))], tmp_path)
-    (bold,) = (line for line in lines if "textbf" in line)
-    assert bold.startswith("  student")
+    student = run("student", teacher=str(teacher))
+    pupil = run("pupil", scheme="Sign", bits_per_byte=2.5, teacher=str(student))
+    for rows in ([teacher, dense, student], [teacher, dense, student, pupil]):
+        (bold,) = (line for line in table(rows, tmp_path) if "textbf" in line)
+        assert bold.startswith("  student")
     (bold,) = (line for line in table([teacher, dense], tmp_path) if "textbf" in line)
     assert bold.startswith("  dense")
 

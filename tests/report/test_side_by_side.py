@@ -166,6 +166,10 @@ def test_the_gap_is_to_the_runs_own_teacher(run: Run, tmp_path: Path, inside: st
     assert rows["of-poor"].gap == pytest.approx(-0.25)
     assert rows["of-absent"].gap is None
     assert [row.name for row in rows.values() if row.is_teacher] == ["good", "poor"]
+    pupil = run("of-a-student", bits_per_byte=2.5, teacher=str(tmp_path / "of-good" / inside), scheme="GroupScale")
+    rows = {row.name: row for row in lay_side_by_side([students[0], pupil]).rows}
+    assert rows["of-a-student"].gap == pytest.approx(0.25) and rows["of-good"].is_teacher
+    rows = {row.name: row for row in lay_side_by_side([good, poor, *students]).rows}
     assert all(rows[name].gap is None for name in ("good", "poor"))
 
 
@@ -173,6 +177,9 @@ def test_a_teachers_path_from_another_working_folder_is_known_by_its_name(run: R
     teacher = run("teacher", scheme="fp", bits_per_byte=2.0)
     student = run("student", bits_per_byte=2.5, teacher="runs/teacher/checkpoints/last.ckpt")
     assert lay_side_by_side([teacher, student]).rows[1].gap == pytest.approx(0.5)
+    # Few bits in a folder of that name: no guess either.
+    binary = run("other/teacher", scheme="ptb.Sign", bits_per_byte=1.0)
+    assert all(row.gap is None for row in lay_side_by_side([binary, student]).rows)
     # Two folders of that name: no guess.
     namesake = run("more/teacher", scheme="fp", bits_per_byte=1.0, tokens_seen=1)
     assert all(row.gap is None for row in lay_side_by_side([teacher, namesake, student]).rows)
