@@ -184,5 +184,9 @@ def test_a_layer_whose_signs_froze_is_told_of_once(
         tiny.trainer(tmp_path, [Thaw(until=4), BitFlips(2, 6)], max_steps=9).fit(tiny.module(lr=0.2), tiny.data())
         tiny.trainer(tmp_path, [Thaw(until=99), BitFlips(2, 0)], max_steps=9).fit(tiny.module(lr=0.2), tiny.data())
         assert "has changed" not in caplog.text
+    flips = BitFlips(2, frozen_after=6)
+    for count in (0, 0, 1, 0, 0):  # a flip in between begins the count anew
+        flips._tell_frozen(SimpleNamespace(global_step=9), {OUT: count})  # type: ignore[arg-type]
+    assert flips.state_dict()["still"] == {OUT: 4}
     with pytest.raises(UserError, match="frozen_after is -1"):
         BitFlips(frozen_after=-1)

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from bimamba_lit.data import TextDataModule
+from bimamba_lit.data import TextDataModule, bpe
 from bimamba_lit.data.bpe import bpe_size, trained_bpe
 from bimamba_lit.data.sources import Span
 from bimamba_lit.data.tokenizer import SubwordTokenizer
@@ -43,6 +43,17 @@ def test_it_is_trained_once_and_the_same_everywhere(corpus: Path, tmp_path: Path
     assert trained_bpe([Span(moved)], None, 300, tmp_path / "two") == first
     smaller = SubwordTokenizer(trained_bpe([Span(moved)], None, 262, tmp_path / "two"))
     assert smaller.vocab_size == 262
+
+
+def test_it_is_trained_on_the_beginning_of_a_long_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = ["the cat sat " * 300, "on a mat, so " * 300, "zzzzzz " * 600]
+    parts = [Span(tmp_path / f"{number}.txt") for number in range(3)]
+    for part, text in zip(parts, texts, strict=True):
+        part.path.write_text(text)
+    monkeypatch.setattr(bpe, "_LARGEST_TEXT", len(texts[0]) + 1)
+    found = trained_bpe(parts, None, 280, tmp_path / "all")
+    assert found == trained_bpe(parts[:2], None, 280, tmp_path / "two")
+    assert found != trained_bpe(parts[:1], None, 280, tmp_path / "one")
 
 
 def test_the_data_module_trains_it_on_the_training_text_alone(corpus: Path, tmp_path: Path) -> None:

@@ -1,9 +1,11 @@
 import pytest
 import torch
 
+from bimamba_lit import MambaConfig, MambaLM
 from bimamba_lit.data.tokenizer import load_tokenizer
 from bimamba_lit.distill import find_checkpoint, load_teacher
 from bimamba_lit.errors import UserError
+from bimamba_lit.export.transformers_folder import export_transformers
 from bimamba_lit.models.checkpoint import load_lm, load_tokenizer_json
 
 
@@ -24,6 +26,21 @@ def test_a_teacher_must_read_the_same_text(tiny):
     other = load_tokenizer_json(tiny.teacher / "checkpoints" / "last.ckpt") + " "
     with pytest.raises(UserError, match="another tokenizer"):
         load_teacher(tiny.teacher, 257, other)
+
+
+def test_only_rows_that_can_be_padding_are_cut_off_a_teacher_of_another_program(tmp_path):
+    lm = MambaLM(MambaConfig(d_model=16, n_layer=1, headdim=8, d_state=8, vocab_size=600))
+    export_transformers(lm, tmp_path / "theirs", None, dtype="float32")
+    ids = torch.arange(9)[None]
+    teacher = load_teacher(tmp_path / "theirs", 345)
+    assert teacher.config.vocab_size == 345
+    assert torch.allclose(teacher(ids).logits, lm(ids).logits[..., :345], atol=1e-6)
+    for tokens in (344, 601):
+        with pytest.raises(UserError, match=f"has a vocabulary of 600 tokens but the data's tokenizer has {tokens}"):
+            load_teacher(tmp_path / "theirs", tokens)
+    lm.save_pretrained(tmp_path / "ours")
+    with pytest.raises(UserError, match="has a vocabulary of 600 tokens"):
+        load_teacher(tmp_path / "ours", 599)
 
 
 def test_a_run_without_a_checkpoint_is_told(tmp_path):
