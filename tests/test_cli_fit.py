@@ -228,6 +228,19 @@ def test_what_changes_the_result_makes_another_run_and_what_does_not_makes_none(
         assert same(config, config | {part: other}), part
 
 
+def test_checkpoints_by_epochs_are_those_of_the_epochs_that_are_due(tiny, bimamba, tmp_path):
+    args = ["fit", "-c", tiny.teacher_recipe, f"--trainer.default_root_dir={tmp_path / 'run'}", "--data.context=128"]
+    args += ["--trainer.max_steps=-1", "--trainer.max_epochs=5", "--model.optimizer.total_steps=99"]
+    args += ["--checkpoint.every_n_epochs=2", "--checkpoint.every_n_train_steps=null", "--checkpoint.save_top_k=-1"]
+    answer = bimamba(*args, "--checkpoint.filename=at-{epoch}")
+    assert answer.code == 0, answer.err
+    assert {path.stem for path in (tmp_path / "run" / "checkpoints").glob("at-*")} == {
+        "at-epoch=1",
+        "at-epoch=3",
+        "at-epoch=4",
+    }
+
+
 def test_a_stream_is_resumed_with_the_batch_it_stopped_at(tiny, bimamba, tmp_path, module):
     text = tmp_path / "text"
     text.mkdir()
