@@ -219,6 +219,10 @@ def test_what_changes_the_result_makes_another_run_and_what_does_not_makes_none(
         assert not same(config, config | {"trainer": config["trainer"] | {key: value}}), key
     for part, other in (("seed_everything", 1), ("model", {"lr": 2.0}), ("data", {"init_args": {"seed": 1}})):
         assert not same(config, config | {part: other})
+    for key in ("workers", "cache_dir"):
+        for streaming in (False, True):  # workers read shards of their own of a stream
+            data = [{"init_args": {"streaming": streaming, key: value}} for value in (1, 2)]
+            assert same(config | {"data": data[0]}, config | {"data": data[1]}) is not (streaming and key == "workers")
     for part, other in (
         ("trainer", {"max_steps": 99, "log_every_n_steps": 5, "devices": 2}),
         ("data", {"init_args": {"seed": 0, "test": "other.txt"}}),
@@ -239,6 +243,15 @@ def test_checkpoints_by_epochs_are_those_of_the_epochs_that_are_due(tiny, bimamb
         "at-epoch=3",
         "at-epoch=4",
     }
+
+
+def test_a_run_goes_on_with_another_number_of_workers(tiny, bimamba, whole, tmp_path, module):
+    args = ["fit", "-c", tiny.distill_recipe, *LONG, f"--trainer.default_root_dir={tmp_path / 'run'}"]
+    stop = [f"--trainer.callbacks+={module}.Stop", "--trainer.callbacks.at=17", "--checkpoint.every_n_train_steps=5"]
+    assert bimamba(*args, *stop).code == 1
+    answer = bimamba(*args, "--ckpt_path=last", "--data.workers=1")
+    assert answer.code == 0 and "another configuration" not in answer.out, answer
+    assert_same_run(tmp_path / "run", whole)
 
 
 def test_a_stream_is_resumed_with_the_batch_it_stopped_at(tiny, bimamba, tmp_path, module):

@@ -14,6 +14,7 @@ from torch.utils.data import Dataset
 from torchdata.stateful_dataloader.sampler import StatefulDistributedSampler
 
 from bimamba_lit.data.tokens import NOT_A_TARGET, TokenStream
+from bimamba_lit.data.worker_signals import StatefulShieldedLoader
 from bimamba_lit.errors import UserError
 
 IGNORED = -100
@@ -204,9 +205,16 @@ class EpochOrder(StatefulDistributedSampler):
         """Continue where the state was taken, be it by another number of ranks.
 
         Raises:
-            UserError: If the ranks cannot share what was given, so that some would be given twice or never.
+            UserError: If it is none, or the ranks cannot share what was given, so that some would be given twice or
+                never.
         """
-        ranks = state_dict.get("ranks", self.num_replicas)
+        numbers = [state_dict.get(key) for key in (self._YIELDED, "epoch", "ranks")]
+        if not all(type(number) is int and 0 <= number < 1 << 40 for number in numbers) or not numbers[-1]:
+            raise UserError(
+                "the checkpoint's place in the training text is damaged or of another version: it must be numbers, of "
+                f"{self._YIELDED}, epoch and ranks"
+            )
+        ranks = state_dict["ranks"]
         given = state_dict[self._YIELDED] * ranks
         if given % self.num_replicas:
             raise UserError(
@@ -215,3 +223,31 @@ class EpochOrder(StatefulDistributedSampler):
             )
         super().load_state_dict({self._YIELDED: given // self.num_replicas})
         self.set_epoch(state_dict["epoch"])
+
+
+class BlockLoader(StatefulShieldedLoader):
+    """A loader of `TrainBlocks` in an `EpochOrder`, whose state is its place in that: the same for any worker count.
+
+    torchdata's own state holds one of each worker, and is refused by another number of them.
+    """
+
+    sampler: EpochOrder
+    _before = 0
+    """Sequences of the epoch that were given before the iterator began: by the process that the state is of."""
+
+    def __iter__(self) -> Any:
+        """Begin an epoch, or go on in the one that the state is of."""
+        self._before = self.sampler.next_yielded or 0
+        return super().__iter__()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return how many sequences of which epoch were given, not counting what workers have fetched ahead."""
+        if self._iterator is None:
+            return {**self.sampler.state_dict(), EpochOrder._YIELDED: self.sampler.next_yielded or 0}
+        given = self._before + self._iterator._num_yielded * (self.batch_size or 1)
+        return {**self.sampler.state_dict(), EpochOrder._YIELDED: min(given, self.sampler.num_samples)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on where the state was taken."""
+        super().load_state_dict({})
+        self.sampler.load_state_dict(state_dict)

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 from torch.utils.data.distributed import DistributedSampler
 from torchdata.stateful_dataloader import StatefulDataLoader
 
-from bimamba_lit.data.blocks import EpochOrder, EvalWindows, TrainBlocks
+from bimamba_lit.data.blocks import BlockLoader, EpochOrder, EvalWindows, TrainBlocks
 from bimamba_lit.data.bpe import bpe_size, trained_bpe
 from bimamba_lit.data.offline import offline_files
 from bimamba_lit.data.source import Setting, as_sources, parts_of, text_of, without_held_out
@@ -24,7 +24,7 @@ from bimamba_lit.data.sources import HELD_OUT, Part, Span
 from bimamba_lit.data.stream import StreamBlocks, StreamLoader
 from bimamba_lit.data.tokenizer import ByteTokenizer, SubwordTokenizer, load_tokenizer
 from bimamba_lit.data.tokens import TokenStream, default_cache, token_stream
-from bimamba_lit.data.worker_signals import ShieldedLoader, StatefulShieldedLoader, hold_signals_back
+from bimamba_lit.data.worker_signals import ShieldedLoader, hold_signals_back
 from bimamba_lit.errors import UserError
 
 
@@ -206,7 +206,7 @@ class TextDataModule(LightningDataModule):
         with warnings.catch_warnings():
             # torchdata 0.11 calls a function that torch 2.13 deprecates.
             warnings.filterwarnings("ignore", "'set_vital' is deprecated", UserWarning)
-            loader = StreamLoader if self.streaming else StatefulShieldedLoader
+            loader = StreamLoader if self.streaming else BlockLoader
             return loader(blocks, batch_size=self.batch_size, sampler=order, **self._loading())
 
     def val_dataloader(self) -> DataLoader[dict[str, Tensor]]:

@@ -43,15 +43,20 @@ class StreamLoader(StatefulShieldedLoader):
         if self.dataset.ranks > 1:
             own, states = states[0], [None] * self.dataset.ranks
             torch.distributed.all_gather_object(states, own)
-        return {"processes": states}
+        return {"processes": states, "workers": self.num_workers}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue where the state was taken.
 
         Raises:
-            UserError: If it is that of another number of processes.
+            UserError: If it is that of another number of processes, or of workers.
         """
-        states = state_dict.get("processes", [state_dict])
+        states, workers = state_dict.get("processes", [state_dict]), state_dict.get("workers", self.num_workers)
+        if workers != self.num_workers:
+            raise UserError(
+                f"the checkpoint is from {workers!r} data workers, each at a place of its own in the streamed text, "
+                f"and here are {self.num_workers}: set data.workers to {workers!r}"
+            )
         if len(states) != self.dataset.ranks:
             raise UserError(
                 f"the checkpoint is from {len(states)} processes, each at a place of its own in the streamed text, "

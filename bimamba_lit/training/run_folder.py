@@ -1,8 +1,8 @@
 """Choosing the folder a run lives in, so that no run overwrites another and none is resumed by accident.
 
 A folder belongs to the configuration in its ``config.yaml``. What does not change the result (how long to train, where
-and what to log, on which devices, what to test on) does not make another configuration, so a run can go on longer than
-first planned; nor does the share of a batch that each of more or fewer devices gets.
+and what to log, on which devices, what to test on, with how many data workers) does not make another configuration, so
+a run can go on longer than first planned; nor does the share of a batch that each of more or fewer devices gets.
 """
 
 import math
@@ -143,16 +143,20 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _identity(config: dict[str, Any]) -> dict[str, Any]:
     trainer = config.get("trainer") or {}
-    result = {key: config.get(key) for key in _RESULT_KEYS} | {"data": _without_test(config.get("data"))}
+    result = {key: config.get(key) for key in _RESULT_KEYS} | {"data": _deciding(config.get("data"))}
     return result | {f"trainer.{key}": trainer.get(key) for key in _TRAINER_RESULT_KEYS}
 
 
-def _without_test(data: Any) -> Any:
-    """Return the data's settings without the text that ``test`` reads."""
+def _deciding(data: Any) -> Any:
+    """Return the data's settings that decide what is trained on.
+
+    On any number of workers the order is the same, unless each reads a stream of its own.
+    """
     settings = data.get("init_args") if isinstance(data, dict) else None
     if not isinstance(settings, dict):
         return data
-    return {**data, "init_args": {key: value for key, value in settings.items() if key != "test"}}
+    free = ("test", "cache_dir", "workers") if settings.get("streaming") is False else ("test", "cache_dir")
+    return {**data, "init_args": {key: value for key, value in settings.items() if key not in free}}
 
 
 def _is_same_run(one: dict[str, Any], other: dict[str, Any]) -> bool:
@@ -164,7 +168,7 @@ def _is_same_run(one: dict[str, Any], other: dict[str, Any]) -> bool:
 
 def _of_all_devices(config: dict[str, Any]) -> Any:
     """Return the data's settings with the sequences of a batch on all devices together."""
-    data, trainer = _without_test(config.get("data")), config.get("trainer") or {}
+    data, trainer = _deciding(config.get("data")), config.get("trainer") or {}
     settings: Any = data.get("init_args") if isinstance(data, dict) else None
     numbers: list[Any] = [count_devices(trainer.get("devices")), trainer.get("num_nodes") or 1]
     numbers.append(settings.get("batch_size") if isinstance(settings, dict) else None)

@@ -133,22 +133,39 @@ def test_the_order_is_that_of_seed_and_epoch_on_any_number_of_workers(make: Any,
 
 
 @forks
-@pytest.mark.parametrize("workers", [0, 2])
-def test_a_loader_resumes_in_mid_epoch(make: Any, corpus: Path, workers: int) -> None:
-    module = fitted(make(train=str(corpus), workers=workers))
-    loader = module.train_dataloader()
-    loader.sampler.set_epoch(3)
-    iterator = iter(loader)
+@pytest.mark.parametrize("workers", [(0, 0, 0), (2, 2, 2), (0, 2, 1), (2, 0, 3)])
+@pytest.mark.filterwarnings("ignore:This DataLoader will create 3 worker processes:UserWarning")
+def test_a_loader_resumes_in_mid_epoch_on_any_number_of_workers(
+    make: Any, corpus: Path, workers: tuple[int, int, int]
+) -> None:
+    """Stopped twice: after 5 batches, and 4 batches later."""
+    first, second, third = (fitted(make(train=str(corpus), workers=number)).train_dataloader() for number in workers)
+    first.sampler.set_epoch(3)  # type: ignore[attr-defined]
+    assert first.state_dict() == {"yielded": 0, "epoch": 3, "ranks": 1}
+    iterator = iter(first)
     for _ in range(5):
         next(iterator)
-    state = loader.state_dict()
+    state = first.state_dict()
     rest = [batch["input_ids"] for batch in iterator]
-    resumed = module.train_dataloader()
-    resumed.load_state_dict(state)
-    again = [batch["input_ids"] for batch in resumed]
-    assert len(rest) > 10
+    assert state == {"yielded": 20, "epoch": 3, "ranks": 1} and len(rest) > 10
+    assert first.state_dict()["yielded"] == len(first.dataset), "the last batch is smaller"
+    second.load_state_dict(state)
+    assert second.state_dict() == state
+    iterator = iter(second)
+    again = [next(iterator)["input_ids"] for _ in range(4)]
+    third.load_state_dict(second.state_dict())
+    again += [batch["input_ids"] for batch in third]
     assert len(again) == len(rest)
     assert all(map(torch.equal, again, rest))
+    third.sampler.set_epoch(4)  # type: ignore[attr-defined]
+    assert len(list(third)) == len(first) and third.state_dict()["epoch"] == 4, "the next epoch is whole"
+
+
+@pytest.mark.parametrize("change", [{"yielded": -1}, {"epoch": "a"}, {"ranks": 0}, {"ranks": None}, {"yielded": 2**70}])
+def test_a_place_in_the_text_that_cannot_be_is_refused(make: Any, corpus: Path, change: dict[str, Any]) -> None:
+    loader = fitted(make(train=str(corpus))).train_dataloader()
+    with pytest.raises(UserError, match="place in the training text is damaged"):
+        loader.load_state_dict({"yielded": 4, "epoch": 0, "ranks": 1} | change)
 
 
 def test_loading_leaves_the_random_state_alone(make: Any, corpus: Path) -> None:

@@ -162,8 +162,11 @@ def test_every_process_of_a_stream_resumes_where_it_was(tmp_path: Path, monkeypa
         resumed = loader(rank)
         resumed.load_state_dict(state)
         assert torch.equal(next(iter(resumed))["input_ids"], next(iterator)["input_ids"])
+    alone: Any = make(tmp_path, streaming=True).train_dataloader()
     with pytest.raises(UserError, match="from 2 processes, each at a place of its own in the streamed text"):
-        make(tmp_path, streaming=True).train_dataloader().load_state_dict(state)  # type: ignore[attr-defined]
+        alone.load_state_dict(state)
+    with pytest.raises(UserError, match="from 3 data workers, .* here are 0: set data.workers to 3"):
+        alone.load_state_dict(state | {"workers": 3})
 
 
 def test_what_cannot_be_streamed(tmp_path: Path) -> None:
