@@ -205,7 +205,7 @@ def test_the_share_of_a_batch_that_a_device_gets_makes_no_other_run():
 
 
 def test_what_changes_the_result_makes_another_run_and_what_does_not_makes_none():
-    config = {"seed_everything": 0, "trainer": {"max_steps": 9}, "model": {"lr": 1.0}}
+    config = {"seed_everything": 0, "trainer": {"max_steps": 9}, "model": {"init_args": {"lr": 1.0}}}
     config |= {"data": {"init_args": {"seed": 0}}}
     same = run_folder._is_same_run
     for key, value in {
@@ -217,7 +217,11 @@ def test_what_changes_the_result_makes_another_run_and_what_does_not_makes_none(
         "overfit_batches": 1,
     }.items():
         assert not same(config, config | {"trainer": config["trainer"] | {key: value}}), key
-    for part, other in (("seed_everything", 1), ("model", {"lr": 2.0}), ("data", {"init_args": {"seed": 1}})):
+    for part, other in (
+        ("seed_everything", 1),
+        ("model", {"init_args": {"lr": 2.0}}),
+        ("data", {"init_args": {"seed": 1}}),
+    ):
         assert not same(config, config | {part: other})
     for key in ("workers", "cache_dir"):
         for streaming in (False, True):  # workers read shards of their own of a stream
@@ -227,6 +231,7 @@ def test_what_changes_the_result_makes_another_run_and_what_does_not_makes_none(
         ("trainer", {"max_steps": 99, "log_every_n_steps": 5, "devices": 2}),
         ("data", {"init_args": {"seed": 0, "test": "other.txt"}}),
         ("tests", ["other.txt"]),
+        ("model", {"init_args": {"lr": 1.0, "activation_checkpointing": True}}),
         ("checkpoint", {"every_n_train_steps": 5}),
     ):
         assert same(config, config | {part: other}), part
@@ -245,11 +250,11 @@ def test_checkpoints_by_epochs_are_those_of_the_epochs_that_are_due(tiny, bimamb
     }
 
 
-def test_a_run_goes_on_with_another_number_of_workers(tiny, bimamba, whole, tmp_path, module):
+def test_a_run_goes_on_with_more_workers_and_in_less_memory(tiny, bimamba, whole, tmp_path, module):
     args = ["fit", "-c", tiny.distill_recipe, *LONG, f"--trainer.default_root_dir={tmp_path / 'run'}"]
     stop = [f"--trainer.callbacks+={module}.Stop", "--trainer.callbacks.at=17", "--checkpoint.every_n_train_steps=5"]
     assert bimamba(*args, *stop).code == 1
-    answer = bimamba(*args, "--ckpt_path=last", "--data.workers=1")
+    answer = bimamba(*args, "--ckpt_path=last", "--data.workers=1", "--model.activation_checkpointing=true")
     assert answer.code == 0 and "another configuration" not in answer.out, answer
     assert_same_run(tmp_path / "run", whole)
 

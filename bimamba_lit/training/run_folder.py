@@ -1,11 +1,13 @@
 """Choosing the folder a run lives in, so that no run overwrites another and none is resumed by accident.
 
 A folder belongs to the configuration in its ``config.yaml``. What does not change the result (how long to train, where
-and what to log, on which devices, what to test on, with how many data workers) does not make another configuration, so
-a run can go on longer than first planned; nor does the share of a batch that each of more or fewer devices gets.
+and what to log, on which devices, what to test on, with how many data workers, whether activations are computed again)
+does not make another configuration, so a run can go on longer than first planned; nor does the share of a batch that
+each of more or fewer devices gets.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -35,6 +37,8 @@ _TRAINER_RESULT_KEYS = (
     "limit_train_batches",
     "overfit_batches",
 )
+_FREE_MODEL_KEYS = ("activation_checkpointing", "shard_teacher", "deploy")
+"""What a model takes that decides where and how it is computed, and the same bits come out."""
 
 
 @dataclass(frozen=True)
@@ -144,6 +148,7 @@ def _read(path: Path) -> dict[str, Any]:
 def _identity(config: dict[str, Any]) -> dict[str, Any]:
     trainer = config.get("trainer") or {}
     result = {key: config.get(key) for key in _RESULT_KEYS} | {"data": _deciding(config.get("data"))}
+    result["model"] = _without(config.get("model"), _FREE_MODEL_KEYS)
     return result | {f"trainer.{key}": trainer.get(key) for key in _TRAINER_RESULT_KEYS}
 
 
@@ -153,10 +158,16 @@ def _deciding(data: Any) -> Any:
     On any number of workers the order is the same, unless each reads a stream of its own.
     """
     settings = data.get("init_args") if isinstance(data, dict) else None
+    cached = isinstance(settings, dict) and settings.get("streaming") is False
+    return _without(data, ("test", "cache_dir", "workers") if cached else ("test", "cache_dir"))
+
+
+def _without(part: Any, keys: Sequence[str]) -> Any:
+    """Return a class and its settings without those of some keys."""
+    settings = part.get("init_args") if isinstance(part, dict) else None
     if not isinstance(settings, dict):
-        return data
-    free = ("test", "cache_dir", "workers") if settings.get("streaming") is False else ("test", "cache_dir")
-    return {**data, "init_args": {key: value for key, value in settings.items() if key not in free}}
+        return part
+    return {**part, "init_args": {key: value for key, value in settings.items() if key not in keys}}
 
 
 def _is_same_run(one: dict[str, Any], other: dict[str, Any]) -> bool:
