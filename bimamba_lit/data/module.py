@@ -201,6 +201,11 @@ class TextDataModule(LightningDataModule):
         else:
             blocks = self.train_blocks()
             order = EpochOrder(blocks, self.seed, *self._ranks())
+            if not len(order):
+                raise UserError(
+                    f"train: {self._training_text()[0]} has {len(blocks)} sequences, too few for {order.num_replicas} "
+                    "processes: give a longer text, a smaller context or fewer devices"
+                )
             # Workers begin to fetch before Lightning tells a run resumed at the start of an epoch which it is.
             order.set_epoch(getattr(self.trainer, "current_epoch", 0))
         with warnings.catch_warnings():

@@ -38,7 +38,7 @@ _TRAINER_RESULT_KEYS = (
     "overfit_batches",
 )
 _FREE_MODEL_KEYS = ("activation_checkpointing", "shard_teacher", "deploy")
-"""What a model takes that decides where and how it is computed, and the same bits come out."""
+"""What decides where and how a model is computed, and not what comes out."""
 
 
 @dataclass(frozen=True)

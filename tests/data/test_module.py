@@ -244,6 +244,9 @@ def test_ranks_share_training_and_evaluation(make: Any, corpus: Path) -> None:
     assert len(torch.cat(shares).unique(dim=0)) == sum(map(len, shares))
     assert total == module._streams["val"][0].text_bytes - 1
     assert blocks % 4 == 0
+    module.trainer = SimpleNamespace(distributed_sampler_kwargs={"num_replicas": 999, "rank": 0})
+    with pytest.raises(UserError, match="last 5% has .* sequences, too few for 999 processes"):
+        module.train_dataloader()
 
 
 @pytest.mark.parametrize(
