@@ -1,5 +1,6 @@
 """A folder to share: the packed model, its tokenizer, and a model card with the figures of its run."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,8 @@ from bimamba_lit import binarize
 from bimamba_lit.errors import UserError
 from bimamba_lit.export import export
 from bimamba_lit.files import replacing
+from bimamba_lit.models.checkpoint import load_lm
+from bimamba_lit.models.count import true_bits
 from bimamba_lit.report.summary import Summary, read_summary
 
 CARD = "README.md"
@@ -31,33 +34,32 @@ def share(run: str | Path, out: str | Path, options: dict[str, Any]) -> None:
     if folder.resolve() == Path(run).resolve():
         raise UserError(f"{folder} is the run's own folder: give another to --out")
     export(run, "safetensors", folder, options)
+    if (embedding := options.get("embedding")) is not None:
+        summary = replace(summary, true_bits=true_bits(load_lm(folder)))
     with replacing(folder / CARD) as temporary:
-        temporary.write_text(model_card(summary, folder), encoding="utf-8")
+        temporary.write_text(model_card(summary, folder, embedding), encoding="utf-8")
 
 
-def model_card(summary: Summary, folder: Path) -> str:
+def model_card(summary: Summary, folder: Path, embedding: str | None = None) -> str:
     """Return the text of a model card, in the form of the Hugging Face hub, from a run's figures.
 
     Args:
         summary: The figures.
         folder: The folder that the model lies in, whose file sizes are told.
+        embedding: What its embedding and head were rounded to after the figures were measured.
     """
-    kind, weights = "in full precision", f"{summary.params:,}"
-    if summary.binarized_params:
-        bits = (summary.binarized_bits or 0) / summary.binarized_params
-        second = " and second signs" if "doubled" in (summary.storage or {}) else ""
-        width = "1-bit weights" if bits <= _ONE_BIT else f"weights of {bits:.1f} bits"
-        kind = f"with {width} ({summary.scheme})"
-        weights += f", {summary.binarized_params / summary.params:.1%} of them binarized"
-        weights += f": {bits:.2f} bits each, scales{second} counted" if bits else ""
+    kind, weights = _weights(summary)
     data = f"{summary.eval_data['name']} (SHA-256 {summary.eval_data['sha256'][:12]}…)"
+    before, tables = "", ""
+    if embedding is not None:
+        before, tables = f", before its embedding was rounded to {embedding}", f"embedding and head in {embedding}, "
     rows = {
-        "bits per byte": f"{summary.bits_per_byte:.3f}",
+        "bits per byte": f"{summary.bits_per_byte:.3f}{before}",
         "perplexity a token": f"{summary.perplexity:.2f}",
         "measured on": f"{data}, windows of {summary.context} tokens, {summary.stride} apart",
         "the teacher's likeliest token taken": None if summary.agreement is None else f"{summary.agreement:.1%}",
         "weights": weights,
-        "true size": f"{summary.true_bits / _MIB:.2f} MiB, all else at 16 bits",
+        "true size": f"{summary.true_bits / _MIB:.2f} MiB, {tables}all else at 16 bits",
         "trained on": f"{summary.tokens_seen:,} tokens",
         "teacher": summary.teacher,
         "seed": summary.seed,
@@ -96,6 +98,19 @@ bimamba export --ckpt path/to/this/folder --format torchscript --out model.pt  #
 
 {files}
 """
+
+
+def _weights(summary: Summary) -> tuple[str, str]:
+    """Return what kind of weights a model has, and how many, in words."""
+    weights = f"{summary.params:,}"
+    if not summary.binarized_params:
+        return "in full precision", weights
+    bits = (summary.binarized_bits or 0) / summary.binarized_params
+    second = " and second signs" if "doubled" in (summary.storage or {}) else ""
+    width = "1-bit weights" if bits <= _ONE_BIT else f"weights of {bits:.1f} bits"
+    weights += f", {summary.binarized_params / summary.params:.1%} of them binarized"
+    weights += f": {bits:.2f} bits each, scales{second} counted" if bits else ""
+    return f"with {width} ({summary.scheme})", weights
 
 
 def _needs(scheme: str) -> str:

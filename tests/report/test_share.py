@@ -4,6 +4,8 @@ import json
 
 import pytest
 
+from bimamba_lit import MambaLM
+from bimamba_lit.models.count import true_bits
 from bimamba_lit.report.share import model_card
 
 
@@ -23,6 +25,20 @@ def test_a_run_is_shared(tiny, bimamba, tmp_path):
         assert figure in card
     again = bimamba("generate", "--ckpt", out, "--prompt", "The ", "--max_new_tokens", 3)
     assert again.code == 0 and again.out.startswith("The ")
+
+
+def test_a_card_tells_the_size_of_the_embedding_that_is_shared(tiny, bimamba, tmp_path):
+    said = {}
+    for embedding in (None, "int8", "int4"):
+        out = tmp_path / str(embedding)
+        answer = bimamba("share", tiny.teacher, "--out", out, *([f"--embedding={embedding}"] if embedding else []))
+        assert answer.code == 0, answer
+        card = (out / "README.md").read_text()
+        said[embedding] = card
+        mib = true_bits(MambaLM.from_pretrained(out)) / 8 / 2**20
+        assert f"| true size | {mib:.2f} MiB, {f'embedding and head in {embedding}, ' if embedding else ''}all" in card
+        assert (f"before its embedding was rounded to {embedding}" in card) == (embedding is not None)
+    assert len({card.partition("| true size | ")[2][:4] for card in said.values()}) > 1
 
 
 def test_a_card_tells_the_bits_of_what_is_binarized(summary, tmp_path):
