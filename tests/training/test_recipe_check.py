@@ -76,6 +76,22 @@ def test_what_does_not_is_named(settings, told):
         check(**settings)
 
 
+def test_why_a_class_cannot_be_had_is_told(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "needs_more.py").write_text("import a_package_that_is_not_there")
+    (tmp_path / "needs_a_name.py").write_text("from os import a_name_that_is_not_there")
+    for name, told in {
+        "needs_more.Reader": "'needs_more.Reader' cannot be imported: No module named 'a_package_that_is_not_there'",
+        "needs_a_name.Reader": "cannot be imported: cannot import name 'a_name_that_is_not_there'",
+        "not_there.Reader": "there is no class 'not_there.Reader'$",
+        "not_there.inside.Reader": "there is no class 'not_there.inside.Reader'$",
+        "json.not_there.Reader": "there is no class 'json.not_there.Reader'$",
+        "json.Reader": "there is no class 'json.Reader'$",
+    }.items():
+        with pytest.raises(UserError, match=f"data.class_path: .*{told}"):
+            check_settings({"data": {"class_path": name}}, GROUPS)
+
+
 class Student:
     def __init__(self, binarizer: Callable[[nn.Linear], LatentLinear]) -> None: ...
 
