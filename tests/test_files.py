@@ -1,4 +1,6 @@
+import os
 import stat
+from pathlib import Path
 
 import pytest
 
@@ -14,6 +16,17 @@ def test_the_new_content_comes_whole(tmp_path):
             assert not target.exists() or target.read_text() == "first"
         assert target.read_text() == content
     assert [path.name for path in target.parent.iterdir()] == ["file.txt"]
+
+
+def test_the_new_content_is_on_the_disk_before_it_takes_the_place_of_the_old(tmp_path, monkeypatch):
+    done = []
+    sync, move = os.fsync, Path.replace
+    monkeypatch.setattr(os, "fsync", lambda handle: (done.append(os.fstat(handle).st_ino), sync(handle)))
+    monkeypatch.setattr(Path, "replace", lambda path, to: (done.append("moved"), move(path, to)))
+    with replacing(tmp_path / "file.txt") as temporary:
+        temporary.write_text("x")
+        file = temporary.stat().st_ino
+    assert done == [file, "moved", tmp_path.stat().st_ino]
 
 
 def test_what_fails_midway_leaves_the_old_content_and_nothing_else(tmp_path):

@@ -1,6 +1,7 @@
 import pytest
 
-from bimamba_lit.data import tokenizer_from_json
+from bimamba_lit import MambaConfig, MambaLM
+from bimamba_lit.data import ByteTokenizer, tokenizer_from_json
 from bimamba_lit.errors import UserError
 from bimamba_lit.eval.continue_text import continue_text
 from bimamba_lit.models.checkpoint import load_lm, load_tokenizer_json
@@ -37,6 +38,10 @@ def test_what_cannot_be_continued_is_told(tiny, tmp_path):
     load_lm(tiny.teacher / "checkpoints" / "last.ckpt").save_pretrained(tmp_path / "saved")
     with pytest.raises(UserError, match="has no tokenizer"):
         continue_text(tmp_path / "saved", "a", 5, 1.0, 0)
+    small = MambaLM(MambaConfig(d_model=16, n_layer=1, headdim=8, d_state=8, vocab_size=256))
+    small.save_pretrained(tmp_path / "small", tokenizer=ByteTokenizer().to_json())
+    with pytest.raises(UserError, match="the tokenizer has 257 tokens and the model .*small knows 256"):
+        continue_text(tmp_path / "small", "a", 5, 1.0, 0)
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.yaml").touch()
     with pytest.raises(UserError, match="has no checkpoint yet"):

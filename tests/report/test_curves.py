@@ -41,7 +41,7 @@ def test_flips_and_scales_are_drawn_as_they_were_logged(run: Run, drawn: Any, tm
     """Two seeds of one run are averaged, layers too; rows between two logs and a cut-off last row count for nothing."""
 
     def rows(flips: float, scale: float) -> list[dict[str, float]]:
-        first = {"step": 4, "train/loss": 3.0, "flips/rate": flips, "flips/since_start": flips}
+        first = {"step": 4, "train/loss": 3.0, "flips/rate": flips, "flips/since_start": flips / 2}
         first |= {"scales/a/mean": scale, "scales/b/mean": 2.0, "scales/a/near_zero": 0.5, "scales/b/near_zero": 0.0}
         return [first, {"step": 5, "train/loss": 2.0}, first | {"step": 9, "scales/a/mean": 2 * scale}]
 
@@ -53,6 +53,7 @@ def test_flips_and_scales_are_drawn_as_they_were_logged(run: Run, drawn: Any, tm
     ]
     compare(runs, tmp_path / "out")
     assert drawn["signs changed since the last log, share"]["fbi"] == [(5, 0.2), (10, 0.2)]
+    assert drawn["signs changed since the start, share"]["fbi"] == [(5, 0.1), (10, 0.1)]
     assert drawn["scales near zero, share"]["fbi"] == [(5, 0.25), (10, 0.25)]
     assert drawn["mean scale, share of the first logged"]["fbi"] == [(5, 1.0), (10, 1.5)]
     assert matplotlib.image.imread(tmp_path / "out" / "curves.png").std() > 0.01

@@ -48,12 +48,14 @@ def test_a_failed_write_leaves_the_old_file(summary: Callable[..., Summary], tmp
     assert [entry.name for entry in tmp_path.iterdir()] == ["summary.json"]
 
 
-def test_agreement_may_be_missing_from_an_older_file(summary: Callable[..., Summary], tmp_path: Path) -> None:
+def test_what_came_later_may_be_missing_from_an_older_file(summary: Callable[..., Summary], tmp_path: Path) -> None:
     path = write_summary(tmp_path, summary())
     values = json.loads(path.read_text())
-    del values["agreement"]
+    for name in ("agreement", "storage", "tests"):
+        del values[name]
     path.write_text(json.dumps(values))
-    assert read_summary(tmp_path).agreement is None
+    read = read_summary(tmp_path)
+    assert read.agreement is None and read.storage is None and read.tests == ()
 
 
 def test_missing_folders_and_files(summary: Callable[..., Summary], tmp_path: Path) -> None:
