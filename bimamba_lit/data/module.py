@@ -53,7 +53,8 @@ class TextDataModule(LightningDataModule):
     ``setup("validate")``, test's after ``setup("test")``.
 
     Args:
-        train: Text to train on. Sources whose weight is not 1 are read that often in an epoch.
+        train: Text to train on. Sources whose weight is not 1 are read that often in an epoch; what two sources of one
+            weight name is read once.
         val: Text to validate on; none given, the last 5 percent of train's bytes, from the next line on (offline: its
             own val files).
         test: Text to test on; none given, there is a test only if train is offline.
