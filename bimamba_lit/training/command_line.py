@@ -17,7 +17,6 @@ import shutil
 import signal
 import sys
 import warnings
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -30,7 +29,6 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger
-from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from torch.distributed import DistError
 
@@ -38,8 +36,6 @@ import bimamba_lit.data  # noqa: F401  (so that its classes can be named in shor
 from bimamba_lit.callbacks import NonFiniteGuard, ProgressLines, RandomState, StepsBar, Throughput
 from bimamba_lit.errors import UserError
 from bimamba_lit.interruption import Interrupted, interruption
-from bimamba_lit.models.checkpoint import read_lightning
-from bimamba_lit.models.sharded_folder import check_sharded, is_sharded
 from bimamba_lit.report.summary import FILE_NAME as SUMMARY
 from bimamba_lit.training.csv_logger import CSVLogger
 from bimamba_lit.training.language import LanguageModule
@@ -48,6 +44,7 @@ from bimamba_lit.training.model_line import ModelLine
 from bimamba_lit.training.recipe_check import check_settings
 from bimamba_lit.training.recipe_read import read_settings, with_resolved_recipes
 from bimamba_lit.training.record import SaveConfig, find_tests, measure_tests, write_run_summary
+from bimamba_lit.training.refusals import refuse_other_spread, refuse_twice, refuse_unreadable
 from bimamba_lit.training.resumed_logs import ResumedLogs
 from bimamba_lit.training.run_folder import CONFIG, LAST_CHECKPOINT, RunFolder, choose_run_folder
 from bimamba_lit.training.tensorboard import TensorBoard
@@ -208,7 +205,7 @@ class CommandLine(LightningCLI):
         self.recipe = yaml.safe_load(parser.dump(config, skip_unset=False))
         self.run_folder = choose_run_folder(base, self.recipe, self.command, config.ckpt_path)
         if self.run_folder.checkpoint is not None:
-            _refuse_unreadable(self.run_folder.checkpoint, config.trainer.strategy)
+            refuse_unreadable(self.run_folder.checkpoint, config.trainer.strategy)
         config.trainer.default_root_dir = str(self.run_folder.path)
         config.ckpt_path = None if self.run_folder.checkpoint is None else str(self.run_folder.checkpoint)
         if config.checkpoint.dirpath is None:
@@ -230,7 +227,7 @@ class CommandLine(LightningCLI):
         every = config.log_every_n_steps or 50
         standing: list[pl.Callback] = [SaveConfig(self.recipe), ModelLine(), NonFiniteGuard(), Throughput(every)]
         standing.append(ResumedLogs())
-        _refuse_twice(own)
+        refuse_twice(own)
         has_bar = any(isinstance(callback, ProgressBar) for callback in own)
         if config.enable_progress_bar is not False and not has_bar:
             terminal = sys.stdout.isatty()
@@ -257,7 +254,7 @@ class CommandLine(LightningCLI):
             trainer: pl.Trainer = super().instantiate_trainer(**settings)
         except (MisconfigurationException, ImportError, TypeError, ValueError) as error:
             raise UserError(f"trainer: {_first_line(error)}") from error
-        _refuse_other_spread(trainer)
+        refuse_other_spread(trainer)
         return trainer
 
     def _loggers(self, configured: Any) -> list[Logger] | bool:
@@ -371,44 +368,6 @@ class CommandLine(LightningCLI):
         write_run_summary(self.trainer, self.model, self.datamodule, folder, self.recipe, tests)
         if self.trainer.is_global_zero:
             print(f"{folder}: {self.model.evaluated['bits_per_byte']:.3f} bits per byte{when}; see {folder / SUMMARY}")
-
-
-def _refuse_twice(callbacks: list[pl.Callback]) -> None:
-    """Raise where two callbacks would keep their state in one place of a checkpoint."""
-    kept = Counter(one.state_key for one in callbacks if type(one).state_dict is not pl.Callback.state_dict)
-    for key, times in kept.items():
-        if times > 1:
-            raise UserError(
-                f"trainer.callbacks: {key} is there {times} times, with a recipe's own and those added by +=: name it "
-                "once, with all its settings"
-            )
-
-
-def _refuse_other_spread(trainer: pl.Trainer) -> None:
-    """Raise where sharded weights would be spread over more or fewer devices than there are."""
-    strategy = trainer.strategy
-    if not isinstance(strategy, ModelParallelStrategy):
-        return
-    devices = trainer.num_devices * trainer.num_nodes
-    data, tensor = strategy._data_parallel_size, strategy._tensor_parallel_size
-    if isinstance(data, int) and isinstance(tensor, int) and data * tensor != devices:
-        raise UserError(
-            f"trainer.strategy: data_parallel_size is {data} and tensor_parallel_size {tensor}, where the run has "
-            f"{devices} devices in all: set data_parallel_size to {devices} and tensor_parallel_size to 1"
-        )
-
-
-def _refuse_unreadable(checkpoint: Path, strategy: Any) -> None:
-    """Raise before anything is built where a checkpoint is damaged, foreign, or not for this strategy."""
-    read_lightning(checkpoint)
-    if not is_sharded(checkpoint):
-        return
-    check_sharded(checkpoint)
-    if not str(getattr(strategy, "class_path", strategy)).endswith("ModelParallelStrategy"):
-        raise UserError(
-            f"{checkpoint} is sharded, and trainer.strategy must be ModelParallelStrategy to load it, on any number of "
-            f"devices; or make a model's folder of it: bimamba convert --from {checkpoint} --to FOLDER"
-        )
 
 
 def _worker_died(error: BaseException) -> bool:
