@@ -8,9 +8,11 @@ import pytest
 import torch
 import yaml
 
+from bimamba_lit.errors import UserError
 from bimamba_lit.models import MambaLM
 from bimamba_lit.models.count import count_parameters, true_bits
-from bimamba_lit.training import run_folder
+from bimamba_lit.training import folder_lock, run_folder
+from bimamba_lit.training.folder_lock import locked
 
 
 def summary(folder: Path) -> dict:
@@ -81,6 +83,23 @@ def test_another_configuration_goes_to_the_next_sibling_and_says_so(tiny, bimamb
     assert (tmp_path / "run-2" / "checkpoints" / "last.ckpt").is_file() and summary(tmp_path / "run-2")["seed"] == 1
     answer = bimamba(*first, "--seed_everything=1")
     assert answer.code == 1 and "run-2 holds a finished run" in answer.err
+
+
+def test_two_runs_that_start_at_the_same_moment_do_not_share_a_folder(tiny, bimamba, tmp_path, monkeypatch):
+    monkeypatch.setattr(folder_lock, "_PATIENCE", 0.0)
+    folder = tmp_path / "run"
+    args = ["fit", "-c", tiny.teacher_recipe, "--trainer.default_root_dir", folder, "--trainer.max_steps=1"]
+    with locked(folder, {}):  # as by a process that has not yet written its configuration
+        answer = bimamba(*args)
+    assert answer.code == 1 and f"another process trains in {folder}" in answer.err
+    assert not list(folder.iterdir())
+    assert bimamba(*args).code == 0
+    before = (folder / "config.yaml").read_text()
+    with pytest.raises(UserError, match="a run of another configuration has begun"), locked(folder, {}):
+        pass
+    with pytest.raises(UserError, match="holds a finished run"), locked(folder, yaml.safe_load(before)):
+        pass
+    assert (folder / "config.yaml").read_text() == before
 
 
 @pytest.fixture(scope="module")

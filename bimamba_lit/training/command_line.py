@@ -18,6 +18,7 @@ import signal
 import sys
 import warnings
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ from bimamba_lit.errors import UserError
 from bimamba_lit.interruption import Interrupted, interruption
 from bimamba_lit.report.summary import FILE_NAME as SUMMARY
 from bimamba_lit.training.csv_logger import CSVLogger
+from bimamba_lit.training.folder_lock import locked
 from bimamba_lit.training.language import LanguageModule
 from bimamba_lit.training.last_checkpoint import LastCheckpoint
 from bimamba_lit.training.model_line import ModelLine
@@ -269,9 +271,15 @@ class CommandLine(LightningCLI):
         return [CSVLogger(folder), *(named or [TensorBoard(folder, name="tensorboard", version="")])]
 
     def _run_subcommand(self, subcommand: str) -> None:
-        """Run the command; take back the folder that loggers made for a run that never began."""
+        """Run the command; no two processes train in one folder."""
         folder = self.run_folder.path
         was_there = folder.exists()
+        trains = subcommand == "fit" and self.trainer.is_global_zero and not self.trainer.fast_dev_run  # type: ignore[attr-defined]
+        with locked(folder, self.recipe) if trains else nullcontext():
+            self._run_in(folder, was_there, subcommand)
+
+    def _run_in(self, folder: Path, was_there: bool, subcommand: str) -> None:
+        """Run the command; take back the folder that was made for a run that never began."""
         try:
             super()._run_subcommand(subcommand)
         except BaseException as error:

@@ -110,6 +110,20 @@ def choose_run_folder(base: Path, config: dict[str, Any], command: str, ckpt_pat
     return RunFolder(folder, None, notice)
 
 
+def refuse_begun(folder: Path, config: dict[str, Any]) -> None:
+    """Raise where, since it was chosen, a folder was taken by another run or this one has come to its end there.
+
+    Raises:
+        UserError: As it says.
+    """
+    if _first_free_or_own(folder, config) != folder:
+        raise UserError(
+            f"a run of another configuration has begun in {folder} at the same time: start this one again, and it "
+            "goes to the next free folder"
+        )
+    _refuse_finished(folder, config)
+
+
 def _first_free_or_own(base: Path, config: dict[str, Any]) -> Path:
     number = 1
     while True:
