@@ -324,29 +324,14 @@ TABLE: dict[str, tuple[Row, ...]] = {
             itemsize=2,
         ),
     ),
-    # hopper_long, hopper_wide and hopper_square: the size is the number of tokens
-    "binary_linear/hopper_long": (
+    # hopper_many, sparse_long and sparse_wide: the size is the number of tokens; sparse_pairs: that of inputs
+    "binary_linear/hopper_many": (
         Row(
-            Configuration({"TOKENS": 256, "GROUPS": 2, "NEAR": 4, "STAGES": 5, "PIECE": 64, "BUFFERS": 2}),
+            Configuration({"TOKENS": 128, "GROUPS": 3, "NEAR": 8, "STAGES": 8, "PIECE": 64, "BUFFERS": 2}),
             architectures=("sm_90",),
             itemsize=1,
         ),
     ),
-    "binary_linear/hopper_wide": (
-        Row(
-            Configuration({"TOKENS": 128, "GROUPS": 3, "NEAR": 8, "STAGES": 8, "PIECE": 128, "BUFFERS": 1}),
-            architectures=("sm_90",),
-            itemsize=1,
-        ),
-    ),
-    "binary_linear/hopper_square": (
-        Row(
-            Configuration({"TOKENS": 128, "GROUPS": 2, "NEAR": 4, "STAGES": 10, "PIECE": 64, "BUFFERS": 1}),
-            architectures=("sm_90",),
-            itemsize=1,
-        ),
-    ),
-    # sparse_long and sparse_wide: the size is the number of tokens; sparse_pairs: that of inputs
     "binary_linear/sparse_long": (
         Row(
             Configuration({"TOKENS": 256, "GROUPS": 2, "NEAR": 2, "STAGES": 3, "PIECE": 32, "BUFFERS": 3}),
@@ -356,16 +341,12 @@ TABLE: dict[str, tuple[Row, ...]] = {
     ),
     "binary_linear/sparse_wide": (
         Row(
-            Configuration({"TOKENS": 128, "GROUPS": 3, "NEAR": 4, "STAGES": 5, "PIECE": 128, "BUFFERS": 1}),
+            Configuration({"TOKENS": 128, "GROUPS": 3, "NEAR": 4, "STAGES": 5, "PIECE": 32, "BUFFERS": 4}),
             architectures=("sm_90",),
             itemsize=2,
         ),
     ),
-    "binary_linear/sparse_pairs": (
-        Row(Configuration({"TOKENS": 2}, num_warps=2), architectures=("sm_90",), up_to=2048),
-        Row(Configuration({"TOKENS": 2}, num_warps=4), architectures=("sm_90",), up_to=4096),
-        Row(Configuration({"TOKENS": 2}, num_warps=8), architectures=("sm_90",)),
-    ),
+    "binary_linear/sparse_pairs": (Row(Configuration({"maxnreg": 128}, num_warps=8), architectures=("sm_90",)),),
     "binary_linear/hopper_parts": (Row(Configuration({"TOKENS": 8, "ROWS": 128}), architectures=("sm_90",)),),
     # packed_blocks: the size is the number of words of a row, or that of a head's state
     "packed_blocks/project": (

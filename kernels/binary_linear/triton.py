@@ -33,7 +33,8 @@ TRIED = ("3.6.", "3.7.")
 if HOPPER := triton.__version__.startswith(TRIED):
     from bimamba_lit.kernels.binary_linear.triton_hopper import binary_gemm_hopper
     from bimamba_lit.kernels.binary_linear.triton_hopper_many import binary_gemm_hopper_many
-    from bimamba_lit.kernels.binary_linear.triton_hopper_sparse import binary_gemm_hopper_sparse, fill
+    from bimamba_lit.kernels.binary_linear.triton_hopper_pairs import MOST_INPUTS
+    from bimamba_lit.kernels.binary_linear.triton_hopper_sparse import binary_gemm_hopper_sparse, fastest
 
 FEW = 2  # tokens that counts and words take: each reads all signs anew, the integer units serve eight columns at once
 MOST_COUNTED = 8192  # inputs: a thread a word, in eight warps
@@ -161,11 +162,12 @@ def _hopper_can(x: Tensor, in_features: int, group_scale: Tensor | None) -> bool
 
 def _sparse_on_hopper(x: Tensor, out_features: int) -> bool:
     """Return whether sparse tensor cores are faster than a dense weight, and than a program a tile."""
-    tokens = x.shape[0]
-    if tokens < SPARSE_ON_HOPPER:
+    tokens, in_features = x.shape
+    if tokens < SPARSE_ON_HOPPER or in_features > MOST_INPUTS:
         return False
     # They take three quarters of the dense product's time where tiles fill all processors, and write no dense weight.
-    return fill(tokens, out_features, x.dtype, x.device) >= 0.75 * tokens / (tokens + UNPACKED_AS_TOKENS)
+    _, plan = fastest(tokens, out_features, in_features, x.dtype, x.device)
+    return plan.fill >= 0.75 * tokens / (tokens + UNPACKED_AS_TOKENS)
 
 
 def _few_on_hopper(x: Tensor, out_features: int, in_features: int, activation_bits: int | None) -> bool:

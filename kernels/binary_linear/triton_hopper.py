@@ -110,13 +110,13 @@ def _prepare_kernel(
 
 
 @gluon.jit
-def place_of(tile, tokens, out_features, TOKENS: gl.constexpr, ROWS: gl.constexpr, NEAR: gl.constexpr):
-    """Return a tile's first token and row; of NEAR blocks of tokens tiles run side by side and share what they read."""
-    token_tiles, row_tiles = gl.cdiv(tokens, TOKENS), gl.cdiv(out_features, ROWS)
+def place_of(tile, tokens, row_tiles, TOKENS: gl.constexpr, NEAR: gl.constexpr):
+    """Return a tile's first token and its row of tiles; of NEAR blocks of tokens they run side by side and share."""
+    token_tiles = gl.cdiv(tokens, TOKENS)
     band = tile // (NEAR * row_tiles)
     near = gl.minimum(token_tiles - band * NEAR, NEAR)
     within = tile % (NEAR * row_tiles)
-    return (band * NEAR + within % near) * TOKENS, within // near * ROWS
+    return (band * NEAR + within % near) * TOKENS, within // near
 
 
 @gluon.constexpr_function
@@ -209,7 +209,8 @@ def _gemm_kernel(
     LEFT: gl.constexpr = left_layout(KIND, TOKENS, WARPS)
     SIGNS: gl.constexpr = sign_layout(ROWS, WORDS, EIGHT, WARPS)
     OF_WORD: gl.constexpr = gl.SliceLayout(2, SIGNS)
-    first_token, first_row = place_of(gl.program_id(0), tokens, out_features, TOKENS, ROWS, NEAR)
+    first_token, row_tile = place_of(gl.program_id(0), tokens, gl.cdiv(out_features, ROWS), TOKENS, NEAR)
+    first_row = row_tile * ROWS
 
     xs = gl.allocate_shared_memory(KIND, [STAGES, TOKENS, INPUTS], x.layout)
     bars = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())

@@ -1,12 +1,16 @@
 """The packed linear layer of 8 bits for hundreds of tokens and more on Hopper: warps that copy, and that multiply.
 
 As in `triton_hopper` signs become numbers in registers, so there is no dense weight in memory. Here one warp asks for
-what comes next all the time, and two or three groups of four warps multiply what has come by 64 rows each: while one
-unpacks or writes y, the tensor cores work for the others. A program takes tile after tile, as many programs as the GPU
-has processors. `triton_hopper_sparse` does the same for 16 bits.
+what comes next all the time, and three groups of four warps multiply what has come by 64 rows each: while one unpacks
+or writes y, the tensor cores work for the others. A program takes tile after tile, as many programs as the GPU has
+processors; a tile may have rows for fewer groups than there are, so that the last tiles end at about the same time.
+`triton_hopper_sparse` does the same for 16 bits.
 
 Legend: M tokens, O out features, I in features.
 """
+
+from functools import cache
+from typing import NamedTuple
 
 import torch
 import triton
@@ -37,33 +41,13 @@ from bimamba_lit.kernels.binary_linear.triton_hopper import (
 from bimamba_lit.kernels.binary_linear.triton_rounding import rounded
 from bimamba_lit.kernels.binary_linear.triton_words import aligned_words, launch_early
 from bimamba_lit.kernels.binary_weight.triton import Terms
-from bimamba_lit.kernels.configurations import Configuration, configuration, multiprocessors
+from bimamba_lit.kernels.configurations import configuration, multiprocessors
 
 INPUTS = 128  # of a step; a word has 32
 ROWS = 64  # of a group of warps
-# Names of configurations, and what a tile takes next to a wide one of as many numbers (measured on an H100).
-COSTS = {"hopper_wide": 1.0, "hopper_long": 1.025, "hopper_square": 1.075}
+COSTS = (0.32, 0.335, 0.48)  # us of a step, in tiles of 1, 2 and 3 blocks of rows (measured on an H200)
+TILE = 1.0  # us of a tile, beside its steps
 KINDS = {torch.int8: gl.int8, torch.int32: gl.int32, torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
-
-
-def fastest(
-    names: dict[str, float], tokens: int, out_features: int, dtype: torch.dtype, device: torch.device
-) -> tuple[Configuration, float]:
-    """Return the configuration whose rounds of tiles take the least time, and the share of processors that they fill.
-
-    `names` has what a tile of each takes next to others of as many numbers.
-    """
-
-    def time(name: str) -> float:
-        blocks = found[name].blocks
-        rounds = triton.cdiv(tiles_of(tokens, out_features, found[name]), processors)
-        return names[name] * rounds * blocks["TOKENS"] * blocks["GROUPS"]
-
-    processors = multiprocessors(device)
-    found = {name: configuration(f"binary_linear/{name}", dtype, tokens, device) for name in names}
-    chosen = found[min(found, key=time)]
-    tiles = tiles_of(tokens, out_features, chosen)
-    return chosen, tiles / (triton.cdiv(tiles, processors) * processors)
 
 
 def binary_gemm_hopper_many(x: Tensor, signs: Tensor, in_features: int, terms: Terms, bias: Tensor | None) -> Tensor:
@@ -71,28 +55,58 @@ def binary_gemm_hopper_many(x: Tensor, signs: Tensor, in_features: int, terms: T
     tokens, out_features = x.shape[0], signs.shape[0]
     in_scale, out_scale, _, in_shift, out_shift = terms
     numbers, scales = rounded(x, in_scale, in_shift, few=False)
-    chosen = chosen_for(tokens, out_features, x.device)
-    blocks = chosen.blocks
+    chosen = configuration("binary_linear/hopper_many", torch.int8, tokens, x.device)
+    blocks, processors = chosen.blocks, multiprocessors(x.device)
     y = torch.empty(tokens, out_features, dtype=x.dtype, device=x.device)
-    tiles = tiles_of(tokens, out_features, chosen)
-    _many_kernel[(min(tiles, multiprocessors(x.device)),)](
+    plan = planned(tokens, out_features, in_features, blocks["TOKENS"], COSTS, processors)
+    _many_kernel[(min(plan.tiles, processors),)](
         blocks_of(numbers, [blocks["TOKENS"], INPUTS]), blocks_of(aligned_words(signs), [ROWS, INPUTS // 32]),
         scales, out_scale, out_shift, bias,
         y, blocks_of(y, [blocks["PIECE"], ROWS]) if out_features % 8 == 0 else None,
-        tokens, out_features, in_features, tiles, step_of(out_scale), step_of(out_shift), step_of(bias),
-        **chosen.launch(), **launch_early(x.device),
+        tokens, out_features, in_features, plan.row_tiles, plan.tiles, step_of(out_scale), step_of(out_shift),
+        step_of(bias), **chosen.launch(), **launch_early(x.device),
     )  # fmt: skip
     return y
 
 
-def chosen_for(tokens: int, out_features: int, device: torch.device) -> Configuration:
-    """Return the configuration that a product is launched with."""
-    return fastest(COSTS, tokens, out_features, torch.int8, device)[0]
+class Plan(NamedTuple):
+    """How a product is cut into tiles.
+
+    Attributes:
+        row_tiles: Into how many the rows are cut.
+        tiles: How many there are, of all tokens.
+        time: What the product takes, about, in us.
+        fill: The part of it that it would take if processors shared it evenly.
+    """
+
+    row_tiles: int
+    tiles: int
+    time: float
+    fill: float
 
 
-def tiles_of(tokens: int, out_features: int, chosen: Configuration) -> int:
-    """Return how many tiles there are."""
-    return triton.cdiv(tokens, chosen.blocks["TOKENS"]) * triton.cdiv(out_features, ROWS * chosen.blocks["GROUPS"])
+@cache
+def planned(
+    tokens: int, out_features: int, in_features: int, tokens_of_tile: int, costs: tuple[float, ...], processors: int
+) -> Plan:
+    """Return the cut that takes the least time: rows evenly, and tiles of one block of `ROWS` more first.
+
+    So of the tiles that a processor takes, one a round, not all need be of the largest height. `costs` has what a step
+    takes in tiles of 1, 2, ... blocks, in us.
+    """
+
+    def time(row_tiles: int) -> float:
+        height, higher = divmod(blocks, row_tiles)
+        of_higher = triton.cdiv(higher * token_tiles, processors)
+        of_lower = triton.cdiv(row_tiles * token_tiles, processors) - of_higher
+        rounds = ((of_higher, height + 1), (of_lower, height))
+        return sum(count * (TILE + steps * costs[height - 1]) for count, height in rounds if count)
+
+    blocks, token_tiles = triton.cdiv(out_features, ROWS), triton.cdiv(tokens, tokens_of_tile)
+    steps = in_features // INPUTS
+    row_tiles = min(range(blocks, triton.cdiv(blocks, len(costs)) - 1, -1), key=time)
+    even = blocks * token_tiles / processors * steps * costs[-1] / len(costs)
+    return Plan(row_tiles, row_tiles * token_tiles, time(row_tiles), even / time(row_tiles))
 
 
 def blocks_of(tensor: Tensor, block: list[int]) -> TensorDescriptor:
@@ -109,14 +123,52 @@ def next_slot(slot, phase, STAGES: gl.constexpr):
 
 
 @gluon.jit
+def span_of(tile, tokens, out_features, row_tiles, TOKENS: gl.constexpr, NEAR: gl.constexpr):
+    """Return a tile's first token and row, and of how many groups it has rows; tiles of one more come first."""
+    blocks = gl.cdiv(out_features, 64)
+    height, higher = blocks // row_tiles, blocks % row_tiles
+    of_higher = higher * gl.cdiv(tokens, TOKENS)
+    lower = (tile >= of_higher).to(gl.int32)
+    first_token, row_tile = place_of(
+        tile - lower * of_higher, tokens, higher + lower * (row_tiles - 2 * higher), TOKENS, NEAR
+    )
+    row_tile += lower * higher
+    first_block = row_tile * height + gl.minimum(row_tile, higher)
+    return first_token, first_block * 64, height + 1 - lower
+
+
+@gluon.jit
+def pass_over(full, empty, slot, phase, in_features, STAGES: gl.constexpr):
+    """Leave a tile's steps to the other groups."""
+    for _ in range(in_features // 128):
+        mbarrier.wait(full.index(slot), phase)
+        barrier()
+        mbarrier.arrive(empty.index(slot), count=1)
+        slot, phase = next_slot(slot, phase, STAGES)
+    return slot, phase
+
+
+@gluon.constexpr_function
+def registers_of(groups):
+    """Return what those have who work beside the first group: the other groups, and the warp that copies."""
+    return [240, 24] if groups == 2 else [160, 160, 40]
+
+
+@gluon.constexpr_function
+def warps_of(groups):
+    """Return the warps of those who work beside the first group."""
+    return [4] * (groups - 1) + [1]
+
+
+@gluon.jit
 def _copy(
-    x, words, xs, ws, full, empty, tokens, out_features, in_features, tiles,
-    TOKENS: gl.constexpr, GROUPS: gl.constexpr, NEAR: gl.constexpr, STAGES: gl.constexpr,
+    copied, TOKENS: gl.constexpr, GROUPS: gl.constexpr, NEAR: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """Ask for the inputs and words of every step of this program's tiles, as room for them comes free."""
+    x, words, xs, ws, full, empty, tokens, out_features, in_features, row_tiles, tiles = copied
     slot, phase = gl.to_tensor(0), gl.to_tensor(1)
     for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
-        first_token, first_row = place_of(tile, tokens, out_features, TOKENS, 64 * GROUPS, NEAR)
+        first_token, first_row, _ = span_of(tile, tokens, out_features, row_tiles, TOKENS, NEAR)
         for first_input in range(0, in_features, 128):
             mbarrier.wait(empty.index(slot), phase)
             bar = full.index(slot)
@@ -203,20 +255,35 @@ def _multiply(
     """Multiply and write 64 rows of every tile of this program."""
     (
         xs, ws, ys, full, empty, scales, out_scale, out_shift, bias, y, y_blocks, tokens, out_features, in_features,
-        tiles, out_scale_step, out_shift_step, bias_step,
+        row_tiles, tiles, out_scale_step, out_shift_step, bias_step,
     ) = multiplied  # fmt: skip
     LEFT: gl.constexpr = left_layout(gl.int8, TOKENS, 4)
     slot, phase = gl.to_tensor(0), gl.to_tensor(0)
     for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
-        first_token, first_row = place_of(tile, tokens, out_features, TOKENS, 64 * GROUPS, NEAR)
-        acc = gl.zeros([64, TOKENS], gl.int32, product_layout(gl.int8, TOKENS, 4))
-        acc, slot, phase = _product(acc, xs, ws, full, empty, slot, phase, in_features, LEFT, GROUP, GROUPS, STAGES)
-        finish(
-            acc, scales, out_scale, out_shift, bias, y, y_blocks, ys, first_token, first_row + GROUP * 64, tokens,
-            out_features, out_scale_step, out_shift_step, bias_step, True, ys.shape[1], GROUP * BUFFERS, 0, BUFFERS,
-        )  # fmt: skip
+        first_token, first_row, height = span_of(tile, tokens, out_features, row_tiles, TOKENS, NEAR)
+        if GROUP < height:
+            acc = gl.zeros([64, TOKENS], gl.int32, product_layout(gl.int8, TOKENS, 4))
+            acc, slot, phase = _product(acc, xs, ws, full, empty, slot, phase, in_features, LEFT, GROUP, GROUPS, STAGES)
+            finish(
+                acc, scales, out_scale, out_shift, bias, y, y_blocks, ys, first_token, first_row + GROUP * 64, tokens,
+                out_features, out_scale_step, out_shift_step, bias_step, True, ys.shape[1], GROUP * BUFFERS, 0, BUFFERS,
+            )  # fmt: skip
+        else:
+            slot, phase = pass_over(full, empty, slot, phase, in_features, STAGES)
     if y_blocks is not None:
         tma.store_wait(0)
+
+
+@gluon.jit
+def _work(
+    multiplied, copied, GROUP: gl.constexpr, TOKENS: gl.constexpr, GROUPS: gl.constexpr, NEAR: gl.constexpr,
+    STAGES: gl.constexpr, BUFFERS: gl.constexpr,
+):  # fmt: skip
+    """Do the work of a group of warps; after those that multiply comes the warp that copies."""
+    if GROUP < GROUPS:
+        _multiply(multiplied, GROUP, TOKENS, GROUPS, NEAR, STAGES, BUFFERS)
+    else:
+        _copy(copied, TOKENS, GROUPS, NEAR, STAGES)
 
 
 @gluon.jit
@@ -272,7 +339,7 @@ def _write(
 
 @gluon.jit
 def _many_kernel(
-    x, words, scales, out_scale, out_shift, bias, y, y_blocks, tokens, out_features, in_features, tiles,
+    x, words, scales, out_scale, out_shift, bias, y, y_blocks, tokens, out_features, in_features, row_tiles, tiles,
     out_scale_step, out_shift_step, bias_step, TOKENS: gl.constexpr, GROUPS: gl.constexpr, NEAR: gl.constexpr,
     STAGES: gl.constexpr, PIECE: gl.constexpr, BUFFERS: gl.constexpr,
 ):  # fmt: skip
@@ -289,25 +356,17 @@ def _many_kernel(
     tl.extra.cuda.gdc_wait()
     multiplied = (
         xs, ws, ys, full, empty, scales, out_scale, out_shift, bias, y, y_blocks, tokens, out_features, in_features,
-        tiles, out_scale_step, out_shift_step, bias_step,
+        row_tiles, tiles, out_scale_step, out_shift_step, bias_step,
     )  # fmt: skip
-    if GROUPS == 2:
-        gl.warp_specialize([
-            (_multiply, (multiplied, gl.constexpr(0), TOKENS, GROUPS, NEAR, STAGES, BUFFERS)),
-            (_multiply, (multiplied, gl.constexpr(1), TOKENS, GROUPS, NEAR, STAGES, BUFFERS)),
-            (_copy, (
-                x, words, xs, ws, full, empty, tokens, out_features, in_features, tiles, TOKENS, GROUPS, NEAR, STAGES,
-            )),
-        ], [4, 1], [240, 24])  # fmt: skip
-    else:
-        gl.warp_specialize([
-            (_multiply, (multiplied, gl.constexpr(0), TOKENS, GROUPS, NEAR, STAGES, BUFFERS)),
-            (_multiply, (multiplied, gl.constexpr(1), TOKENS, GROUPS, NEAR, STAGES, BUFFERS)),
-            (_multiply, (multiplied, gl.constexpr(2), TOKENS, GROUPS, NEAR, STAGES, BUFFERS)),
-            (_copy, (
-                x, words, xs, ws, full, empty, tokens, out_features, in_features, tiles, TOKENS, GROUPS, NEAR, STAGES,
-            )),
-        ], [4, 4, 1], [160, 160, 24])  # fmt: skip
+    copied = (x, words, xs, ws, full, empty, tokens, out_features, in_features, row_tiles, tiles)
+    gl.warp_specialize(
+        [
+            (_work, (multiplied, copied, gl.constexpr(group), TOKENS, GROUPS, NEAR, STAGES, BUFFERS))
+            for group in (0, 1, 2, 3)[: GROUPS + 1]
+        ],
+        warps_of(GROUPS),
+        registers_of(GROUPS),
+    )
     for stage in gl.static_range(STAGES):
         mbarrier.invalidate(full.index(stage))
         mbarrier.invalidate(empty.index(stage))

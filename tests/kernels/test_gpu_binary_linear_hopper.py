@@ -25,17 +25,31 @@ ROWS = [
     pytest.param(row.configuration, 8 if row.itemsize == 1 else None, id=f"{row.itemsize}-{index}")
     for index, row in enumerate(configurations.TABLE["binary_linear/hopper"])
 ]
-MANY = [
-    pytest.param(row.configuration, id=name)
-    for name in ("hopper_long", "hopper_wide", "hopper_square")
-    for row in configurations.TABLE[f"binary_linear/{name}"]
-]
-SPARSE = [
-    pytest.param(row.configuration, id=name)
-    for name in ("sparse_long", "sparse_wide")
-    for row in configurations.TABLE[f"binary_linear/{name}"]
-]
 SHAPES = [(10576, 2560), (1001, 2176), (7, 128)]  # 2,176: odd numbers of steps and of 16-byte loads
+
+
+PLANNED = many.planned
+HEIGHTS = ["as planned", "of two heights", "of one block"]
+
+
+def cut(monkeypatch, heights):
+    """Have products cut into tiles of the heights that a test names."""
+
+    def changed(tokens, out_features, in_features, tokens_of_tile, costs, processors):
+        if heights == "as planned":
+            return PLANNED(tokens, out_features, in_features, tokens_of_tile, costs, processors)
+        blocks = -(-out_features // 64)
+        row_tiles = blocks if heights == "of one block" else max(1, round(blocks / (len(costs) - 0.5)))
+        return many.Plan(row_tiles, row_tiles * -(-tokens // tokens_of_tile), 0.0, 0.0)
+
+    monkeypatch.setattr(many, "planned", changed)
+    monkeypatch.setattr(sparse, "planned", changed)
+
+
+@pytest.fixture(params=sorted(sparse.COSTS))
+def form(request, monkeypatch):
+    """Have sparse products take one configuration."""
+    monkeypatch.setattr(sparse, "COSTS", {request.param: sparse.COSTS[request.param]})
 
 
 def ratio(values, right):
@@ -141,12 +155,10 @@ def test_products_of_whole_numbers_are_exact(shape, chosen, bits):
     assert torch.equal(y, (x.float() @ ops.unpack_signs(signs, shape[1]).t()).to(y.dtype))
 
 
-@pytest.mark.parametrize("chosen", MANY)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("names", ["every", "of inputs", "scales"])
-def test_values_of_many_tokens(shape, dtype, chosen, names, monkeypatch):
-    monkeypatch.setattr(many, "chosen_for", lambda *where: chosen)
+def test_values_of_many_tokens(shape, dtype, names, monkeypatch):
     signs, terms, bias = make(*shape)
     terms = {"every": terms, "of inputs": (terms[0], None, None, terms[3], None), "scales": (*terms[:2], *[None] * 3)}
     terms, bias = terms[names], bias if names == "every" else None
@@ -154,18 +166,20 @@ def test_values_of_many_tokens(shape, dtype, chosen, names, monkeypatch):
         x = normal(shape[1], tokens).to(dtype).t()  # not contiguous
         x[:, 3] *= 30
         right = ops.binary_linear(x.double(), signs, shape[1], *terms, bias, activation_bits=8, backend="naive")
-        poison = torch.full((tokens * shape[0] * 4,), torch.nan, device="cuda")
-        del poison
-        y = many.binary_gemm_hopper_many(x, signs, shape[1], terms, bias)
-        assert y.dtype == dtype
-        assert ratio(y, right) <= 0.005, tokens
-        assert torch.equal(y, many.binary_gemm_hopper_many(x, signs, shape[1], terms, bias)), tokens
+        for heights in HEIGHTS:
+            cut(monkeypatch, heights)
+            poison = torch.full((tokens * (shape[0] + shape[1]) * 4,), torch.nan, device="cuda")
+            del poison
+            y = many.binary_gemm_hopper_many(x, signs, shape[1], terms, bias)
+            assert y.dtype == dtype
+            assert ratio(y, right) <= 0.005, (tokens, heights)
+            assert torch.equal(y, many.binary_gemm_hopper_many(x, signs, shape[1], terms, bias))
 
 
-@pytest.mark.parametrize("chosen", MANY)
+@pytest.mark.parametrize("heights", HEIGHTS)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_products_of_whole_numbers_of_many_tokens_are_exact(shape, chosen, monkeypatch):
-    monkeypatch.setattr(many, "chosen_for", lambda *where: chosen)
+def test_products_of_whole_numbers_of_many_tokens_are_exact(shape, heights, monkeypatch):
+    cut(monkeypatch, heights)
     signs, _, _ = make(*shape)
     x = torch.randint(-127, 128, (300, shape[1]), device="cuda").to(torch.bfloat16)
     x[:, 0] = 127  # the step is 1
@@ -194,12 +208,11 @@ def test_small_and_large_tokens_keep_their_precision_and_others_are_not_touched_
         assert ratio(y[token], right[token]) <= 0.005, token
 
 
-@pytest.mark.parametrize("chosen", SPARSE)
+@pytest.mark.usefixtures("form")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", [*SHAPES, (130, 9216)])
 @pytest.mark.parametrize("names", ["every", "of inputs", "scales", "none"])
-def test_values_by_sparse_tensor_cores(shape, dtype, chosen, names, monkeypatch):
-    monkeypatch.setattr(sparse, "chosen_for", lambda *where: chosen)
+def test_values_by_sparse_tensor_cores(shape, dtype, names, monkeypatch):
     signs, terms, bias = make(*shape)
     terms = {
         "every": terms,
@@ -212,18 +225,21 @@ def test_values_by_sparse_tensor_cores(shape, dtype, chosen, names, monkeypatch)
         x = normal(shape[1], tokens).to(dtype).t()  # not contiguous
         x[:, 3] *= 30
         right = ops.binary_linear(x.double(), signs, shape[1], *terms, bias, backend="naive")
-        poison = torch.full((tokens * (shape[0] + shape[1]) * 4,), torch.nan, device="cuda")
-        del poison
-        y = sparse.binary_gemm_hopper_sparse(x, signs, shape[1], terms, bias)
-        assert y.dtype == dtype
-        assert ratio(y, right) <= 0.005, tokens
-        assert torch.equal(y, sparse.binary_gemm_hopper_sparse(x, signs, shape[1], terms, bias)), tokens
+        for heights in HEIGHTS:
+            cut(monkeypatch, heights)
+            poison = torch.full((tokens * (shape[0] + shape[1]) * 4,), torch.nan, device="cuda")
+            del poison
+            y = sparse.binary_gemm_hopper_sparse(x, signs, shape[1], terms, bias)
+            assert y.dtype == dtype
+            assert ratio(y, right) <= 0.005, (tokens, heights)
+            assert torch.equal(y, sparse.binary_gemm_hopper_sparse(x, signs, shape[1], terms, bias))
 
 
-@pytest.mark.parametrize("chosen", SPARSE)
+@pytest.mark.usefixtures("form")
+@pytest.mark.parametrize("heights", HEIGHTS)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_products_of_whole_numbers_by_sparse_tensor_cores_are_exact(shape, chosen, monkeypatch):
-    monkeypatch.setattr(sparse, "chosen_for", lambda *where: chosen)
+def test_products_of_whole_numbers_by_sparse_tensor_cores_are_exact(shape, heights, monkeypatch):
+    cut(monkeypatch, heights)
     signs, _, _ = make(*shape)
     x = torch.randint(-127, 128, (300, shape[1]), device="cuda").to(torch.bfloat16)  # their sums have 8 bits
     y = sparse.binary_gemm_hopper_sparse(x, signs, shape[1], (None,) * 5, None)
