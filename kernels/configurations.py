@@ -327,7 +327,7 @@ TABLE: dict[str, tuple[Row, ...]] = {
     # hopper_many, sparse_long and sparse_wide: the size is the number of tokens; sparse_pairs: that of inputs
     "binary_linear/hopper_many": (
         Row(
-            Configuration({"TOKENS": 128, "GROUPS": 3, "NEAR": 8, "STAGES": 8, "PIECE": 64, "BUFFERS": 2}),
+            Configuration({"TOKENS": 128, "GROUPS": 3, "NEAR": 8, "STAGES": 8, "PIECE": 128, "BUFFERS": 1}),
             architectures=("sm_90",),
             itemsize=1,
         ),
@@ -346,7 +346,10 @@ TABLE: dict[str, tuple[Row, ...]] = {
             itemsize=2,
         ),
     ),
-    "binary_linear/sparse_pairs": (Row(Configuration({"maxnreg": 128}, num_warps=8), architectures=("sm_90",)),),
+    "binary_linear/sparse_pairs": (
+        Row(Configuration({"maxnreg": 128}, num_warps=8), architectures=("sm_90",), up_to=6144),
+        Row(Configuration({"maxnreg": 128}, num_warps=16), architectures=("sm_90",)),
+    ),
     "binary_linear/hopper_parts": (Row(Configuration({"TOKENS": 8, "ROWS": 128}), architectures=("sm_90",)),),
     # packed_blocks: the size is the number of words of a row, or that of a head's state
     "packed_blocks/project": (

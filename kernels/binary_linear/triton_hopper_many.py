@@ -41,7 +41,7 @@ from bimamba_lit.kernels.binary_linear.triton_hopper import (
 from bimamba_lit.kernels.binary_linear.triton_rounding import rounded
 from bimamba_lit.kernels.binary_linear.triton_words import aligned_words, launch_early
 from bimamba_lit.kernels.binary_weight.triton import Terms
-from bimamba_lit.kernels.configurations import configuration, multiprocessors
+from bimamba_lit.kernels.configurations import Configuration, configuration, multiprocessors
 
 INPUTS = 128  # of a step; a word has 32
 ROWS = 64  # of a group of warps
@@ -55,11 +55,10 @@ def binary_gemm_hopper_many(x: Tensor, signs: Tensor, in_features: int, terms: T
     tokens, out_features = x.shape[0], signs.shape[0]
     in_scale, out_scale, _, in_shift, out_shift = terms
     numbers, scales = rounded(x, in_scale, in_shift, few=False)
-    chosen = configuration("binary_linear/hopper_many", torch.int8, tokens, x.device)
-    blocks, processors = chosen.blocks, multiprocessors(x.device)
+    chosen, plan = chosen_for(tokens, out_features, in_features, x.device)
+    blocks = chosen.blocks
     y = torch.empty(tokens, out_features, dtype=x.dtype, device=x.device)
-    plan = planned(tokens, out_features, in_features, blocks["TOKENS"], COSTS, processors)
-    _many_kernel[(min(plan.tiles, processors),)](
+    _many_kernel[(min(plan.tiles, multiprocessors(x.device)),)](
         blocks_of(numbers, [blocks["TOKENS"], INPUTS]), blocks_of(aligned_words(signs), [ROWS, INPUTS // 32]),
         scales, out_scale, out_shift, bias,
         y, blocks_of(y, [blocks["PIECE"], ROWS]) if out_features % 8 == 0 else None,
@@ -85,6 +84,13 @@ class Plan(NamedTuple):
     fill: float
 
 
+def chosen_for(tokens: int, out_features: int, in_features: int, device: torch.device) -> tuple[Configuration, Plan]:
+    """Return the configuration that a product is launched with, and how it is cut."""
+    chosen = configuration("binary_linear/hopper_many", torch.int8, tokens, device)
+    where = chosen.blocks["TOKENS"], COSTS, multiprocessors(device)
+    return chosen, planned(tokens, out_features, in_features, *where)
+
+
 @cache
 def planned(
     tokens: int, out_features: int, in_features: int, tokens_of_tile: int, costs: tuple[float, ...], processors: int
@@ -104,7 +110,7 @@ def planned(
 
     blocks, token_tiles = triton.cdiv(out_features, ROWS), triton.cdiv(tokens, tokens_of_tile)
     steps = in_features // INPUTS
-    row_tiles = min(range(blocks, triton.cdiv(blocks, len(costs)) - 1, -1), key=time)
+    row_tiles = min(range(triton.cdiv(blocks, len(costs)), blocks + 1), key=time)
     even = blocks * token_tiles / processors * steps * costs[-1] / len(costs)
     return Plan(row_tiles, row_tiles * token_tiles, time(row_tiles), even / time(row_tiles))
 
@@ -258,6 +264,8 @@ def _multiply(
         row_tiles, tiles, out_scale_step, out_shift_step, bias_step,
     ) = multiplied  # fmt: skip
     LEFT: gl.constexpr = left_layout(gl.int8, TOKENS, 4)
+    # What is known of them, and y itself on its way to other threads, fit the registers.
+    AT_ONCE: gl.constexpr = 64 if y_blocks is None else ys.shape[1]
     slot, phase = gl.to_tensor(0), gl.to_tensor(0)
     for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
         first_token, first_row, height = span_of(tile, tokens, out_features, row_tiles, TOKENS, NEAR)
@@ -266,7 +274,7 @@ def _multiply(
             acc, slot, phase = _product(acc, xs, ws, full, empty, slot, phase, in_features, LEFT, GROUP, GROUPS, STAGES)
             finish(
                 acc, scales, out_scale, out_shift, bias, y, y_blocks, ys, first_token, first_row + GROUP * 64, tokens,
-                out_features, out_scale_step, out_shift_step, bias_step, True, ys.shape[1], GROUP * BUFFERS, 0, BUFFERS,
+                out_features, out_scale_step, out_shift_step, bias_step, True, AT_ONCE, GROUP * BUFFERS, 0, BUFFERS,
             )  # fmt: skip
         else:
             slot, phase = pass_over(full, empty, slot, phase, in_features, STAGES)
