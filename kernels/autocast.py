@@ -19,4 +19,12 @@ def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
 
 def _is_on(x: Tensor) -> bool:
     device = x.device.type
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return _has_autocast(device) and torch.is_autocast_enabled(device)
+
+
+def _has_autocast(device: str) -> bool:
+    return torch.amp.is_autocast_available(device)
+
+
+# As torch.compiler.assume_constant_result does: torch.compile of torch 2.11 cannot trace the question.
+_has_autocast._dynamo_marked_constant = True  # type: ignore[attr-defined]

@@ -37,7 +37,7 @@ class _Ternary(torch.autograd.Function):
     @staticmethod
     def forward(latent: Tensor) -> Tensor:
         codes, scale = ternary(latent)
-        return codes.mul_(scale)
+        return codes * scale  # not in place: see `straight_through_sign`
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:

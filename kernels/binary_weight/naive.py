@@ -54,7 +54,9 @@ class _Sign(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, straight_through: str, reach: Tensor | None) -> Tensor:
-        return torch.where(x > 0, 1.0, -1.0).to(x.dtype)
+        # Not of another tensor by ``to`` or in place: torch 2.11 compiles a function that ends so without its gradient.
+        one = torch.ones((), dtype=x.dtype, device=x.device)
+        return torch.where(x > 0, one, -one)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, str, Tensor | None], output: Tensor) -> None:

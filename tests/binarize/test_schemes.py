@@ -14,6 +14,7 @@ from bimamba_lit.binarize import (
     ParetoQ,
     ScaledSign,
     Sign,
+    Ternary,
     TwoSided,
     binarize_,
     pack_,
@@ -286,3 +287,14 @@ def test_signs_agree_between_weight_and_bits():
     bits = ops.unpack_signs(layer.packed_signs(), 13)
     assert torch.equal(bits, layer.weight.detach())
     assert bits[0, 0] == -1
+
+
+@pytest.mark.parametrize("scheme", [FBI, Ternary])
+# torch.compile's own, where it traces an autograd.Function.
+@pytest.mark.filterwarnings("ignore:.*autograd.function.Function.* should not be instantiated:DeprecationWarning")
+def test_compiled_it_has_its_gradients(scheme):
+    layer, x = scheme(linear()), torch.randn(2, 3, 13)
+    right = torch.autograd.grad(layer(x).square().sum(), layer.parameters())
+    compiled = torch.compile(layer, backend="eager", fullgraph=True)
+    found = torch.autograd.grad(compiled(x).square().sum(), layer.parameters())
+    torch.testing.assert_close(found, right)
