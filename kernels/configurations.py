@@ -192,6 +192,10 @@ TABLE: dict[str, tuple[Row, ...]] = {
         Row(Configuration({"ROWS": 4, "BYTES": 2, "TILES": 2, "STAGES": 1}, num_warps=1), architectures=(INTERPRETER,)),
         Row(Configuration({"ROWS": 2, "BYTES": 32, "TILES": 16, "STAGES": 3}, num_warps=2)),
     ),
+    "latent_linear/pack": (
+        Row(Configuration({"ROWS": 32, "COLUMNS": 64}, num_warps=1), architectures=(INTERPRETER,)),
+        Row(Configuration({"ROWS": 32, "COLUMNS": 128}, num_warps=2)),
+    ),
     "binary_linear/digits": (
         Row(Configuration({"INPUTS": 128}, num_warps=1), architectures=(INTERPRETER,)),
         Row(Configuration({"INPUTS": 4096}, num_warps=16)),

@@ -22,7 +22,7 @@ def sum_parts(parts: Tensor) -> Tensor:
     """Return the sum over the first dimension of contiguous parts, few columns a program where torch takes many."""
     out = parts.new_empty(parts.shape[1:])
     chosen = configuration("sums", parts.dtype, parts.shape[0], parts.device)
-    sum_kernel[(triton.cdiv(out.numel(), chosen.blocks["COLUMNS"]),)](
+    sum_kernel[(-(-out.numel() // chosen.blocks["COLUMNS"]),)](
         parts, out, parts.shape[0], out.numel(), **chosen.launch()
     )
     return out

@@ -76,8 +76,11 @@ class LatentLinear(nn.Linear, ABC):
         """Multiply ``x`` ``(..., I)`` by the weight and add the bias: ``(..., O)``."""
         # Reading a text costs more than forming the weight, decoding a token far less.
         decodes = not (self.training or torch.is_grad_enabled()) and x.numel() <= FEW * self.in_features
-        weight = self._kept_weight() if decodes else self._weight_in(product_dtype(x))
-        return self.finish(linear(x, weight, self.bias))
+        return self.finish(linear(x, self._kept_weight(), self.bias) if decodes else self._product(x))
+
+    def _product(self, x: Tensor) -> Tensor:
+        """Return ``x`` times the weight, formed anew, and the bias."""
+        return linear(x, self._weight_in(product_dtype(x)), self.bias)
 
     def train(self, mode: bool = True) -> "LatentLinear":
         """Set training or evaluation mode; the weight kept while decoding is let go."""

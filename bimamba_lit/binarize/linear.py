@@ -95,7 +95,15 @@ class BinaryLinear(LatentLinear):
         """Return how many weights an element of ``scale`` multiplies; ``scaled_gradients`` goes by it."""
         return self.latent.numel() // scale.numel()
 
-    def _weight_in(self, dtype: torch.dtype | None) -> Tensor:
+    def _product(self, x: Tensor) -> Tensor:
+        if self.unfinished is not None:
+            return super()._product(x)
+        centred = self.centred()
+        reach, terms = self._reach_of(centred), self._trained_terms()
+        return ops.latent_linear(x, centred, self.straight_through, bias=self.bias, reach=reach, **terms)
+
+    def _trained_terms(self) -> dict[str, Any]:
+        """Return the terms of the formula with the gradients that they train by."""
         terms: dict[str, Any] = whole_terms(self)
         if self.scaled_gradients:
             terms |= {
@@ -103,7 +111,10 @@ class BinaryLinear(LatentLinear):
                 for name, term in terms.items()
                 if "scale" in name
             }
-        centred = self.centred()
+        return terms
+
+    def _weight_in(self, dtype: torch.dtype | None) -> Tensor:
+        terms, centred = self._trained_terms(), self.centred()
 
         def binary(dtype: torch.dtype | None = None) -> Tensor:
             reach = self._reach_of(centred)

@@ -17,6 +17,7 @@ from bimamba_lit.ops.binary_weight import STRAIGHT_THROUGH, binary_weight
 from bimamba_lit.ops.causal_conv1d import causal_conv1d, causal_conv1d_step
 from bimamba_lit.ops.conv_ssd_norm import conv_ssd_norm
 from bimamba_lit.ops.distillation_loss import distillation_loss, topk_distillation_loss
+from bimamba_lit.ops.latent_linear import latent_linear
 from bimamba_lit.ops.packed_blocks import fuses_block, packed_blocks
 from bimamba_lit.ops.rms_norm import norm_and_residual, rms_norm
 from bimamba_lit.ops.selective_scan import selective_scan, selective_scan_step
@@ -37,6 +38,7 @@ __all__ = [
     "conv_ssd_norm",
     "distillation_loss",
     "fuses_block",
+    "latent_linear",
     "norm_and_residual",
     "pack_signs",
     "packed_blocks",

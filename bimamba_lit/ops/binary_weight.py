@@ -49,12 +49,28 @@ def binary_weight(
         ValueError: If a shape, `straight_through` or the backend is wrong.
         TypeError: If `latent` is not of a float dtype.
     """
+    terms = (in_scale, out_scale, group_scale, in_shift, out_shift)
+    check_latent(latent, straight_through, *terms, None, reach)
+    run = pick(backend, latent, naive.binary_weight)
+    return run(latent, straight_through, *terms, dtype, reach)
+
+
+def check_latent(
+    latent: Tensor,
+    straight_through: str,
+    in_scale: Tensor | None,
+    out_scale: Tensor | None,
+    group_scale: Tensor | None,
+    in_shift: Tensor | None,
+    out_shift: Tensor | None,
+    bias: Tensor | None,
+    reach: Tensor | None,
+) -> None:
+    """Refuse latent weights (O, I), or what goes with them, that make no binary weight."""
     check_dimensions("latent", latent, "O I")
     check_float("latent", latent)
     if straight_through not in STRAIGHT_THROUGH:
         raise ValueError(f"straight_through is {straight_through!r}, but must be one of {', '.join(STRAIGHT_THROUGH)}.")
-    check_terms(latent.shape[0], latent.shape[1], in_scale, out_scale, group_scale, in_shift, out_shift, None)
+    check_terms(latent.shape[0], latent.shape[1], in_scale, out_scale, group_scale, in_shift, out_shift, bias)
     if reach is not None and tuple(reach.shape) not in ((latent.shape[0],), (1,)):
         raise ValueError(f"reach has shape {tuple(reach.shape)}, but must be (O,) = {(latent.shape[0],)} or (1,).")
-    run = pick(backend, latent, naive.binary_weight)
-    return run(latent, straight_through, in_scale, out_scale, group_scale, in_shift, out_shift, dtype, reach)

@@ -117,8 +117,12 @@ def planned(
 
 def blocks_of(tensor: Tensor, block: list[int]) -> TensorDescriptor:
     """Return what blocks of a tensor are copied by."""
-    layout = gl.NVMMASharedLayout.get_default_for(block, KINDS[tensor.dtype])
-    return TensorDescriptor.from_tensor(tensor, block, layout)
+    return TensorDescriptor.from_tensor(tensor, block, _layout_of(*block, tensor.dtype))
+
+
+@cache
+def _layout_of(rows: int, columns: int, dtype: torch.dtype) -> gl.NVMMASharedLayout:
+    return gl.NVMMASharedLayout.get_default_for([rows, columns], KINDS[dtype])
 
 
 @gluon.jit

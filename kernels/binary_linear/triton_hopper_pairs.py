@@ -29,12 +29,12 @@ def in_steps(x: Tensor) -> bool:
     return x.dtype == torch.float16
 
 
-def pairs(x: Tensor, terms: Terms) -> tuple[Tensor, Tensor | None]:
+def pairs(x: Tensor, in_features: int, terms: Terms) -> tuple[Tensor, Tensor | None]:
     """Return sums and differences of pairs (M, I); steps, sums of x and of `in_shift` times x (4, M padded) if any."""
     in_scale, _, _, in_shift, out_shift = terms
-    tokens, in_features = x.shape
+    tokens, given = x.shape
     x = x.contiguous() if x.storage_offset() % 8 == 0 else x.clone(memory_format=torch.contiguous_format)
-    numbers = torch.empty_like(x)
+    numbers = x.new_empty(tokens, in_features)
     scales: Tensor | None = None
     if in_steps(x) or in_shift is not None or out_shift is not None:
         scales = empty_scales(tokens, x.device)
@@ -42,7 +42,7 @@ def pairs(x: Tensor, terms: Terms) -> tuple[Tensor, Tensor | None]:
     block = [TOKENS, 128 * chosen.num_warps]
     _pairs_kernel[(triton.cdiv(tokens, TOKENS),)](
         blocks_of(x, block), in_scale, in_shift, blocks_of(numbers, block), scales, tokens,
-        0 if scales is None else scales.shape[1], in_features, step_of(in_scale), step_of(in_shift),
+        0 if scales is None else scales.shape[1], given, step_of(in_scale), step_of(in_shift),
         BLOCKS=triton.cdiv(in_features, block[1]), STEPS=in_steps(x), TOTALS=out_shift is not None,
         PDL=overlaps(x.device), **launch_early(x.device), **chosen.launch(),
     )  # fmt: skip
@@ -159,17 +159,22 @@ def _pairs_kernel(
         if TOTALS and not STEPS:
             total += _own(value)
         if in_shift is not None:
+            if STEPS:
+                weight = _of_inputs(in_shift, block * INPUTS + place, in_shift_step, in_features)
             shift += _own(value * weight)
         if in_scale is not None:
+            if STEPS:
+                scale = _of_inputs(in_scale, block * INPUTS + place, in_scale_step, in_features)
             value *= scale
         if STEPS:
             value *= inverse[:, None, None, None]
         first, second = gl.split(gl.permute(gl.reshape(value, [8, 2 * WARPS, 2, 2, 4, 4]), [0, 1, 5, 4, 3, 2]))
         both = gl.reshape(gl.join(first + second, first - second).to(x.dtype), [8, INPUTS])
         xs.index(block).store(gl.convert_layout(both, _paired_layout(WARPS), assert_trivial=True))
-        # The terms of what comes next are on their way while this is written.
-        scale = _of_inputs(in_scale, (block + 1) * INPUTS + place, in_scale_step, in_features)
-        weight = _of_inputs(in_shift, (block + 1) * INPUTS + place, in_shift_step, in_features)
+        # The terms of what comes next are on their way while this is written, where registers are left for them.
+        if not STEPS:
+            scale = _of_inputs(in_scale, (block + 1) * INPUTS + place, in_scale_step, in_features)
+            weight = _of_inputs(in_shift, (block + 1) * INPUTS + place, in_shift_step, in_features)
         fence_async_shared()
         barrier()
         tma.async_copy_shared_to_global(numbers, [first_token, block * INPUTS], xs.index(block))

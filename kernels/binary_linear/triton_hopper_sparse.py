@@ -41,10 +41,13 @@ COSTS = {"sparse_long": (0.85, 0.86), "sparse_wide": (0.5, 0.53, 0.66)}
 
 
 def binary_gemm_hopper_sparse(x: Tensor, signs: Tensor, in_features: int, terms: Terms, bias: Tensor | None) -> Tensor:
-    """Map x (M, I) of 16 bits to (M, O) in x's dtype; I a multiple of `INPUTS`, no group scales."""
+    """Map x (M, I) of 16 bits to (M, O) in x's dtype; I a multiple of `INPUTS`, no group scales.
+
+    x may have fewer inputs, a multiple of 8: those that are missing count as zeros.
+    """
     tokens, out_features = x.shape[0], signs.shape[0]
     _, out_scale, _, _, out_shift = terms
-    numbers, scales = pairs(x, terms)
+    numbers, scales = pairs(x, in_features, terms)
     chosen, plan = fastest(tokens, out_features, in_features, x.dtype, x.device)
     blocks = chosen.blocks
     y = torch.empty(tokens, out_features, dtype=x.dtype, device=x.device)

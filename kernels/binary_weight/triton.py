@@ -103,6 +103,7 @@ def _(gradient: Tensor, source: Tensor, *rest: Any) -> list[Tensor]:
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     source, _, *terms, reach, straight_through, _ = inputs
+    ctx.set_materialize_grads(False)  # signs have none
     ctx.straight_through = straight_through
     ctx.latent = None if source.dtype == torch.uint8 else source.dtype
     ctx.save_for_backward(output[1] if _kept(source, terms, straight_through)[0] else source, *terms, reach)
@@ -143,7 +144,7 @@ def weight_forward(
         return naive.compose(weight_forward(source, in_features, NO_TERMS, dtype), *terms).to(dtype)
     chosen = configuration(f"binary_weight/{'unpack' if packed else 'forward'}", dtype, weight.numel(), source.device)
     rows, width = chosen.blocks["ROWS"], 8 * chosen.blocks["BYTES"]
-    _forward_kernel[(groups * triton.cdiv(size, width), triton.cdiv(weight.shape[0], rows))](
+    _forward_kernel[(groups * -(-size // width), -(-weight.shape[0] // rows))](
         source, kept, weight, *terms, weight.shape[0], in_features, size, groups, *source.stride(), *_steps(terms),
         PACKED=packed, **chosen.launch(),
     )  # fmt: skip
@@ -169,8 +170,8 @@ def weight_backward(
     in_scale, out_scale, group_scale, in_shift, out_shift = terms
     groups, size = _groups(terms, in_features)
     chosen = configuration("binary_weight/backward", gradient.dtype, gradient.numel(), gradient.device)
-    tiles_i = triton.cdiv(size, 8 * chosen.blocks["BYTES"])
-    tiles_o = triton.cdiv(out_features, chosen.blocks["ROWS"] * chosen.blocks["TILES"])
+    tiles_i = -(-size // (8 * chosen.blocks["BYTES"]))
+    tiles_o = -(-out_features // (chosen.blocks["ROWS"] * chosen.blocks["TILES"]))
 
     def partial(wanted: bool, *shape: int) -> Tensor | None:
         return torch.empty(*shape, dtype=torch.float32, device=gradient.device) if wanted else None

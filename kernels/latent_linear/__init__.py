@@ -1,0 +1,1 @@
+"""The linear layer of latent weights, as a binary layer trains."""
