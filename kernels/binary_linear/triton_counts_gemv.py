@@ -171,27 +171,42 @@ def _eight(words, THREADS: tl.constexpr):
     return a, b, c, d, e, f, g, h
 
 
+@triton.constexpr_function
+def chosen_text(MASK):
+    """Return the text of `_chosen`."""
+    return f"lop3.b32 $0, $1, $2, {MASK}, 0xE4;"
+
+
 @triton.jit
-def _swap(a, b, by: tl.constexpr, mask: tl.constexpr):
+def _chosen(a, b, mask: tl.constexpr, PTX: tl.constexpr):
+    """Return a's bits in a mask and b's beside it: an instruction, where the compiler has two."""
+    if PTX:
+        return tl.inline_asm_elementwise(chosen_text(mask), "=r,r,r", [a, b], tl.int32, is_pure=True, pack=1)
+    else:
+        return (a & mask) | (b & ~mask)
+
+
+@triton.jit
+def _swap(a, b, by: tl.constexpr, mask: tl.constexpr, PTX: tl.constexpr):
     """Trade a's bits beside a mask for b's in it, `by` places lower."""
-    return (a & mask) | ((b << by) & ~mask), ((a >> by) & mask) | (b & ~mask)
+    return _chosen(a, b << by, mask, PTX), _chosen(a >> by, b, mask, PTX)
 
 
 @triton.jit
-def _transposed(a, b, c, d, e, f, g, h):
+def _transposed(a, b, c, d, e, f, g, h, PTX: tl.constexpr):
     """Take numbers of 8 bits apart into planes, in each byte by itself: bit i of plane p is bit p of number i."""
-    a, b = _swap(a, b, 1, 0x55555555)
-    c, d = _swap(c, d, 1, 0x55555555)
-    e, f = _swap(e, f, 1, 0x55555555)
-    g, h = _swap(g, h, 1, 0x55555555)
-    a, c = _swap(a, c, 2, 0x33333333)
-    b, d = _swap(b, d, 2, 0x33333333)
-    e, g = _swap(e, g, 2, 0x33333333)
-    f, h = _swap(f, h, 2, 0x33333333)
-    a, e = _swap(a, e, 4, 0x0F0F0F0F)
-    b, f = _swap(b, f, 4, 0x0F0F0F0F)
-    c, g = _swap(c, g, 4, 0x0F0F0F0F)
-    d, h = _swap(d, h, 4, 0x0F0F0F0F)
+    a, b = _swap(a, b, 1, 0x55555555, PTX)
+    c, d = _swap(c, d, 1, 0x55555555, PTX)
+    e, f = _swap(e, f, 1, 0x55555555, PTX)
+    g, h = _swap(g, h, 1, 0x55555555, PTX)
+    a, c = _swap(a, c, 2, 0x33333333, PTX)
+    b, d = _swap(b, d, 2, 0x33333333, PTX)
+    e, g = _swap(e, g, 2, 0x33333333, PTX)
+    f, h = _swap(f, h, 2, 0x33333333, PTX)
+    a, e = _swap(a, e, 4, 0x0F0F0F0F, PTX)
+    b, f = _swap(b, f, 4, 0x0F0F0F0F, PTX)
+    c, g = _swap(c, g, 4, 0x0F0F0F0F, PTX)
+    d, h = _swap(d, h, 4, 0x0F0F0F0F, PTX)
     return a, b, c, d, e, f, g, h
 
 
@@ -210,7 +225,7 @@ def _made(scaled, inverse, SPLIT: tl.constexpr, DIGITS: tl.constexpr, PTX: tl.co
         total = total << 8
         for n in tl.static_range(8):
             total = _add_bytes(total, own[n], digit == DIGITS - 1, PTX)
-        made = _transposed(own[0], own[1], own[2], own[3], own[4], own[5], own[6], own[7]) + made
+        made = _transposed(own[0], own[1], own[2], own[3], own[4], own[5], own[6], own[7], PTX) + made
     return made, total
 
 
