@@ -1,9 +1,10 @@
 """The packed product for a token or two by counts, in one launch.
 
 Every program makes the planes of all inputs for itself, from the cache, while its signs are still on their way: that
-costs less than a launch for it. Numbers are 16 bits (a step of 2^-15 of the token's largest), or 8 where 8-bit
-activations are asked for. All of a program's signs are asked for at once, before the kernel before has ended: no kernel
-that lets others begin early writes signs. Whatever else is read may be that kernel's output, and is waited for.
+costs less than a launch for it. A warp makes those of its own stretch of inputs. Numbers are 16 bits, with a step a
+warp, 2^-15 of the largest of its inputs; or 8 where 8-bit activations are asked for, with a step a token. All of a
+program's signs are asked for at once, before the kernel before has ended: no kernel that lets others begin early writes
+signs. Whatever else is read may be that kernel's output, and is waited for.
 
 A thread makes its byte of four words of every plane: a quarter of each word's inputs, 8, a bit for each.
 
@@ -16,7 +17,13 @@ import triton.language as tl
 from torch import Tensor
 
 from bimamba_lit.kernels.binary_linear.triton_counts import ask, count, four, put
-from bimamba_lit.kernels.binary_linear.triton_trades import largest_of_all, operands, row_sums, trade_planes
+from bimamba_lit.kernels.binary_linear.triton_trades import (
+    largest_of_all,
+    largest_of_warp,
+    row_sums,
+    row_sums_of_steps,
+    trade_planes,
+)
 from bimamba_lit.kernels.binary_linear.triton_words import (
     BITS,
     aligned_words,
@@ -96,9 +103,10 @@ def _add(a, b, other_a, other_b):
 
 @triton.jit
 def _scaled_inputs(
-    x, in_scale, in_shift, SUMS: tl.constexpr, W: tl.constexpr, SPLIT: tl.constexpr, PTX: tl.constexpr
+    x, in_scale, in_shift, SUMS: tl.constexpr, W: tl.constexpr, SPLIT: tl.constexpr, STEPS: tl.constexpr,
+    PTX: tl.constexpr,
 ):  # fmt: skip
-    """Return a thread's inputs times `in_scale`: a quarter of four words, each (THREADS, 8).
+    """Return a thread's inputs times `in_scale`: a quarter of four words of its warp's, each (THREADS, 8).
 
     And the largest of its own, the bits of an integer, which those of what is not finite exceed; with SUMS, of all
     inputs, the sums of x and of x times `in_shift`.
@@ -108,8 +116,8 @@ def _scaled_inputs(
     total, shifted = largest, largest
     scaled = ()
     for part in tl.static_range(4):
-        word = thread // 4 * 4 + part
-        inside = (word < W)[:, None]
+        word = thread // 32 * (16 * STEPS) + thread % 32 // 4 * 4 + part
+        inside = ((word < W) & (thread % 32 < 16 * STEPS))[:, None]
         i = (word * 32 + thread % 4 * 8)[:, None] + tl.arange(0, 8)[None, :]
         value = _load(x + i, inside, PTX)
         if SUMS:
@@ -126,25 +134,22 @@ def _scaled_inputs(
 
 
 @triton.constexpr_function
-def bytes_text(NUMBER):
-    """Return the text of `_bytes`: operands are the result and the four."""
-    pair = f"0x{4 + NUMBER}{NUMBER}"
-    return (
-        f"{{.reg .b32 one, two; prmt.b32 one, $1, $2, {pair}; prmt.b32 two, $3, $4, {pair}; "
-        "prmt.b32 $0, one, two, 0x5410;}"
-    )
+def bytes_text(SELECT):
+    """Return the text of `_bytes`."""
+    return f"prmt.b32 $0, $1, $2, {SELECT};"
 
 
 @triton.jit
-def _bytes(a, b, c, d, NUMBER: tl.constexpr, PTX: tl.constexpr):
-    """Return byte NUMBER of each of four."""
+def _bytes(a, b, select: tl.constexpr, PTX: tl.constexpr):
+    """Return four bytes of a's and b's eight, 4 bits of `select` a byte."""
     if PTX:
-        return tl.inline_asm_elementwise(
-            bytes_text(NUMBER), operands(1, 4), [a, b, c, d], tl.int32, is_pure=True, pack=1
-        )
+        return tl.inline_asm_elementwise(bytes_text(select), "=r,r,r", [a, b], tl.int32, is_pure=True, pack=1)
     else:
-        low = ((a >> (8 * NUMBER)) & 255) | (((b >> (8 * NUMBER)) & 255) << 8)
-        return low | (((c >> (8 * NUMBER)) & 255) << 16) | (((d >> (8 * NUMBER)) & 255) << 24)
+        found = tl.zeros_like(a)
+        for byte in tl.static_range(4):
+            place: tl.constexpr = (select >> (4 * byte)) & 7
+            found |= (((a if place < 4 else b) >> (8 * (place % 4))) & 255) << (8 * byte)
+        return found
 
 
 @triton.jit
@@ -218,10 +223,12 @@ def _made(scaled, inverse, SPLIT: tl.constexpr, DIGITS: tl.constexpr, PTX: tl.co
     for part in tl.static_range(4):
         # A float of this size has a step of 1 and, in its low bits, the integer in two's complement.
         numbers = numbers + ((scaled[part] * inverse[:, None] + 12582912.0).to(tl.int32, bitcast=True),)
+    # Of each only the lower 16 bits count.
+    ab, cd = _bytes(numbers[0], numbers[1], 0x5410, PTX), _bytes(numbers[2], numbers[3], 0x5410, PTX)
     total = tl.zeros([THREADS], tl.int32)
     made = ()
     for digit in tl.static_range(DIGITS - 1, -1, -1):
-        own = _eight(_bytes(numbers[0], numbers[1], numbers[2], numbers[3], digit, PTX), THREADS)
+        own = _eight(_bytes(ab, cd, 0x6420 + 0x1111 * digit, PTX), THREADS)
         total = total << 8
         for n in tl.static_range(8):
             total = _add_bytes(total, own[n], digit == DIGITS - 1, PTX)
@@ -232,18 +239,12 @@ def _made(scaled, inverse, SPLIT: tl.constexpr, DIGITS: tl.constexpr, PTX: tl.co
 @triton.jit
 def _turned(a, b, c, d, PTX: tl.constexpr):
     """Return the first bytes of four words, the second, and so on."""
-    if PTX:
-        return tl.inline_asm_elementwise(
-            "{.reg .b32 one, two, three, four; prmt.b32 one, $4, $5, 0x5140; prmt.b32 two, $6, $7, 0x5140; "
-            "prmt.b32 three, $4, $5, 0x7362; prmt.b32 four, $6, $7, 0x7362; prmt.b32 $0, one, two, 0x5410; "
-            "prmt.b32 $1, one, two, 0x7632; prmt.b32 $2, three, four, 0x5410; prmt.b32 $3, three, four, 0x7632;}",
-            operands(4, 4), [a, b, c, d], (tl.int32, tl.int32, tl.int32, tl.int32), is_pure=True, pack=1,
-        )  # fmt: skip
-    else:
-        return (
-            _bytes(a, b, c, d, 0, PTX), _bytes(a, b, c, d, 1, PTX),
-            _bytes(a, b, c, d, 2, PTX), _bytes(a, b, c, d, 3, PTX),
-        )  # fmt: skip
+    ab, cd = _bytes(a, b, 0x5140, PTX), _bytes(c, d, 0x5140, PTX)
+    ef, gh = _bytes(a, b, 0x7362, PTX), _bytes(c, d, 0x7362, PTX)
+    return (
+        _bytes(ab, cd, 0x5410, PTX), _bytes(ab, cd, 0x7632, PTX),
+        _bytes(ef, gh, 0x5410, PTX), _bytes(ef, gh, 0x7632, PTX),
+    )  # fmt: skip
 
 
 @triton.jit
@@ -306,14 +307,14 @@ def counts_kernel(
     words = put(words, zero, THREADS)
     if PDL:
         wait_if(zero)
-    scaled, largest, total, shifted = _scaled_inputs(x, in_scale, in_shift, SUMS, W, SPLIT, PTX)
+    scaled, largest, total, shifted = _scaled_inputs(x, in_scale, in_shift, SUMS, W, SPLIT, STEPS, PTX)
     thread = tl.arange(0, THREADS)
     row = tl.program_id(0) * ROWS + thread // SHARE
     there = row < out_features
     scale, shift, added = load_terms(
         row, there, out_scale, out_shift, bias, out_scale_step, out_shift_step, bias_step, THREADS
     )
-    bits = largest_of_all(largest, SPLIT, PTX)
+    bits = largest_of_all(largest, SPLIT, PTX) if DIGITS == 1 else largest_of_warp(largest, PTX)
     largest = bits.to(tl.float32, bitcast=True)
     limit: tl.constexpr = 127 if DIGITS == 1 else 127 * 256
     inverse = tl.where(largest > 1e-30, limit / tl.maximum(largest, 1e-30), 0.0)
@@ -329,7 +330,11 @@ def counts_kernel(
     for tile in tl.static_range(ROWS // 16):
         parts = parts + _counted(words, planes, tile, own, column, STEPS, DIGITS, PTX)
     length = tl.where(bits < 0x7F800000, largest / limit, float("nan"))
-    result = row_sums(parts, SPLIT, PTX).to(tl.float32) * length * scale + added
+    if DIGITS == 1:
+        result = row_sums(parts, SPLIT, PTX).to(tl.float32) * length
+    else:
+        result = row_sums_of_steps(parts, length, SPLIT, PTX)
+    result = result * scale + added
     if in_shift is not None:
         result += shifted
     if out_shift is not None:

@@ -20,7 +20,7 @@ def operands(outputs, inputs):
 
 
 @triton.constexpr_function
-def _trade(words, stores, loads, first):
+def _trade(words, stores, loads, first, barrier="bar.sync 0"):
     """Return the text of a trade in a room of `words` words.
 
     `stores` are pairs of a place and what is stored there, `loads` of a place and the names of words after one another.
@@ -29,7 +29,7 @@ def _trade(words, stores, loads, first):
     text = f".shared .align 16 .b32 room[{words}]; .reg .b32 room_at, at; mov.u32 room_at, room; "
     text += f"mad.lo.u32 at, ${first}, 4, room_at; "
     text += "".join(f"st.shared.b32 [at + {4 * place}], {name}; " for place, name in stores)
-    text += f"bar.sync 0; mad.lo.u32 at, ${first + 1}, 4, room_at; "
+    text += f"{barrier}; mad.lo.u32 at, ${first + 1}, 4, room_at; "
     for place, names in loads:
         vector = f".v{len(names)}" if len(names) > 1 else ""
         text += f"ld.shared{vector}.b32 {{{', '.join(names)}}}, [at + {4 * place}]; "
@@ -64,6 +64,19 @@ def largest_of_all(own, SPLIT: tl.constexpr, PTX: tl.constexpr):
         return tl.zeros_like(own) + tl.max(own, 0)
 
 
+@triton.jit
+def largest_of_warp(own, PTX: tl.constexpr):
+    """Return the largest integer of a warp."""
+    if PTX:
+        return tl.inline_asm_elementwise(
+            "redux.sync.max.s32 $0, $1, -1;", "=r,r", [own], tl.int32, is_pure=True, pack=1
+        )
+    else:
+        warps: tl.constexpr = own.shape[0] // 32
+        largest = tl.max(tl.reshape(own, [warps, 32]), 1)
+        return tl.reshape(tl.broadcast_to(largest[:, None], [warps, 32]), [32 * warps])
+
+
 @triton.constexpr_function
 def planes_text(SPLIT, STEPS, PLANES):
     """Return the text of `trade_planes`: operands are what is taken, what was made, and where both are."""
@@ -75,17 +88,17 @@ def planes_text(SPLIT, STEPS, PLANES):
         for step in range(STEPS)
         for digit in range(digits)
     ]
-    return "{" + _trade(PLANES * apart, stores, loads, taken + PLANES) + "}"
+    return "{" + _trade(PLANES * apart, stores, loads, taken + PLANES, "bar.warp.sync 0xffffffff") + "}"
 
 
 @triton.jit
 def trade_planes(made, SPLIT: tl.constexpr, STEPS: tl.constexpr, PTX: tl.constexpr):
-    """Return, of the planes that threads made, what four made of a thread's line, for each step and digit."""
+    """Return, of the planes that a warp's threads made, what four made of a thread's line, for each step and digit."""
     THREADS: tl.constexpr = 32 * SPLIT
     PLANES: tl.constexpr = len(made)
     TAKEN: tl.constexpr = PLANES // 2 * STEPS
     thread = tl.arange(0, THREADS)
-    line, maker = thread % 32 // 4, thread // 32 * (16 * STEPS) + thread % 4 * 4
+    line, maker = thread % 32 // 4, thread // 32 * 32 + thread % 4 * 4
     if PTX:
         types: tl.constexpr = (tl.int32,) * TAKEN
         return tl.inline_asm_elementwise(
@@ -132,6 +145,52 @@ def row_sums(parts, SPLIT: tl.constexpr, PTX: tl.constexpr):
     else:
         each = tl.permute(tl.reshape(stack(parts), [SPLIT, 8, 4, PARTS]), [3, 1, 0, 2])
         sums = tl.sum(tl.reshape(each, [8 * PARTS, SPLIT * 4]), 1)
+        return tl.reshape(tl.broadcast_to(sums[:, None], [8 * PARTS, SHARE]), [THREADS])
+
+
+@triton.constexpr_function
+def steps_text(PARTS, SPLIT, SHARE):
+    """Return the text of `row_sums_of_steps`: operands are those of `rows_text`, a step, a place."""
+    found, pitch = [f"found{n}" for n in range(PARTS)], 4 * SPLIT + 4
+    steps, apart = [f"step{n}" for n in range(max(1, PARTS // 4))], 8 * pitch
+    stores = [(apart * part, f"${1 + part}") for part in range(PARTS + 1)]
+    text = f"{{.reg .b32 {', '.join(found)}; .reg .f32 sum, other, {', '.join(steps)}; "
+    text += _trade(apart * (PARTS + 1), stores, _consecutive(found), 2 + PARTS)
+    text += f"mad.lo.u32 at, ${4 + PARTS}, 4, room_at; "
+    for n, step in enumerate(steps):
+        text += f"ld.shared.b32 {step}, [at + {4 * (apart * PARTS + 4 * n)}]; "
+    for n, step in enumerate(steps):
+        first, *more = found[4 * n : 4 * n + 4]
+        text += "".join(f"add.s32 {first}, {first}, {name}; " for name in more) + f"cvt.rn.f32.s32 other, {first}; "
+        text += f"fma.rn.f32 sum, other, {step}, sum; " if n else f"mul.f32 sum, other, {step}; "
+    lanes = 1
+    while lanes < SHARE:
+        text += f"shfl.sync.bfly.b32 other, sum, {lanes}, 31, -1; add.f32 sum, sum, other; "
+        lanes *= 2
+    return text + "mov.b32 $0, sum;}"
+
+
+@triton.jit
+def row_sums_of_steps(parts, step, SPLIT: tl.constexpr, PTX: tl.constexpr):
+    """Add up what `row_sums` does, each warp's integers times its step."""
+    THREADS: tl.constexpr = 32 * SPLIT
+    PARTS: tl.constexpr = len(parts)
+    SHARE: tl.constexpr = THREADS // (8 * PARTS)
+    if PTX:
+        thread = tl.arange(0, THREADS)
+        to = thread % 32 // 4 * (4 * SPLIT + 4) + thread // 32 * 4 + thread % 4
+        own = thread % SHARE * PARTS
+        sums = tl.inline_asm_elementwise(
+            steps_text(PARTS, SPLIT, SHARE), operands(1, PARTS + 4),
+            parts + (step.to(tl.int32, bitcast=True), to, thread // SHARE * (4 * SPLIT + 4) + own, own), tl.int32,
+            is_pure=False, pack=1,
+        )  # fmt: skip
+        return sums.to(tl.float32, bitcast=True)
+    else:
+        each = tl.permute(tl.reshape(stack(parts), [SPLIT, 8, 4, PARTS]), [3, 1, 0, 2])
+        sums = tl.sum(tl.reshape(each, [8 * PARTS, SPLIT, 4]), 2).to(tl.float32)
+        steps = tl.sum(tl.reshape(tl.where(tl.arange(0, THREADS) % 32 == 0, step, 0.0), [SPLIT, 32]), 1)
+        sums = tl.sum(sums * steps[None, :], 1)
         return tl.reshape(tl.broadcast_to(sums[:, None], [8 * PARTS, SHARE]), [THREADS])
 
 

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from bimamba_lit.kernels.binary_linear.triton_counts import count, four, thread_places
-from bimamba_lit.kernels.binary_linear.triton_trades import float_sums, largest_of_all
+from bimamba_lit.kernels.binary_linear.triton_trades import float_sums, largest_of_all, largest_of_warp
 
 
 @triton.jit
@@ -104,19 +104,6 @@ def _sums_of_warp(a, b, c, d, lane, PTX: tl.constexpr):
 
 
 @triton.jit
-def _largest_of_warp(words, PTX: tl.constexpr):
-    """Return the largest integer of a warp."""
-    if PTX:
-        return tl.inline_asm_elementwise(
-            "redux.sync.max.s32 $0, $1, 0xffffffff;", "=r,r", [words], tl.int32, is_pure=True, pack=1
-        )
-    else:
-        warps: tl.constexpr = words.shape[0] // 32
-        largest = tl.max(tl.reshape(words, [warps, 32]), 1)
-        return tl.reshape(tl.broadcast_to(largest[:, None], [warps, 32]), [32 * warps])
-
-
-@triton.jit
 def _ballot(words, PTX: tl.constexpr):
     """Return a word with a bit of every lane of a warp: whether it has anything but 0."""
     if PTX:
@@ -144,7 +131,7 @@ def write_planes(
     thread = tl.arange(0, THREADS)
     lane, tile = thread % 32, thread // 32
     limit: tl.constexpr = 2.0 ** (8 * DIGITS - 1) - 1
-    largest = _largest_of_warp(tl.abs(scaled).to(tl.int32, bitcast=True), PTX)
+    largest = largest_of_warp(tl.abs(scaled).to(tl.int32, bitcast=True), PTX)
     finite = largest < 0x7F800000
     power = tl.maximum(largest >> 23, 8 * DIGITS)  # of two, and 127
     inverse = ((254 - power + 8 * DIGITS - 2) << 23).to(tl.float32, bitcast=True)

@@ -9,10 +9,13 @@ trades = pytest.importorskip("bimamba_lit.kernels.binary_linear.triton_trades")
 
 
 def run(text, outputs, inputs):
-    """Run a text of one room; operands are arrays of a word a thread."""
+    """Run a text of one room; operands are arrays of a word a thread.
+
+    Behind a barrier of warps a thread may read only what its own warp wrote.
+    """
     threads = np.arange(len(inputs[0]))
     values = {f"${outputs + n}": np.array(given).astype(np.uint32) for n, given in enumerate(inputs)}
-    memory, written = np.zeros(int(re.search(r"room\[(\d+)\]", text)[1]), np.uint32), set()
+    memory, written = np.zeros(int(re.search(r"room\[(\d+)\]", text)[1]), np.uint32), {}
 
     def value(name):
         return values[name] if name in values else np.full(len(threads), int(name, 0) & 0xFFFFFFFF, np.uint32)
@@ -26,7 +29,7 @@ def run(text, outputs, inputs):
     for statement in filter(None, map(str.strip, text.strip("{}").split(";"))):
         operation, *arguments = re.findall(r"\{[^}]*\}|\[[^\]]*\]|[^\s,]+", statement)
         match operation.split("."):
-            case ["", *_] | ["bar", "sync"]:
+            case ["", *_] | ["bar", *_]:
                 pass
             case ["mov", _] if arguments[1] == "room":
                 values[arguments[0]] = 0 * value("0")
@@ -34,9 +37,14 @@ def run(text, outputs, inputs):
                 values[arguments[0]] = value(arguments[1])
             case ["mad", "lo", _]:
                 values[arguments[0]] = value(arguments[1]) * value(arguments[2]) + value(arguments[3])
-            case ["add", "f32"]:
+            case ["add" | "mul" as kind, "f32"]:
                 a, b = (value(name).view(np.float32) for name in arguments[1:])
-                values[arguments[0]] = (a + b).view(np.uint32)
+                values[arguments[0]] = (a + b if kind == "add" else a * b).view(np.uint32)
+            case ["fma", "rn", "f32"]:
+                a, b, c = (value(name).view(np.float32).astype(float) for name in arguments[1:])
+                values[arguments[0]] = (a * b + c).astype(np.float32).view(np.uint32)
+            case ["cvt", "rn", "f32", "s32"]:
+                values[arguments[0]] = value(arguments[1]).view(np.int32).astype(np.float32).view(np.uint32)
             case ["add", _]:
                 values[arguments[0]] = value(arguments[1]) + value(arguments[2])
             case ["max", "s32"]:
@@ -50,12 +58,13 @@ def run(text, outputs, inputs):
             case ["st", "shared", _]:
                 at = words(arguments[0], 1)
                 memory[at] = value(arguments[1])
-                written |= set(at)
+                written |= dict(zip(at, threads // 32, strict=True))
             case ["ld", "shared", *_]:
                 names = arguments[0].strip("{}").split(", ")
                 at = words(arguments[1], len(names))
                 for n, name in enumerate(names):
-                    assert set(at + n) <= written
+                    writers = np.array([written[word] for word in at + n])
+                    assert "bar.warp" not in text or (writers == threads // 32).all()
                     values[name] = memory[at + n]
             case _:
                 raise NotImplementedError(statement)
@@ -78,7 +87,7 @@ def test_the_largest_of_all(warps):
 @pytest.mark.parametrize("digits", [1, 2])
 def test_planes(warps, steps, digits):
     thread = np.arange(32 * warps)
-    line, maker = thread % 32 // 4, thread // 32 * 16 * steps + thread % 4 * 4
+    line, maker = thread % 32 // 4, thread // 32 * 32 + thread % 4 * 4
     made = random_words(8 * digits, 32 * warps)
     text = trades.planes_text(warps, steps, 8 * digits)
     taken = run(text, 4 * digits * steps, [*made, thread, maker + line * (32 * warps + 16)])
@@ -97,6 +106,18 @@ def test_sums_of_rows(parts, warps):
     (found,) = run(trades.rows_text(parts, warps, share), 1, [*own, to, at + thread % share * parts])
     right = [[part[line == row].sum() for row in range(8)] for part in own]
     assert (found == np.ravel(right)[thread // share]).all()
+
+
+@pytest.mark.parametrize(("parts", "warps"), [(2, 1), (2, 4), (4, 8), (8, 2), (16, 8)])
+def test_sums_of_rows_in_steps_of_warps(parts, warps):
+    thread, own = np.arange(32 * warps), random_words(parts, 32 * warps) % 1000
+    line, share = thread % 32 // 4, 4 * warps // parts
+    step = np.array([0.5, 3, 1, 5, 0.25, 7, 2, 6], np.float32)[thread // 32]
+    to, at = line * (4 * warps + 4) + thread // 32 * 4 + thread % 4, thread // share * (4 * warps + 4)
+    places = [to, at + thread % share * parts, thread % share * parts]
+    (found,) = run(trades.steps_text(parts, warps, share), 1, [*own, step.view(np.uint32), *places])
+    right = [[(part * step)[line == row].sum() for row in range(8)] for part in own]
+    assert (found.view(np.float32) == np.ravel(right)[thread // share]).all()
 
 
 @pytest.mark.parametrize(("rows", "split"), [(16, 1), (64, 1), (32, 2), (16, 4), (32, 4), (32, 8)])

@@ -190,14 +190,14 @@ def test_counts_of_planes(rows, warps, bits, terms, single):
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered in multiply")  # a token that is not finite
 def test_counts_are_exact_and_show_what_is_not_finite():
-    signs = ops.pack_signs(normal(40, 384))
-    x = torch.randint(-127, 128, (2, 384), generator=torch.Generator().manual_seed(0)).half()
-    x[:, 0] = 127  # the step is 1, or 1 / 256
+    signs = ops.pack_signs(normal(40, 640))
+    x = torch.randint(-127, 128, (2, 640), generator=torch.Generator().manual_seed(0)).half()
+    x[:, ::512] = 127  # of each warp: steps are 1, or 1 / 256
     for bits in (None, 8):
-        y = ops.binary_linear(x, signs, 384, activation_bits=bits, backend="triton")
-        assert torch.equal(y, ops.binary_linear(x.float(), signs, 384, backend="naive").half())
+        y = ops.binary_linear(x, signs, 640, activation_bits=bits, backend="triton")
+        assert torch.equal(y, ops.binary_linear(x.float(), signs, 640, backend="naive").half())
     x[0, 5], x[1] = torch.inf, 0
-    y = ops.binary_linear(x, signs, 384, backend="triton")
+    y = ops.binary_linear(x, signs, 640, backend="triton")
     assert not y[0].isfinite().any() and not y[1].any()
 
 
