@@ -56,7 +56,9 @@ def write_curves(comparison: Comparison, path: Path, chosen: Set[Path] = frozens
     for axes, (title, quantity) in zip(panels, _PANELS.items(), strict=True):
         for (name, metrics), style in zip(drawn.items(), itertools.cycle(_STYLES), strict=False):
             curve = quantity(metrics)
-            axes.plot(list(curve), list(curve.values()), label=shortened(name, _LONGEST_LABEL), **style)
+            marker = "o" if len(curve) == 1 else None  # a line of one point cannot be seen
+            label = shortened(name, _LONGEST_LABEL)
+            axes.plot(list(curve), list(curve.values()), label=label, marker=marker, **style)
         _set_axes(axes, title)
         if not any(line.get_xdata().size for line in axes.get_lines()):
             axes.text(0.5, 0.5, "not logged", transform=axes.transAxes, ha="center", fontsize=9, color="#555555")

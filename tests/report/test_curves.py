@@ -60,6 +60,17 @@ def test_flips_and_scales_are_drawn_as_they_were_logged(run: Run, drawn: Any, tm
     assert "(curves.png)" in (tmp_path / "out" / "report.md").read_text()
 
 
+def test_what_was_logged_once_is_a_point(run: Run, tmp_path: Path) -> None:
+    def inked(rows: list[dict[str, float]]) -> int:
+        compare([log(run("fbi"), rows)], tmp_path / "out")
+        blue = matplotlib.image.imread(tmp_path / "out" / "curves.png")[150:, :, :3]  # below the legend
+        return int((abs(blue - [0x1F / 255, 0x5F / 255, 0xA8 / 255]).sum(-1) < 0.05).sum())
+
+    row = {"step": 4, "flips/rate": 0.1, "flips/since_start": 0.1}
+    assert inked([row]) > 20
+    assert inked([row, row | {"step": 9}]) > 20
+
+
 def test_without_logged_signs_there_is_no_picture_not_even_an_old_one(run: Run, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "curves.png").touch()
