@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from bimamba_lit.data.sources import Part, digest, pieces
+from bimamba_lit.data.tokens import unwritable
 from bimamba_lit.errors import UserError
 from bimamba_lit.files import replacing
 
@@ -52,6 +53,8 @@ def trained_bpe(parts: Sequence[Part], document_end: str | None, size: int, cach
     settings = [_FORMAT, digest(parts), document_end, size]
     folder = cache / f"bpe-{hashlib.sha256(json.dumps(settings).encode()).hexdigest()}"
     file = folder / "tokenizer.json"
+    if file.is_file():  # also where nothing may be written
+        return file.read_text(encoding="utf-8")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / "lock"):
@@ -61,7 +64,7 @@ def trained_bpe(parts: Sequence[Part], document_end: str | None, size: int, cach
                     temporary.write_text(definition, encoding="utf-8")
             return file.read_text(encoding="utf-8")
     except OSError as error:
-        raise UserError(f"cannot write the token cache {cache}: {error.strerror or error}; set cache_dir") from error
+        raise unwritable(cache, error) from error
 
 
 def _train(parts: Sequence[Part], document_end: str | None, size: int) -> str:

@@ -113,7 +113,7 @@ def token_stream(
         lock = FileLock(folder / "lock")
         lock.acquire()
     except OSError as error:
-        raise UserError(f"cannot write the token cache {cache}: {error.strerror or error}; set cache_dir") from error
+        raise unwritable(cache, error) from error
     try:
         if (stream := _load(folder)) is not None:
             return stream
@@ -123,6 +123,14 @@ def token_stream(
         return _make(folder, _tokenized(parts, tokenizer, document_end, sized, title), tokenizer, sized, max_tokens)
     finally:
         lock.release()
+
+
+def unwritable(cache: Path, error: OSError) -> UserError:
+    """Return the sentence on a cache in which nothing can be written."""
+    return UserError(
+        f"cannot write the token cache {cache}: {error.strerror or error}; set HF_DATASETS_CACHE in the environment, "
+        "or cache_dir in a recipe, to a folder in which you may write"
+    )
 
 
 def default_cache() -> Path:

@@ -71,3 +71,18 @@ def test_sizes_that_cannot_be(name: str) -> None:
     with pytest.raises(UserError, match="write bpe:8192"):
         bpe_size(name)
     assert bpe_size("bytes") is None
+
+
+def test_one_that_is_in_the_cache_needs_no_right_to_write(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parts = [Span(corpus)]
+    made = trained_bpe(parts, None, 300, tmp_path / "cache")
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("filelock.FileLock.acquire", refuse)
+    assert trained_bpe(parts, None, 300, tmp_path / "cache") == made
+    with pytest.raises(UserError, match="cannot write the token cache .*Permission denied; set HF_DATASETS_CACHE"):
+        trained_bpe(parts, None, 301, tmp_path / "cache")

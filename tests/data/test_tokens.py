@@ -144,5 +144,5 @@ def test_ids_beyond_16_bits(tmp_path: Path) -> None:
 
 def test_a_cache_that_cannot_be_written(spans: list[Span], tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match="cannot write the token cache .*set cache_dir"):
+    with pytest.raises(UserError, match="cannot write the token cache .*set HF_DATASETS_CACHE .* or cache_dir"):
         token_stream(spans, ByteTokenizer(), tmp_path / "file")
