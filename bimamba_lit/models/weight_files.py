@@ -49,7 +49,7 @@ def write_safetensors(tensors: Mapping[str, Tensor], file: Path) -> None:
     """Write tensors and their checksums as one safetensors file.
 
     Raises:
-        UserError: If the file cannot be written.
+        OSError: If the file cannot be written.
     """
     from safetensors import SafetensorError
     from safetensors.torch import save_file
@@ -58,7 +58,7 @@ def write_safetensors(tensors: Mapping[str, Tensor], file: Path) -> None:
     try:
         save_file(dict(tensors), file, metadata={"format": "pt", _CHECKSUMS: sums})
     except SafetensorError as error:
-        raise UserError(f"cannot write {file}: {error}") from error
+        raise OSError(str(error)) from error
 
 
 def is_plain_float(tensor: Tensor) -> bool:
