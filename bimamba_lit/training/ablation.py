@@ -135,20 +135,20 @@ class Runner:
         self._lock = threading.Lock()
         self._processes: set[subprocess.Popen[str]] = set()
         self._stopping = False
+        self._done = 0
 
     def run(self, runs: Sequence[Run]) -> dict[str, str]:
         """Run what is not finished yet, and return why runs failed, by name."""
         waiting = {run.name: run for run in runs if not (self.out / run.name / SUMMARY).is_file()}
         self._tell(f"{len(runs)} runs, {len(runs) - len(waiting)} of them finished already")
         failed: dict[str, str] = {}
+        self._done = 0
         with ThreadPoolExecutor(self.jobs) as pool:
             try:
-                futures = {pool.submit(self._one, run): run.name for run in waiting.values()}
-                for number, future in enumerate(as_completed(futures), start=1):
-                    name, reason = futures[future], future.result()
-                    self._tell(f"{number} of {len(waiting)} done: {name}" + (f" failed: {reason}" if reason else ""))
-                    if reason is not None:
-                        failed[name] = reason
+                futures = {pool.submit(self._told, run, len(waiting)): run.name for run in waiting.values()}
+                for future in as_completed(futures):
+                    if (reason := future.result()) is not None:
+                        failed[futures[future]] = reason
             except Interrupted:
                 self._stop(pool)
                 raise
@@ -161,6 +161,18 @@ class Runner:
             self._stopping = True
             for process in self._processes:
                 process.terminate()
+
+    def _told(self, run: Run, number: int) -> str | None:
+        """Run one of a number of runs, say so once it is done, and return why it failed, or None."""
+        try:
+            reason = self._one(run)
+        except OSError as error:
+            reason = f"cannot start it or keep its log in {self.out / run.name}: {error.strerror or error}"
+        with self._lock:
+            self._done += 1
+            done = self._done
+        self._tell(f"{done} of {number} done: {run.name}" + (f" failed: {reason}" if reason else ""))
+        return reason
 
     def _one(self, run: Run) -> str | None:
         """Run one, show and keep what it prints, and return why it failed, or None."""

@@ -1,3 +1,4 @@
+import errno
 import json
 import math
 import os
@@ -132,6 +133,25 @@ def test_when_nothing_comes_to_its_end_it_is_an_error(tiny, bimamba, tmp_path, m
     monkeypatch.setattr(ablation.Runner, "_one", lambda *args: "out of memory")
     answer = bimamba("ablate", "-c", tiny.teacher_recipe, "--grid", grid(tmp_path, {"a": 1}), "--out", tmp_path / "out")
     assert answer.code == 1 and "no run of" in answer.err and "out of memory" in answer.err
+
+
+def test_a_full_disk_fails_a_run_and_not_the_ablation(tmp_path, monkeypatch, capsys):
+    def one(self, run):
+        if run.name.endswith("0"):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(ablation.Runner, "_one", one)
+    failed = ablation.Runner([], tmp_path, jobs=1).run(plan({"a": {}}, [0, 1]))
+    assert list(failed) == ["a-seed0"] and failed["a-seed0"].endswith("No space left on device")
+    told = capsys.readouterr().out
+    assert told.index("1 of 2 done: a-seed0 failed") < told.index("2 of 2 done: a-seed1")
+
+
+def test_a_run_is_told_done_before_the_next_begins(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(ablation.Runner, "_one", lambda self, run: self._tell(f"begun: {run.name}"))
+    ablation.Runner([], tmp_path, jobs=1).run(plan({"a": {}}, range(20)))
+    told = [line.rstrip(" ─") for line in capsys.readouterr().out.splitlines()[1:]]
+    assert told == [text for i in range(20) for text in (f"begun: a-seed{i}", f"{i + 1} of 20 done: a-seed{i}")]
 
 
 @pytest.mark.parametrize(
