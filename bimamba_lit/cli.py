@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import io
 import os
 import shlex
 import sys
@@ -35,6 +36,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in args
     args = [arg for arg in args if arg != "--debug"]
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="replace")  # a terminal or a pipe that is not UTF-8 has no "–" of a table
     try:
         if args and args[0] in _RESUMABLE:
             _run_resumable(args)

@@ -1,4 +1,6 @@
+import contextlib
 import csv
+import io
 import os
 import signal
 import subprocess
@@ -9,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import bimamba_lit
+from bimamba_lit.cli import main
 
 ROOT = Path(__file__).parents[1]
 
@@ -71,6 +74,12 @@ def test_recipes_are_listed_and_copied(bimamba, tmp_path):
     assert again.code == 1 and "is there already" in again.err
     onto_file = bimamba("recipes", "cp", "quickstart_teacher", copy)
     assert onto_file.code == 1 and "is a file" in onto_file.err
+
+
+def test_a_table_is_printed_where_output_is_not_utf8(tiny, tmp_path):
+    with contextlib.redirect_stdout(io.TextIOWrapper(io.BytesIO(), encoding="latin-1", write_through=True)) as out:
+        main(["compare", str(tiny.teacher), "--out", str(tmp_path / "out")])
+    assert "?" in (text := out.buffer.getvalue().decode("latin-1")) and f"Written: {tmp_path}" in text
 
 
 # What only a process of its own shows.
