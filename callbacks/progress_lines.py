@@ -41,5 +41,6 @@ class ProgressLines(pl.Callback):
     @staticmethod
     def _print(trainer: pl.Trainer, figures: dict[str, Any]) -> None:
         total = f"/{trainer.max_steps}" if trainer.max_steps > 0 else ""
+        step = f"step {trainer.global_step}{total}  " if trainer.global_step else ""  # none where nothing is trained
         shown = "  ".join(f"{name} {float(value):.4g}" for name, value in figures.items())
-        print(f"step {trainer.global_step}{total}  {shown}", flush=True)
+        print(f"{step}{shown}", flush=True)

@@ -40,6 +40,15 @@ def test_lines_come_every_few_steps_and_after_validation(tmp_path, capsys):
     assert "train/loss 0.4096" in lines[0] and "val/loss" in lines[2]
 
 
+def test_a_validation_by_itself_tells_of_no_step(tmp_path, capsys):
+    data = torch.utils.data.DataLoader(torch.ones(2, 1), batch_size=1)
+    pl.Trainer(
+        accelerator="cpu", logger=False, callbacks=[ProgressLines(3)], enable_progress_bar=False, max_steps=8,
+        default_root_dir=tmp_path,
+    ).validate(OneWeight(), data, verbose=False)  # fmt: skip
+    assert "val/loss 1\n" in (out := capsys.readouterr().out) and "step" not in out
+
+
 @pytest.mark.parametrize(("limits", "shown"), [({"max_steps": 4}, "Epoch 0 "), ({"max_epochs": 1}, "Epoch 0/0")])
 def test_the_bar_names_no_epoch_that_is_not_there(tmp_path, capsys, limits, shown):
     fit(StepsBar(), tmp_path, **limits)
