@@ -119,6 +119,11 @@ def test_a_wrong_student_is_told(refused, tiny, arg, told):
     assert told in refused(arg, recipe=tiny.distill_recipe)
 
 
+def test_what_is_no_dotted_name_is_not_hinted_at(refused, tiny):
+    told = refused("--model.binarizer=./my_scheme.Mine", recipe=tiny.distill_recipe)
+    assert told.rstrip().endswith("there is no class './my_scheme.Mine'")
+
+
 def test_a_recipe_without_a_needed_setting(refused, tiny, tmp_path):
     settings = yaml.safe_load(tiny.distill_recipe.read_text())
     del settings["model"]["init_args"]["teacher"]

@@ -91,7 +91,7 @@ def find_scheme(name: str) -> Scheme:
         UserError: If there is no such class, or it is no subclass of ``LatentLinear``.
     """
     module, _, last = name.rpartition(".")
-    if not module:
+    if not module or not all(part.isidentifier() for part in name.split(".")):
         raise UserError(f"'{name}' is no dotted name of a class: give one such as my_module.MyScheme")
     sys.path.insert(0, os.getcwd())
     try:

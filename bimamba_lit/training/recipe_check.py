@@ -148,7 +148,8 @@ def _find_class(path: str, name: str, bases: tuple[type, ...]) -> type:
     except (ImportError, AttributeError, TypeError, ValueError) as error:  # the last two of "." and ".name"
         if isinstance(error, ImportError) and not f"{module}.".startswith(f"{error.name}."):  # it is there, and fails
             raise UserError(f"{path}: '{name}' cannot be imported: {error}") from error
-        places = [f"{module}.{key}" for key, cls in known.items() if cls.__module__.startswith(module.split(".")[0])]
+        root = module.split(".")[0]
+        places = [f"{module}.{key}" for key, cls in known.items() if root and cls.__module__.startswith(root)]
         raise UserError(f"{path}: there is no class '{name}'{nearest(name, places)}") from error
     if not (inspect.isclass(found) and issubclass(found, bases)):
         raise UserError(f"{path}: '{name}' is no {wanted}: name a subclass of it")

@@ -135,6 +135,7 @@ def test_the_command(bimamba, tmp_path, monkeypatch):
     assert answer.code == 1 and "FAILED" in answer.out and "terms" in answer.out
     for name, sentence in {
         "Plain": "no dotted name",
+        "./own_schemes_of_a_test.Plain": "no dotted name",
         "no_such_module.Plain": "No module named",
         "own_schemes_of_a_test.Plane": "no subclass of bimamba_lit.binarize.LatentLinear; did you mean",
         "torch.nn.Linear": "no subclass",
