@@ -2,6 +2,7 @@
 
 import lightning.pytorch as pl
 
+from bimamba_lit.callbacks.steps import latent_layers
 from bimamba_lit.models.count import count_parameters, true_bits
 from bimamba_lit.training.language import LanguageModule, scheme_name
 
@@ -17,8 +18,9 @@ class ModelLine(pl.Callback):
             return
         total, binarized = count_parameters(pl_module.lm)
         scheme = scheme_name(pl_module.lm, trained=True)
+        bits = _finished_bits(pl_module)
         kind = "full precision" if scheme == "fp" else f"{binarized / total:.1%} in {scheme} layers"
-        print(f"MambaLM: {total:,} parameters, {kind}, {true_bits(pl_module.lm) / _BITS_PER_MIB:.2f} MiB deployed")
+        print(f"MambaLM: {total:,} parameters, {kind}, {bits / _BITS_PER_MIB:.2f} MiB deployed")
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Say where the learning rate does not come to its highest, as in a short try of a recipe for long runs."""
@@ -32,3 +34,14 @@ class ModelLine(pl.Callback):
                 f"the run ends within its warm-up: after {trainer.max_steps} of {settings.warmup_steps} steps the "
                 f"learning rate has not come to {settings.lr:g}; lower model.optimizer.warmup_steps"
             )
+
+
+def _finished_bits(pl_module: LanguageModule) -> int:
+    """Return what a model takes to store once its layers are binary, which those of a resumed run may not be yet."""
+    layers = {layer: layer.unfinished for layer in latent_layers(pl_module).values()}
+    for layer in layers:
+        layer.unfinished = None
+    bits = true_bits(pl_module.lm)
+    for layer, unfinished in layers.items():
+        layer.unfinished = unfinished
+    return bits

@@ -37,6 +37,7 @@ def test_an_unfinished_run_is_measured_and_written_as_it_is_and_goes_on(recipe, 
 
     answer = bimamba("fit", "-c", recipe, "--trainer.max_steps=3")
     assert answer.code == 0, answer.err
+    size = next(line for line in answer.out.splitlines() if "MiB deployed" in line)
     cut = summary()
     assert cut["true_bits"] > 16 * cut["binarized_params"] and "unfinished" in cut["storage"]
     assert bimamba("validate", "-c", recipe, "--ckpt_path=last").code == 0
@@ -56,6 +57,7 @@ def test_an_unfinished_run_is_measured_and_written_as_it_is_and_goes_on(recipe, 
 
     answer = bimamba("fit", "-c", recipe, "--ckpt_path=last")
     assert answer.code == 0, answer.err
+    assert size in answer.out.splitlines()
     found = summary()
     assert "unfinished" not in found["storage"] and found["true_bits"] < cut["true_bits"]
     assert bimamba("export", "--ckpt", run, "--format", "safetensors", "--out", tmp_path / "packed").code == 0
