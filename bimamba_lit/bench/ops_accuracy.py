@@ -142,6 +142,8 @@ def _layers(normal: Normal) -> Iterator[Case]:
     for name in ops.STRAIGHT_THROUGH:
         options: dict[str, object] = {"straight_through": name, "reach": normal(_OUT).abs() + 0.5}
         yield Case(f"binary_weight {name}", ops.binary_weight, {"latent": latent, **terms}, options)
+    trained = {"x": normal(_LENGTH, _IN), "latent": latent, **terms, "bias": normal(_OUT)}
+    yield Case("latent_linear", ops.latent_linear, trained, {})
 
 
 def _losses(normal: Normal) -> Iterator[Case]:

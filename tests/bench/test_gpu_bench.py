@@ -162,6 +162,9 @@ def test_no_case_of_a_shape_is_an_error(measured, bimamba):
 
 def test_every_kernel_has_a_case_that_is_timed_when_it_is_tuned():
     assert {run.case_of(kernel) for kernel in configurations.TABLE} <= set(run.OPS)
+    many = ("gemm8", "hopper_many", "sparse_pairs", "sparse_long")
+    assert {run.case_of(f"binary_linear/{kernel}") for kernel in many} == {"gemm"}
+    assert {run.case_of(f"binary_linear/{kernel}") for kernel in ("gemv", "counts", "digits")} == {"gemv"}
 
 
 def test_neighbours_differ_in_one_number():

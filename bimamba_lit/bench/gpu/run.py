@@ -105,8 +105,9 @@ def case_of(kernel: str) -> str:
         "rms_norm": "norm",
         "sums": "norm",
         "signs": "gemm",
-        "binary_linear": "gemm" if kernel.endswith("8") or "hopper" in kernel else "gemv",
+        "binary_linear": "gemm" if kernel.endswith("8") or "hopper" in kernel or "sparse" in kernel else "gemv",
         "binary_weight": "binary_layer",
+        "latent_linear": "binary_layer",
         "linear_rows": "decode",
         "packed_blocks": "decode",
     }
