@@ -138,7 +138,7 @@ def _find_class(path: str, name: str, bases: tuple[type, ...]) -> type:
     known = {cls.__name__: cls for base in bases for cls in _subclasses(base)}
     if "." not in name:
         if name not in known:
-            ours = sorted(key for key, cls in known.items() if cls.__module__.startswith("bimamba_lit"))
+            ours = sorted(key for key, cls in known.items() if _is_ours(cls))
             hint = nearest(name, ours) or f"; known are {', '.join(ours)}, others by full path (my_module.MyClass)"
             raise UserError(f"{path}: there is no {wanted} '{name}'{hint}")
         return known[name]
@@ -248,6 +248,10 @@ def _told(kinds: list[Any]) -> str:
 
 
 _WORDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
+
+
+def _is_ours(cls: type) -> bool:
+    return cls.__module__.startswith("bimamba_lit") and not inspect.isabstract(cls)
 
 
 def _subclasses(base: type) -> Iterator[type]:

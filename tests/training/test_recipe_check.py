@@ -103,3 +103,11 @@ def test_a_scheme_without_options_says_so(key):
     student = {"class_path": name, "init_args": {"binarizer": scheme}}
     with pytest.raises(UserError, match=f"binarizer.init_args has no key '{key}'; ParetoQ takes none$"):
         check_settings({"model": student}, {"model": type[Student]})
+
+
+def test_known_schemes_are_those_that_can_be_had():
+    name = f"{__name__}.Student" if "." in __name__ else "Student"
+    student = {"class_path": name, "init_args": {"binarizer": {"class_path": "Nothing"}}}
+    with pytest.raises(UserError, match="there is no LatentLinear 'Nothing'; known are FBI, ") as told:
+        check_settings({"model": student}, {"model": type[Student]})
+    assert "BinaryLinear" not in str(told.value)
