@@ -38,6 +38,14 @@ def test_projections_have_the_published_shapes():
     }
 
 
+def test_many_tokens_are_measured_at_the_shapes_that_the_readme_tells():
+    found = [(case.name, case.shape) for case in linear_cases(lambda op: op == "gemm")]
+    assert ("64 tokens", "8192^2: 8192 x 8192") in found
+    assert ("2048 tokens", "780M out_proj: 3072 x 1536") in found
+    assert ("16384 tokens", "2.7B in_proj: 2560 x 10576") in found
+    assert len(found) == len(set(found)) == 5 * 7
+
+
 @pytest.fixture
 def small(monkeypatch):
     """Shapes for the CPU."""

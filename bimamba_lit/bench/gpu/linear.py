@@ -20,7 +20,8 @@ from bimamba_lit.bench.gpu.shapes import randn
 from bimamba_lit.binarize import FBI
 
 SQUARES = (2048, 4096, 8192)
-FEW, MANY = (1, 16), (256, 2048, 4096, 16384)
+FEW_ALONE = ("2048^2", "4096^2")  # not measured with many tokens
+FEW, MANY = (1, 16), (64, 256, 2048, 4096, 16384)
 GROUP = 128  # gemlite's
 
 
@@ -35,7 +36,7 @@ def linear_cases(chosen: Chosen) -> Iterator[Case]:
     for name, in_features, out_features in sizes:
         for tokens in FEW if chosen("gemv") else ():
             yield _packed("gemv", name, tokens, in_features, out_features)
-        for tokens in MANY if chosen("gemm") and name[-2:] != "^2" else ():
+        for tokens in MANY if chosen("gemm") and name not in FEW_ALONE else ():
             yield _packed("gemm", name, tokens, in_features, out_features)
     for model in shapes.MODELS if chosen("binary_layer") else ():
         for name, shape in zip(("in_proj", "out_proj"), model.projections, strict=True):
