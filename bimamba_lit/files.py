@@ -17,7 +17,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path beside ``path`` to write to, and move it into place when the block ends well.
 
     Args:
-        path: The file to create or replace; its folder is created.
+        path: The file to create or replace; its folder is created, and taken back if it stays empty.
 
     Raises:
         UserError: If the folder or the file cannot be written (a full disk, a file in the way, missing rights).
@@ -25,7 +25,9 @@ def replacing(path: str | Path) -> Iterator[Path]:
     """
     target = Path(path)
     temporary = None
+    made: list[Path] = []
     try:
+        made = [folder for folder in target.parents if not folder.exists()]
         target.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=_PARTIAL, dir=target.parent)
         os.close(handle)
@@ -42,6 +44,9 @@ def replacing(path: str | Path) -> Iterator[Path]:
         if temporary is not None:
             with suppress(OSError):
                 temporary.unlink()
+        with suppress(OSError):  # a folder with something in it stays
+            for folder in made:
+                folder.rmdir()
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from bimamba_lit.errors import UserError, nearest
-from bimamba_lit.files import replacing
+from bimamba_lit.files import replacing, replacing_all
 
 
 def test_the_new_content_comes_whole(tmp_path):
@@ -37,6 +37,15 @@ def test_what_fails_midway_leaves_the_old_content_and_nothing_else(tmp_path):
         raise KeyError
     assert target.read_text() == "old"
     assert list(tmp_path.iterdir()) == [target]
+
+
+def test_a_folder_that_fails_midway_is_not_left_behind_empty(tmp_path):
+    (tmp_path / "mine").mkdir()
+    for folder in ("new", "mine/new/deep", "mine"):
+        with pytest.raises(KeyError), replacing_all(tmp_path / folder, ["one", "two"]) as files:
+            files["one"].write_text("half")
+            raise KeyError
+    assert list(tmp_path.rglob("*")) == [tmp_path / "mine"]
 
 
 def test_files_are_readable_as_the_umask_says(tmp_path):
