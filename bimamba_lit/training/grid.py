@@ -16,6 +16,7 @@ from typing import Any
 import yaml
 
 from bimamba_lit.errors import UserError, nearest
+from bimamba_lit.training.run_folder import LAST_CHECKPOINT
 
 Setting = dict[str, Any]
 
@@ -35,12 +36,13 @@ class Run:
     seed: int | None
 
     def arguments(self, shared: Sequence[str], folder: Path) -> list[str]:
-        """Return the arguments after ``bimamba``, those that all runs share first."""
+        """Return the arguments after ``bimamba``, those that all runs share first; a run that has begun is resumed."""
         args = ["fit", *shared]
         args += [f"--{key}={as_argument(value)}" for key, value in self.setting.items()]
         if self.seed is not None:
             args += [f"--seed_everything={self.seed}", f"--data.seed={self.seed}"]
-        return [*args, f"--trainer.default_root_dir={folder}", "--ckpt_path=last"]
+        args.append(f"--trainer.default_root_dir={folder}")
+        return [*args, "--ckpt_path=last"] if (folder / LAST_CHECKPOINT.parent).is_dir() else args
 
 
 def find_grid(name: str) -> Path:

@@ -85,10 +85,11 @@ def test_every_run_has_a_name_of_its_own_and_all_its_settings(tmp_path):
     runs = plan(read_grid(grid(tmp_path, settings)), [0, 1])
     name = "binarizer-FBI-pattern-row-targets-in_proj"
     assert [run.name for run in runs] == [f"{name}-seed0", f"{name}-seed1", f"{name}-2-seed0", f"{name}-2-seed1"]
-    assert runs[1].arguments(["-c", "r.yaml", "--trainer.max_steps=5"], Path("out")) == [
+    (tmp_path / "checkpoints").mkdir()
+    assert runs[1].arguments(["-c", "r.yaml", "--trainer.max_steps=5"], tmp_path) == [
         "fit", "-c", "r.yaml", "--trainer.max_steps=5", "--model.binarizer=bimamba_lit.binarize.FBI",
         "--model.binarizer.pattern=row", "--model.targets=[in_proj]", "--seed_everything=1", "--data.seed=1",
-        "--trainer.default_root_dir=out", "--ckpt_path=last",
+        f"--trainer.default_root_dir={tmp_path}", "--ckpt_path=last",
     ]  # fmt: skip
     assert plan({"a-1": {"a": 1}}, []) == [Run("a-1", {"a": 1}, None)]
     content = {"model.double_inputs": [{"out_proj": [1, 0]}, {}]}
@@ -114,6 +115,7 @@ def test_a_grid_runs_to_one_report_and_is_not_run_again(tiny, bimamba, tmp_path,
     assert config["data"]["init_args"]["seed"] == 3 and config["trainer"]["max_steps"] == 2
     assert "failed: binarizer-Sing-seed3" in answer.out and "did you mean" in answer.out
     assert "teacher |" in report and "without a row" not in answer.out
+    assert "checkpoint" not in (out / "binarizer-FBI-seed3" / "log.txt").read_text()  # of which a new run has none
 
     ran = []
     monkeypatch.setattr(ablation.Runner, "_one", lambda self, run: ran.append(run.name) or "not run")
@@ -347,5 +349,5 @@ def test_the_grids_that_come_along_are_right_for_the_protocol():
     names = [entry.name.removesuffix(".yaml") for entry in (files("bimamba_lit") / "grids").iterdir()]
     for name in names:
         for run in plan(read_grid(find_grid(name)), [0]):
-            check_settings(read_settings(run.arguments(["-c", str(recipe)], Path("out"))[1:-1]), GROUPS)
+            check_settings(read_settings(run.arguments(["-c", str(recipe)], Path("out"))[1:]), GROUPS)
     assert "schemes" in names
