@@ -2,9 +2,11 @@
 
 import lightning.pytorch as pl
 
+from bimamba_lit.binarize.ptb.layer import PREFIX
 from bimamba_lit.callbacks.steps import latent_layers
 from bimamba_lit.models.count import count_parameters, true_bits
 from bimamba_lit.training.language import LanguageModule, scheme_name
+from bimamba_lit.training.ptb import PTB
 
 _BITS_PER_MIB = 8 * 1024**2
 
@@ -19,8 +21,14 @@ class ModelLine(pl.Callback):
         total, binarized = count_parameters(pl_module.lm)
         scheme = scheme_name(pl_module.lm, trained=True)
         bits = _finished_bits(pl_module)
-        kind = "full precision" if scheme == "fp" else f"{binarized / total:.1%} in {scheme} layers"
-        print(f"MambaLM: {total:,} parameters, {kind}, {bits / _BITS_PER_MIB:.2f} MiB deployed")
+        size = f"{bits / _BITS_PER_MIB:.2f} MiB deployed"
+        if scheme != "fp":
+            kind = f"{binarized / total:.1%} in {scheme} layers"
+        elif isinstance(pl_module, PTB):
+            kind, size = f"to be binarized by {PREFIX}{type(pl_module.scheme).__name__}", f"{size} before"
+        else:
+            kind = "full precision"
+        print(f"MambaLM: {total:,} parameters, {kind}, {size}")
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Say where the learning rate does not come to its highest, as in a short try of a recipe for long runs."""

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -42,6 +43,7 @@ def run(recipe, bimamba):
     folder = recipe.parent / "run"
     assert f"{folder}: {summary(folder)['bits_per_byte']:.3f} bits per byte after 1 step;" in answer.out
     assert "warm-up" not in answer.out
+    assert re.match(r"MambaLM: 16,\d+ parameters, to be binarized by ptb.GPTQ, \S+ MiB deployed before\n", answer.out)
     return folder
 
 
