@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from bimamba_lit.binarize import BinaryLinear, known_schemes, no_decay
 from bimamba_lit.training import check_scheme
-from bimamba_lit.training.check_scheme import findings_of
+from bimamba_lit.training.check_scheme import INPUTS, OUTPUTS, findings_of
 
 SHIPPED = sorted(
     (scheme for scheme in known_schemes().values() if scheme.__module__.startswith("bimamba_lit.")),
@@ -112,6 +112,17 @@ class Counts(Scaled):
 def test_a_broken_promise_is_told(scheme, question, no_exports):
     failed = [finding.question for finding in findings_of(scheme) if finding.passed is False]
     assert any(one.startswith(question) for one in failed), failed
+
+
+class NotFinite(Scaled):
+    def terms(self):
+        return {"out_scale": self.row * float("nan")}
+
+
+def test_a_weight_that_is_not_finite_is_all_that_is_told():
+    (finding,) = findings_of(NotFinite)
+    assert (finding.passed, finding.question) == (False, "its weight is finite")
+    assert finding.answer == f"of {OUTPUTS * INPUTS} values, {OUTPUTS * INPUTS} are NaN or infinite"
 
 
 OWN = """
