@@ -103,6 +103,16 @@ def test_a_wrong_value_is_told(refused, arg, told):
     assert told in refused("--trainer.max_epochs=1", arg)
 
 
+@pytest.mark.parametrize("text", ["[" * 100_000, "- " * 100_000, "a: {b: " + "{c: " * 100_000])
+def test_what_is_nested_too_deeply_for_libyaml_is_told(bimamba, tiny, tmp_path, text):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    answer = bimamba("fit", "-c", path)
+    assert (answer.code, answer.err) == (1, f"bimamba: {path} is nested too deeply to be a recipe")
+    answer = bimamba("fit", "-c", tiny.teacher_recipe, f"--model.config={text}")
+    assert (answer.code, answer.err) == (1, "bimamba: model.config: the value is nested too deeply to be a setting")
+
+
 @pytest.mark.parametrize(
     ("arg", "told"),
     [

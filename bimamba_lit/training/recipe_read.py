@@ -6,6 +6,7 @@ something beside it.
 
 import typing
 from collections.abc import Iterator, Mapping, Sequence
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from bimamba_lit.errors import UserError, nearest
+from bimamba_lit.training.yaml_depth import check_depth
 
 Settings = dict[str, Any]
 
@@ -32,7 +34,8 @@ def read_settings(args: Sequence[str]) -> Settings:
         if name in ("-c", "--config"):
             _merge(settings, read_recipe(Path(value)))
         elif name.startswith("--"):
-            _set(settings, name.removeprefix("--").rstrip("+").split("."), _scalar(value), append=name.endswith("+"))
+            key = name.removeprefix("--").rstrip("+")
+            _set(settings, key.split("."), _scalar(value, key), append=name.endswith("+"))
     return settings
 
 
@@ -66,7 +69,9 @@ def read_recipe(path: Path) -> Settings:
         hint = nearest(path.name, siblings) or "; `bimamba recipes` lists those that come with the package"
         raise UserError(f"there is no recipe {path}{hint}")
     try:
-        recipe = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
+        text = path.read_text(encoding="utf-8")
+        check_depth(text)
+        recipe = OmegaConf.to_container(OmegaConf.load(StringIO(text)), resolve=True)
     except OmegaConfBaseException as error:
         raise UserError(f"{path}: {str(error).splitlines()[0]}") from error
     except yaml.MarkedYAMLError as error:
@@ -92,11 +97,14 @@ def _options(args: Sequence[str]) -> Iterator[tuple[str, str]]:
             yield name, value if equals else (rest.pop(0) if rest else "")
 
 
-def _scalar(text: str) -> Any:
+def _scalar(text: str, key: str) -> Any:
     try:
+        check_depth(text)
         return OmegaConf.to_container(OmegaConf.create(f"value: {text}"), resolve=True)["value"]  # type: ignore[call-overload, index]
     except (yaml.YAMLError, OmegaConfBaseException):
         return text
+    except RecursionError as error:
+        raise UserError(f"{key}: the value is nested too deeply to be a setting") from error
 
 
 def _merge(settings: Settings, more: Mapping[str, Any]) -> None:
