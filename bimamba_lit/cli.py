@@ -182,7 +182,12 @@ def _import(module: str) -> None:
 def _evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ckpt", required=True, help="a run folder, a checkpoint, or a saved model's folder")
     parser.add_argument(
-        "--text", nargs="+", default=[], metavar="FILE", help="files, folders or patterns; each is a line of the table"
+        "--text",
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="files, folders, patterns or hub:OWNER/NAME; each is a line of the table. What is read of a hub data set "
+        "is kept under its name: to read one that has changed since, set HF_DATASETS_CACHE to another folder",
     )
     parser.add_argument("--context", type=int, default=2048, help="tokens of a window (default: %(default)s)")
     parser.add_argument("--stride", type=int, help="tokens from one window to the next (default: the context)")

@@ -37,6 +37,11 @@ def test_fit_explains_itself(bimamba):
     assert answer.code == 0 and "--model.binarizer" in answer.out
 
 
+def test_evaluate_says_how_long_a_hub_text_is_kept(bimamba):
+    told = " ".join(bimamba("evaluate", "--help").out.split())
+    assert "hub:OWNER/NAME" in told and "kept under its name" in told and "HF_DATASETS_CACHE" in told
+
+
 def test_generate_is_the_same_for_a_seed(tiny, bimamba):
     args = ["generate", "--ckpt", tiny.teacher, "--prompt", "The ", "--max_new_tokens=12", "--seed=4"]
     first = bimamba(*args)

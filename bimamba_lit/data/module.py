@@ -77,7 +77,8 @@ class TextDataModule(LightningDataModule):
             least as many as workers, over all processes; the run needs ``trainer.max_steps``, since the text never
             ends.
         cache_dir: Folder for tokenized text and trained tokenizers; none given, a folder bimamba_lit in the cache of
-            Hugging Face datasets.
+            Hugging Face datasets. A hub data set to evaluate on is kept there under its name: to read one that has
+            changed since, give another folder.
 
     Raises:
         UserError: If a number is out of range or the tokenizer cannot be read; in ``setup``, if a text is missing,

@@ -91,7 +91,10 @@ class HubRows:
             yield _text(row, self.column, f"hub:{self.name}, row {number}"), True
 
     def digest(self) -> str:
-        """Return a line that stands for the data as `datasets` has them."""
+        """Return a line that stands for the data as `datasets` has them; streamed, for their name alone.
+
+        To tell which revision it is takes a network, which what is kept should not.
+        """
         whose = "" if self.streaming else self._load()._fingerprint
         return f"hub {self.name} {self.subset} {self.split} {self.column} {whose} {self.start} {self.stop}"
 
