@@ -4,6 +4,7 @@ from typing import Any
 import pytest
 import torch
 
+from bimamba_lit.data import tokenizer as tokenizer_module
 from bimamba_lit.data.tokenizer import ByteTokenizer, SubwordTokenizer, load_tokenizer, tokenizer_from_json
 from bimamba_lit.errors import UserError
 
@@ -95,6 +96,10 @@ def test_text_that_a_normalizer_drops_is_still_counted() -> None:
     ids, sizes = SubwordTokenizer(words.to_str()).encode_sizes(["  a é\n\n b  \n"])
     assert ids[0].tolist() == [0, 2, 1]
     assert sizes[0].tolist() == [3, 3, 7]
+
+
+def test_ends_that_fall_back_count_no_character_twice() -> None:
+    assert tokenizer_module._sizes("aé中b", [1, 3, 2, 3, 4]).tolist() == [1, 5, 0, 0, 1]
 
 
 @pytest.mark.parametrize(
