@@ -166,6 +166,16 @@ def test_two_devices_hold_half_of_what_is_sharded(teacher):
     assert shards["activations"] == whole["activations"] and shards["gathered weights and gradients"] > 0
 
 
+def test_the_backward_pass_of_shards_gathers_the_roots_gradients_and_those_of_a_block():
+    from bimamba_lit import MambaLM
+
+    lm = MambaLM(config())
+    size, block = (4 * sum(p.numel() for p in part.parameters()) for part in (lm, lm.backbone.layers[0]))
+    root = size - 3 * block
+    few = estimated(Pretrain(config(), AdamW(warmup_steps=1)), count=2, sharded=True, context=16).parts
+    assert "backward pass" in few and few["gathered weights and gradients"] == 2 * root + 4 * block
+
+
 def test_accumulated_gradients_are_there_in_the_backward_pass(teacher):
     one, several = (estimated(student(teacher), accumulate_grad_batches=count).total for count in (1, 2))
     assert several >= one
