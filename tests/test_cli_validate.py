@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from bimamba_lit.training.record import SaveConfig
+
 
 def summary(folder: Path) -> dict:
     return json.loads((folder / "summary.json").read_text())
@@ -28,6 +30,20 @@ def test_validate_of_another_checkpoint_leaves_the_summary_of_the_run(tiny, bima
     answer = bimamba("validate", "-c", tiny.teacher_recipe, "--ckpt_path", other)
     assert answer.code == 0, answer.err
     assert "bits per byte" in answer.out and "is left as it is" in answer.out
+    assert (tiny.teacher / "summary.json").read_bytes() == before
+
+
+def test_validate_of_what_training_has_gone_on_from_leaves_the_summary_of_the_run(tiny, bimamba, monkeypatch):
+    last = tiny.teacher / "checkpoints" / "last.ckpt"
+    before = (tiny.teacher / "summary.json").read_bytes()
+
+    def trained_on(*_):
+        (newer := last.with_suffix(".new")).write_bytes(last.read_bytes())
+        newer.replace(last)
+
+    monkeypatch.setattr(SaveConfig, "on_validation_start", trained_on)
+    answer = bimamba("validate", "-c", tiny.teacher_recipe, "--ckpt_path", "last")
+    assert answer.code == 0 and "bits per byte" in answer.out and "is left as it is" in answer.out, answer
     assert (tiny.teacher / "summary.json").read_bytes() == before
 
 

@@ -207,6 +207,7 @@ class CommandLine(LightningCLI):
         self.recipe = yaml.safe_load(parser.dump(config, skip_unset=False))
         self.run_folder = choose_run_folder(base, self.recipe, self.command, config.ckpt_path)
         if self.run_folder.checkpoint is not None:
+            self._checkpoint_state = _state_of(self.run_folder.checkpoint)
             refuse_unreadable(self.run_folder.checkpoint, config.trainer.strategy)
         config.trainer.default_root_dir = str(self.run_folder.path)
         config.ckpt_path = None if self.run_folder.checkpoint is None else str(self.run_folder.checkpoint)
@@ -353,12 +354,17 @@ class CommandLine(LightningCLI):
         self._close(f" after {steps} step{'s' * (steps != 1)}")
 
     def after_validate(self) -> None:
-        """Write the summary, unless it would speak of another checkpoint than the one that the run ended with."""
+        """Write the summary, unless it would speak of another checkpoint than the one that the run ended with.
+
+        Nothing keeps one from measuring in a folder where another process trains: the checkpoint may be replaced then.
+        """
         if not isinstance(self.model, LanguageModule) or self.trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         folder, used = self.run_folder.path, self.run_folder.checkpoint
         last = folder / LAST_CHECKPOINT
-        if used is None or not last.exists() or last.samefile(used):
+        replaced = used is not None and _state_of(used) != self._checkpoint_state
+        replaced = self.trainer.strategy.broadcast(replaced)  # all processes measure the tests, or none does
+        if not replaced and (used is None or not last.exists() or last.samefile(used)):
             self._close("")
         elif self.trainer.is_global_zero:
             figure = self.model.evaluated["bits_per_byte"]
@@ -376,6 +382,14 @@ class CommandLine(LightningCLI):
         write_run_summary(self.trainer, self.model, self.datamodule, folder, self.recipe, tests)
         if self.trainer.is_global_zero:
             print(f"{folder}: {self.model.evaluated['bits_per_byte']:.3f} bits per byte{when}; see {folder / SUMMARY}")
+
+
+def _state_of(checkpoint: Path) -> tuple[int, int] | None:
+    """Return what is another once a checkpoint is replaced, or None where it is no more."""
+    if not checkpoint.exists():
+        return None
+    found = checkpoint.stat()
+    return found.st_ino, found.st_mtime_ns
 
 
 def _worker_died(error: BaseException) -> bool:
