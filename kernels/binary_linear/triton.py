@@ -1,8 +1,9 @@
 """The packed linear layer on a GPU: the integer units for a few tokens, a dense weight and cuBLAS for many.
 
-For a token or two nothing is unpacked to numbers: `triton_counts_gemv` counts on the binary units, and `triton_words`
-takes 8-bit dot products. Hopper unpacks signs in registers instead: `triton_hopper` for tens of tokens, and for
-hundreds and more `triton_hopper_sparse`, or `triton_hopper_many` with activations of 8 bits.
+For a token or two nothing is unpacked to numbers: `triton_counts_gemv` counts on the binary units, on Hopper
+`triton_counts_pairs` where there are many inputs, and `triton_words` takes 8-bit dot products. Hopper unpacks signs in
+registers instead: `triton_hopper` for tens of tokens, and for hundreds and more `triton_hopper_sparse`, or
+`triton_hopper_many` with activations of 8 bits.
 
 The dense weight holds every term of the formula, so beyond the product there is one pass that writes it: 2 bytes a
 weight beside 2 M operations, a tenth of the product's time at 2,048 tokens.
@@ -21,6 +22,7 @@ from torch import Tensor
 from bimamba_lit.kernels.binary_linear import chunked, naive
 from bimamba_lit.kernels.binary_linear.triton_counts import counts_fit
 from bimamba_lit.kernels.binary_linear.triton_counts_gemv import counts_gemv
+from bimamba_lit.kernels.binary_linear.triton_counts_pairs import pairs_fit, pairs_gemv
 from bimamba_lit.kernels.binary_linear.triton_gemm8 import MULTIPLE, binary_gemm8
 from bimamba_lit.kernels.binary_linear.triton_gemv import binary_gemv
 from bimamba_lit.kernels.binary_linear.triton_words import fits, words_gemv
@@ -28,7 +30,7 @@ from bimamba_lit.kernels.binary_weight.triton import Terms, dense_weight, weight
 from bimamba_lit.kernels.configurations import CompileCase, architecture
 
 # The kernels for Hopper are written in an experiment of Triton's, which promises nothing: names move, and where memory
-# lies. They were tried with these versions; with others the dense weight serves.
+# lies; nor do its clusters. They were tried with these versions; with others the dense weight and one program serve.
 TRIED = ("3.6.", "3.7.")
 if HOPPER := triton.__version__.startswith(TRIED):
     from bimamba_lit.kernels.binary_linear.triton_hopper import binary_gemm_hopper
@@ -128,6 +130,8 @@ def linear_forward(
     digits = 1 if activation_bits == 8 else (4 if x.dtype == torch.float32 else 2)
     counted = x.itemsize == 2 and in_features <= MOST_COUNTED and counts_fit(in_features, group_scale, x.device)
     if x.shape[0] <= FEW and counted:
+        if HOPPER and pairs_fit(in_features, x.device):
+            return pairs_gemv(x, signs, digits, terms, bias)
         return counts_gemv(x, signs, digits, terms, bias)
     if x.shape[0] <= FEW and fits(in_features, group_scale) and not architecture(x.device).startswith("gfx"):
         return words_gemv(x, signs, min(digits, 3), terms, bias)
@@ -215,6 +219,7 @@ def compile_cases() -> list[CompileCase]:
         CompileCase("one token fp16", partial(call, 1, 2048, 4096, torch.float16, 1, None)),
         CompileCase("one token bf16, more inputs", partial(call, 1, 2560, 5120, bf16, 1, None)),
         CompileCase("one token bf16 8-bit", partial(call, 1, 8192, 8192, bf16, 1, 8)),
+        CompileCase("one token bf16, pairs", partial(call, 1, 4096, 8192, bf16, 1, None)),
         CompileCase("one token bf16, second signs", partial(call, 1, 2560, 8864, bf16, 1, None)),
         CompileCase("one token fp32 groups", partial(call, 1, 2560, 5120, fp32, 40, None), representative=True),
         CompileCase("one token odd", partial(call, 1, 1001, 2051, bf16, 1, None)),

@@ -123,6 +123,26 @@ def _common(a, b, THREADS: tl.constexpr):
 
 
 @triton.jit
+def counted(
+    words, planes, tile: tl.constexpr, own, column, STEPS: tl.constexpr, DIGITS: tl.constexpr, PTX: tl.constexpr
+):
+    """Return a thread's parts of a tile's first 8 rows and of its last: what counts are worth, twice, less `own`."""
+    THREADS: tl.constexpr = own.shape[0]
+    zero = tl.zeros_like(own)
+    even = 2 << (2 * column)
+    low, high = -own, -own
+    for digit in tl.static_range(DIGITS):
+        found = (zero, zero, zero, zero)
+        for step in tl.static_range(STEPS):
+            first, last = words[2 * (tile * STEPS + step)], words[2 * (tile * STEPS + step) + 1]
+            found = count(first, last, planes[step * DIGITS + digit], found, THREADS, PTX)
+        odd = tl.where(column == 3, -2 * even, 2 * even) if digit == DIGITS - 1 else 2 * even
+        low += found[0] * (even << (8 * digit)) + found[1] * (odd << (8 * digit))
+        high += found[2] * (even << (8 * digit)) + found[3] * (odd << (8 * digit))
+    return low, high
+
+
+@triton.jit
 def stack(parts):
     """Join a power of two of parts, by a last dimension for each bit of a part's number."""
     if len(parts) == 1:

@@ -20,7 +20,7 @@ def operands(outputs, inputs):
 
 
 @triton.constexpr_function
-def _trade(words, stores, loads, first, barrier="bar.sync 0"):
+def trade_text(words, stores, loads, first, barrier="bar.sync 0"):
     """Return the text of a trade in a room of `words` words.
 
     `stores` are pairs of a place and what is stored there, `loads` of a place and the names of words after one another.
@@ -48,7 +48,7 @@ def largest_text(SPLIT):
     """Return the text of `largest_of_all`: operands are the result, the threads' own, their warp, and 0."""
     found = [f"found{n}" for n in range(SPLIT)]
     text = f"{{.reg .b32 own, {', '.join(found)}; redux.sync.max.s32 own, $1, -1; "
-    text += _trade(SPLIT, [(0, "own")], _consecutive(found), 2) + f"mov.b32 $0, {found[0]}; "
+    text += trade_text(SPLIT, [(0, "own")], _consecutive(found), 2) + f"mov.b32 $0, {found[0]}; "
     return text + "".join(f"max.s32 $0, $0, {name}; " for name in found[1:]) + "}"
 
 
@@ -88,7 +88,7 @@ def planes_text(SPLIT, STEPS, PLANES):
         for step in range(STEPS)
         for digit in range(digits)
     ]
-    return "{" + _trade(PLANES * apart, stores, loads, taken + PLANES, "bar.warp.sync 0xffffffff") + "}"
+    return "{" + trade_text(PLANES * apart, stores, loads, taken + PLANES, "bar.warp.sync 0xffffffff") + "}"
 
 
 @triton.jit
@@ -120,7 +120,7 @@ def rows_text(PARTS, SPLIT, SHARE):
     found, pitch = [f"found{n}" for n in range(PARTS)], 4 * SPLIT + 4
     stores = [(8 * pitch * part, f"${1 + part}") for part in range(PARTS)]
     text = f"{{.reg .b32 other, {', '.join(found)}; "
-    text += _trade(8 * pitch * PARTS, stores, _consecutive(found), 1 + PARTS) + f"mov.b32 $0, {found[0]}; "
+    text += trade_text(8 * pitch * PARTS, stores, _consecutive(found), 1 + PARTS) + f"mov.b32 $0, {found[0]}; "
     text += "".join(f"add.s32 $0, $0, {name}; " for name in found[1:])
     lanes = 1
     while lanes < SHARE:
@@ -155,7 +155,7 @@ def steps_text(PARTS, SPLIT, SHARE):
     steps, apart = [f"step{n}" for n in range(max(1, PARTS // 4))], 8 * pitch
     stores = [(apart * part, f"${1 + part}") for part in range(PARTS + 1)]
     text = f"{{.reg .b32 {', '.join(found)}; .reg .f32 sum, other, {', '.join(steps)}; "
-    text += _trade(apart * (PARTS + 1), stores, _consecutive(found), 2 + PARTS)
+    text += trade_text(apart * (PARTS + 1), stores, _consecutive(found), 2 + PARTS)
     text += f"mad.lo.u32 at, ${4 + PARTS}, 4, room_at; "
     for n, step in enumerate(steps):
         text += f"ld.shared.b32 {step}, [at + {4 * (apart * PARTS + 4 * n)}]; "

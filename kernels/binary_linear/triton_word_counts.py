@@ -82,25 +82,26 @@ def _across_text(by):
 
 
 @triton.jit
-def _across(values, lane, BY: tl.constexpr, PTX: tl.constexpr):
-    """Return what the lane BY beside has, float32."""
+def across(values, lane, BY: tl.constexpr, PTX: tl.constexpr):
+    """Return what the lane BY beside has, of 32 bits."""
     if PTX:
-        return tl.inline_asm_elementwise(_across_text(BY), "=f,f", [values], dtype=tl.float32, is_pure=True, pack=1)
+        kind: tl.constexpr = "=f,f" if values.dtype == tl.float32 else "=r,r"
+        return tl.inline_asm_elementwise(_across_text(BY), kind, [values], dtype=values.dtype, is_pure=True, pack=1)
     else:
         moved = _from_lane(values.to(tl.int32, bitcast=True), lane ^ BY, values.shape[0], PTX)
-        return moved.to(tl.float32, bitcast=True)
+        return moved.to(values.dtype, bitcast=True)
 
 
 @triton.jit
-def _sums_of_warp(a, b, c, d, lane, PTX: tl.constexpr):
+def sums_of_warp(a, b, c, d, lane, PTX: tl.constexpr):
     """Return a warp's sums: lane 0 has that of a, the next that of b, of c and of d, the next that of a again."""
     odd, upper = lane % 2 == 1, lane % 4 >= 2
-    low = tl.where(odd, b, a) + _across(tl.where(odd, a, b), lane, 1, PTX)
-    high = tl.where(odd, d, c) + _across(tl.where(odd, c, d), lane, 1, PTX)
-    own = tl.where(upper, high, low) + _across(tl.where(upper, low, high), lane, 2, PTX)
-    own += _across(own, lane, 4, PTX)
-    own += _across(own, lane, 8, PTX)
-    return own + _across(own, lane, 16, PTX)
+    low = tl.where(odd, b, a) + across(tl.where(odd, a, b), lane, 1, PTX)
+    high = tl.where(odd, d, c) + across(tl.where(odd, c, d), lane, 1, PTX)
+    own = tl.where(upper, high, low) + across(tl.where(upper, low, high), lane, 2, PTX)
+    own += across(own, lane, 4, PTX)
+    own += across(own, lane, 8, PTX)
+    return own + across(own, lane, 16, PTX)
 
 
 @triton.jit
@@ -138,7 +139,7 @@ def write_planes(
     step = ((power - 8 * DIGITS + 2) << 23).to(tl.float32, bitcast=True)
     number = tl.floor(tl.where(finite, scaled, 0.0) * inverse + 0.5)
     number = tl.minimum(number, limit)
-    values = _sums_of_warp(number * step, x * x, u, shift, lane, PTX)
+    values = sums_of_warp(number * step, x * x, u, shift, lane, PTX)
     values = tl.where(lane == 4, tl.where(finite, step, float("nan")), values)
     tl.store(scales + lane * W + word, values, mask=there & (tile == 0) & (lane < 5))
     own = number.to(tl.int32) >> (8 * tile)
@@ -186,7 +187,7 @@ def multiply_planes(
             values = values + (tl.load(at, mask=inside, other=0),)
     # By way of a barrier: without one the compiler moves loads down to where their values are wanted.
     longest = largest_of_all(longest, THREADS // 32, PTX)
-    sums = _sums_of_warp(whole, square, total, shifted, lane, PTX)
+    sums = sums_of_warp(whole, square, total, shifted, lane, PTX)
     zero = tl.zeros([THREADS], tl.int32)
     tiles = ()
     for _ in tl.static_range(DIGITS + 1):

@@ -66,6 +66,44 @@ def test_a_token_of_other_lengths(in_features, activation_bits):
     assert ratio(ops.binary_linear(x, signs, in_features, **given), right) <= 0.005
 
 
+@pytest.mark.parametrize("activation_bits", [None, 8])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("tokens", "out_features", "in_features"), [(1, 8192, 8192), (2, 1001, 8192)])
+def test_a_token_of_many_inputs(tokens, out_features, in_features, dtype, activation_bits):
+    signs, terms = make(out_features, in_features)
+    x = torch.randn(tokens, in_features, device="cuda").to(dtype)
+    right = ops.binary_linear(x.double(), signs, in_features, **terms, backend="naive")
+    given = {**terms, "activation_bits": activation_bits}
+    y = ops.binary_linear(x, signs, in_features, **given)
+    assert ratio(y, right) <= (0.005 if activation_bits is None else 0.02)
+    # Many launches at once, each of which begins before the one before has ended.
+    assert all(
+        torch.equal(y, again) for again in [ops.binary_linear(x, signs, in_features, **given) for _ in range(200)]
+    )
+    plain = ops.binary_linear(x, signs, in_features, activation_bits=activation_bits)
+    right = ops.binary_linear(x.double(), signs, in_features, backend="naive")
+    assert ratio(plain, right) <= (0.005 if activation_bits is None else 0.02)
+
+
+def test_a_token_of_many_inputs_by_its_own_outputs():
+    signs, _ = make(8192, 8192)
+    scale = torch.full((1,), 8192**-0.5, device="cuda")
+    tokens = [torch.randn(1, 8192, device="cuda").bfloat16()]
+    for _ in range(200):  # each reads what the launch before wrote
+        tokens.append(ops.binary_linear(tokens[-1], signs, 8192, out_scale=scale))
+    weight = ops.unpack_signs(signs, 8192) * scale
+    assert ratio(torch.cat(tokens[1:]), torch.cat(tokens[:-1]).float() @ weight.t()) <= 0.005
+
+
+@pytest.mark.parametrize("activation_bits", [None, 8])
+def test_a_token_of_many_inputs_is_multiplied_exactly(activation_bits):
+    signs, _ = make(8192, 8192)
+    x = torch.randint(-127, 128, (1, 8192), device="cuda").half()
+    x[:, ::512] = 127  # the step of each 512 inputs is 1, or 1 / 256
+    y = ops.binary_linear(x, signs, 8192, activation_bits=activation_bits)
+    assert torch.equal(y, (x.float() @ ops.unpack_signs(signs, 8192).t()).half())
+
+
 @pytest.mark.parametrize(("tokens", "out_features", "in_features"), [(300, 1001, 2048), (2000, 8200, 8192)])
 def test_products_of_8_bits_are_exact(tokens, out_features, in_features):
     signs, _ = make(out_features, in_features)

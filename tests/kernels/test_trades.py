@@ -6,31 +6,54 @@ import numpy as np
 import pytest
 
 trades = pytest.importorskip("bimamba_lit.kernels.binary_linear.triton_trades")
+pairs = pytest.importorskip("bimamba_lit.kernels.binary_linear.triton_pair_trades")
 
 
-def run(text, outputs, inputs):
+def run(text, outputs, inputs, room=""):
     """Run a text of one room; operands are arrays of a word a thread.
 
-    Behind a barrier of warps a thread may read only what its own warp wrote.
+    Behind a barrier of warps a thread may read only what its own warp wrote. With the text of a room made before, half
+    of the threads are another program's, each has a memory, and waits for as many bytes as the room's text says.
     """
     threads = np.arange(len(inputs[0]))
     values = {f"${outputs + n}": np.array(given).astype(np.uint32) for n, given in enumerate(inputs)}
-    memory, written = np.zeros(int(re.search(r"room\[(\d+)\]", text)[1]), np.uint32), {}
+    size = int(re.search(r"room\[(\d+)\]", room or text)[1])
+    memory, written = np.zeros(2 * size, np.uint32), {}
+    own = threads // (len(threads) // 2) * size if room else 0 * threads
+    come = [0, 0]
 
     def value(name):
         return values[name] if name in values else np.full(len(threads), int(name, 0) & 0xFFFFFFFF, np.uint32)
 
     def words(place, count):
-        name, offset = re.fullmatch(r"\[(\w+) \+ (\d+)\]", place).groups()
+        name, offset = re.fullmatch(r"\[([$\w]+) \+ (\d+)\]", place).groups()
         at = values[name].astype(int) + int(offset)
         assert (at % (4 * count) == 0).all()
         return at // 4
 
     for statement in filter(None, map(str.strip, text.strip("{}").split(";"))):
+        chosen = threads >= 0
+        if statement.startswith("@has"):
+            statement, chosen = statement.removeprefix("@has "), values["has"]
         operation, *arguments = re.findall(r"\{[^}]*\}|\[[^\]]*\]|[^\s,]+", statement)
         match operation.split("."):
-            case ["", *_] | ["bar", *_]:
+            case ["", *_] | ["bar", *_] | ["@!done", *_]:
                 pass
+            case ["mapa", *_]:
+                values[arguments[0]] = value(arguments[1]) + 4 * size * value(arguments[2])
+            case ["setp", "lt", _]:
+                values[arguments[0]] = value(arguments[1]) < value(arguments[2])
+            case ["st", "async", *_]:
+                names = arguments[1].strip("{}").split(", ")
+                at = words(arguments[0], len(names))
+                assert (value(arguments[2].strip("[]")) == 4 * size * (at // size)).all(), "another program's barrier"
+                for n, name in enumerate(names):
+                    assert not set(at[chosen] + n) & set(written), "two stores to one place"
+                    memory[at[chosen] + n] = value(name)[chosen]
+                    written |= dict.fromkeys(at[chosen] + n)
+                    come = [count + (at[chosen] // size == program).sum() for program, count in enumerate(come)]
+            case ["WAIT:", *_]:
+                assert come == 2 * [int(re.search(r"\[room\], (\d+);", room.split("expect_tx")[1])[1]) // 4]
             case ["mov", _] if arguments[1] == "room":
                 values[arguments[0]] = 0 * value("0")
             case ["mov", _]:
@@ -61,7 +84,7 @@ def run(text, outputs, inputs):
                 written |= dict(zip(at, threads // 32, strict=True))
             case ["ld", "shared", *_]:
                 names = arguments[0].strip("{}").split(", ")
-                at = words(arguments[1], len(names))
+                at = words(arguments[1], len(names)) + own
                 for n, name in enumerate(names):
                     writers = np.array([written[word] for word in at + n])
                     assert "bar.warp" not in text or (writers == threads // 32).all()
@@ -136,3 +159,37 @@ def test_float_sums(rows, split):
     assert (product == right[thread % rows]).all()
     for n in range(4):
         assert (sums[n] == totals[:, n].sum()).all()
+
+
+@pytest.mark.parametrize("warps", [2, 16])
+def test_planes_of_two_programs(warps):
+    thread, half = np.arange(32 * warps), 16 * warps
+    line, maker = thread % 32 // 4, thread // 32 * 32 + thread % 4 * 8
+    made = random_words(8, 32 * warps)
+    right = [made[line, maker + n] for n in range(8)]
+    for own in (slice(half), slice(half, None)):
+        places = [thread[own] % half, maker[own] % half + line[own] * (half + 4)]
+        taken = run(pairs.halves_text(warps), 8, [*made[:, own], *places])
+        assert all((a == b[own]).all() for a, b in zip(taken, right, strict=True))
+
+
+@pytest.mark.parametrize("terms", [False, True])
+@pytest.mark.parametrize(("rows", "warps"), [(128, 16), (256, 16), (64, 8)])
+def test_sums_of_two_programs(rows, warps, terms):
+    thread = np.arange(32 * warps)
+    lane, warp, own = thread % 32, thread // 32, thread % (16 * warps)
+    share, kept, pitch = 32 * warps // rows, rows // 32, pairs.pitch_of(rows, warps)
+    of_warps, of_terms = random_words(warps, rows) % 1000, random_words(warps, 2) % 1000
+    column, upper = lane % 2, lane // 2 % 2
+    # A lane's rows: of its program's half, and of that the upper half where its second bit is set.
+    sums = [of_warps[warp, column * (rows // 2) + upper * (rows // 4) + 8 * n + lane // 4] for n in range(kept)]
+    given = [values.astype(np.float32).view(np.uint32) for values in (*sums, of_terms[warp, upper])]
+    to = warp * pitch + (upper * 8 + lane // 4) * kept
+    places = [0 * thread, column, to, warp * 2 + upper, own % share * pitch + own // share, lane]
+    text, room = pairs.pair_text(rows, warps, terms), pairs.room_text(rows, warps, terms)
+    found, *totals = (values.view(np.float32) for values in run(text, 3, [*given, *places], room))
+    place = thread // share % (rows // 2)
+    row = thread // share // (rows // 2) * (rows // 2)
+    row += place // (8 * kept) * (8 * kept) + place % kept * 8 + place // kept % 8
+    assert (found == of_warps.sum(0)[row]).all()
+    assert all((total == terms * of_terms[:, n].sum()).all() for n, total in enumerate(totals))

@@ -9,6 +9,7 @@ from bimamba_lit.kernels.binary_linear import naive
 from bimamba_lit.kernels.binary_linear import triton as kernel
 from bimamba_lit.kernels.binary_linear import triton_hopper as hopper
 from bimamba_lit.kernels.binary_linear.triton_counts import counts_fit
+from bimamba_lit.kernels.binary_linear.triton_counts_pairs import pairs_fit
 from bimamba_lit.kernels.binary_weight import triton as weight_kernel
 from bimamba_lit.kernels.configurations import Configuration, overriding
 
@@ -198,6 +199,42 @@ def test_counts_are_exact_and_show_what_is_not_finite():
         assert torch.equal(y, ops.binary_linear(x.float(), signs, 640, backend="naive").half())
     x[0, 5], x[1] = torch.inf, 0
     y = ops.binary_linear(x, signs, 640, backend="triton")
+    assert not y[0].isfinite().any() and not y[1].any()
+
+
+def rounded_by_stretches(x):
+    """Round numbers (M, I) to multiples of a 127th of the largest of each 512."""
+    stretches = x.unflatten(1, (-1, 512))
+    step = stretches.abs().amax(2, keepdim=True) / 127
+    return ((stretches / step + 0.5).floor() * step).flatten(1)
+
+
+@pytest.mark.parametrize(("bits", "terms", "single"), [(8, UNGROUPED, False), (None, UNGROUPED, True), (8, (), False)])
+def test_counts_of_pairs(bits, terms, single):
+    out_features, in_features = 40, 8192
+    signs = ops.pack_signs(normal(out_features, in_features))
+    given = make(out_features, in_features, 1, terms, single)
+    x = normal(in_features, 2, dtype=torch.bfloat16).t()
+    assert pairs_fit(in_features, x.device)
+    y = ops.binary_linear(x, signs, in_features, **given, activation_bits=bits, backend="triton")
+    right = ops.binary_linear(x.double(), signs, in_features, **given, backend="naive")
+    if bits == 8:
+        scaled = x.double() * given.get("in_scale", 1)
+        moved = (rounded_by_stretches(scaled) - scaled) @ ops.unpack_signs(signs, in_features, torch.float64).t()
+        right += moved * given.get("out_scale", 1)
+    assert ratio(y, right) <= 0.005
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered in multiply")  # a token that is not finite
+def test_counts_of_pairs_are_exact_and_show_what_is_not_finite():
+    signs = ops.pack_signs(normal(40, 8192))
+    x = torch.randint(-127, 128, (2, 8192), generator=torch.Generator().manual_seed(0)).half()
+    x[:, ::512] = 127  # of each warp: steps are 1, or 1 / 256
+    for bits in (None, 8):
+        y = ops.binary_linear(x, signs, 8192, activation_bits=bits, backend="triton")
+        assert torch.equal(y, ops.binary_linear(x.float(), signs, 8192, backend="naive").half())
+    x[0, 6000], x[1] = torch.inf, 0
+    y = ops.binary_linear(x, signs, 8192, backend="triton")
     assert not y[0].isfinite().any() and not y[1].any()
 
 
