@@ -297,6 +297,13 @@ def test_a_file_where_the_run_folder_should_be(tiny, bimamba):
     assert answer.code == 1 and f"{tiny.text} is a file, not a folder" in answer.err
 
 
+@pytest.mark.parametrize("text", ["[" * 5000, "a: [", "\xff"])
+def test_a_configuration_that_cannot_be_read_is_of_another_run(tmp_path, text):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text(text, encoding="latin-1")
+    assert run_folder._first_free_or_own(tmp_path / "run", {"seed_everything": 1}) == tmp_path / "run-2"
+
+
 def test_a_run_folder_that_cannot_be_made_or_written(tiny, bimamba, tmp_path, monkeypatch):
     args = ["fit", "-c", tiny.teacher_recipe]
     answer = bimamba(*args, f"--trainer.default_root_dir={tiny.text / 'runs' / 'one'}")

@@ -216,7 +216,7 @@ def _configuration(run_dir: Path) -> Any:
 
     try:
         config = yaml.safe_load((run_dir / "config.yaml").read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError):
+    except (OSError, ValueError, RecursionError, yaml.YAMLError):
         return None
 
     def apart_from_the_run(value: Any) -> Any:

@@ -154,7 +154,7 @@ def _refuse_unwritable(folder: Path) -> None:
 def _read(path: Path) -> dict[str, Any]:
     try:
         config = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+    except (OSError, UnicodeDecodeError, RecursionError, yaml.YAMLError):
         return {}  # whatever it is, it is not this run's
     return config if isinstance(config, dict) else {}
 

@@ -78,6 +78,7 @@ def test_seeds_fold_to_mean_and_spread(run: Run) -> None:
         {"seed": None},
         {"config": "seed_everything: 1\nmodel: {lr: 0.2}\n"},
         {"config": None},
+        {"config": "[" * 5000},
     ],
 )
 def test_runs_that_differ_in_more_do_not_fold(run: Run, changes: dict[str, Any]) -> None:
