@@ -222,8 +222,7 @@ TABLE: dict[str, tuple[Row, ...]] = {
     "binary_linear/counts": (
         Row(Configuration({"ROWS": 64}, num_warps=2), up_to=64),
         Row(Configuration({"ROWS": 128}, num_warps=4), up_to=80),
-        Row(Configuration({"ROWS": 16}, num_warps=4), up_to=96),
-        Row(Configuration({"ROWS": 32}, num_warps=4), up_to=128),
+        Row(Configuration({"ROWS": 64}, num_warps=4), up_to=128),
         Row(Configuration({"ROWS": 64}, num_warps=8), up_to=160),
         Row(Configuration({"ROWS": 128}, num_warps=8)),
     ),
