@@ -43,7 +43,6 @@ from bimamba_lit.kernels.binary_linear.triton_words import (
 from bimamba_lit.kernels.binary_weight.triton import NO_TERMS, Terms
 from bimamba_lit.kernels.configurations import INTERPRETER, architecture, configuration
 
-WARPS = 16  # of both programs, for MOST_COUNTED inputs
 FEWEST_PAIRED = 8192  # inputs: of 7,168, one program makes the planes in the same time or less
 ALIGNED = 128  # inputs, whose signs a thread loads at once
 
@@ -56,7 +55,7 @@ def pairs_fit(in_features: int, device: torch.device) -> bool:
 
 
 def pairs_gemv(x: Tensor, signs: Tensor, digits: int, terms: Terms = NO_TERMS, bias: Tensor | None = None) -> Tensor:
-    """Map x (M, I) to (M, O) as `counts_gemv` does, with I up to 512 WARPS and a multiple of ALIGNED."""
+    """Map x (M, I) to (M, O) as `counts_gemv` does, with I a multiple of ALIGNED."""
     tokens, in_features = x.shape
     out_features, words = signs.shape[0], in_features // BITS
     in_scale, out_scale, _, in_shift, out_shift = terms
@@ -66,8 +65,8 @@ def pairs_gemv(x: Tensor, signs: Tensor, digits: int, terms: Terms = NO_TERMS, b
     pairs_kernel[(triton.cdiv(out_features, chosen.blocks["ROWS"]), tokens)](
         aligned_words(signs), *(aligned(values, in_features) for values in (x, in_scale, in_shift)), out_scale,
         out_shift, bias, *map(stride_of, (out_scale, out_shift, bias)), y, out_features, W=words, DIGITS=digits,
-        SPLIT=WARPS, PTX=not interpreted, PDL=overlaps(x.device), **launch_early(x.device), **chosen.launch(),
-        **({} if interpreted else {"num_ctas": 2}),
+        SPLIT=2 * chosen.num_warps, PTX=not interpreted, PDL=overlaps(x.device), **launch_early(x.device),
+        **chosen.launch(), **({} if interpreted else {"num_ctas": 2}),
     )  # fmt: skip
     return y
 
@@ -231,6 +230,7 @@ def pairs_kernel(
     """Write ROWS rows of the layer for a token, 16 at a time by SPLIT warps of two programs."""
     THREADS: tl.constexpr = 32 * SPLIT
     SUMS: tl.constexpr = in_shift is not None or out_shift is not None
+    tl.static_assert(W <= 16 * SPLIT and ROWS <= THREADS)
     begin_next(PDL)
     token = tl.program_id(1).to(tl.int64)
     x += token * (32 * W)

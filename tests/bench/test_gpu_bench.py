@@ -13,7 +13,7 @@ from bimamba_lit.bench.gpu.linear import linear_cases
 from bimamba_lit.bench.gpu.models import model_cases
 from bimamba_lit.bench.gpu.ops import op_cases
 from bimamba_lit.bench.gpu.table import HEADER, markdown_line, to_csv
-from bimamba_lit.bench.gpu.tuning import neighbours, search
+from bimamba_lit.bench.gpu.tuning import launching, neighbours, search
 from bimamba_lit.kernels import configurations
 from bimamba_lit.kernels.configurations import Configuration, configuration
 
@@ -181,6 +181,27 @@ def test_neighbours_differ_in_one_number():
     assert found == [(32, 64, 4, 1), (16, 32, 4, 1), (16, 128, 4, 1), (16, 64, 2, 1), (16, 64, 8, 1), (16, 64, 4, 2)]
 
 
+def test_a_kernel_is_tuned_by_a_call_that_launches_it(monkeypatch):
+    monkeypatch.setattr(configurations, "TABLE", {"op/k": (configurations.Row(Configuration({"M": 64})),)})
+
+    def launch(given):
+        configuration("op/k", torch.float32, 1, torch.device("cpu"))
+
+    few = Case("op", "few", "s", dict, {"us": lambda given: None, "us, 8 bits": lambda given: None})
+    many = Case("op", "many", "s", dict, {"us": lambda given: None, "us, 8 bits": launch, "peer": launch})
+    found = launching("op/k", [few, many])
+    assert found.name == "many" and list(found.calls) == ["us, 8 bits"]
+    assert launching("op/k", [few]) is None
+
+
+def test_no_case_that_launches_a_kernel_is_an_error(measured, bimamba, monkeypatch):
+    monkeypatch.setattr(run, "launching", lambda kernel, cases: None)
+    answer = bimamba("bench", "tune", "--kernel", "binary_linear/counts", "--shapes", "7B")
+    assert (
+        answer.code == 1 and "no case of gemv with 7B in its shape launches binary_linear/counts on H200" in answer.err
+    )
+
+
 def test_the_search_ends_at_the_fastest_that_is_right(monkeypatch):
     """A valley with its floor at 256 and 8 warps; beyond 256, results are wrong and times better."""
     monkeypatch.setattr(configurations, "TABLE", {"op/k": (configurations.Row(Configuration({"M": 64})),)})
@@ -192,7 +213,7 @@ def test_the_search_ends_at_the_fastest_that_is_right(monkeypatch):
         return [Row("op", "k", "s", "us", 0.1 if wrong else 1 + distance + chosen.num_stages, error=wrong + 0.01)]
 
     monkeypatch.setattr("bimamba_lit.bench.gpu.tuning.measure", measure)
-    case = Case("op", "k", "s", dict, {"us": lambda given: None, "peer": lambda given: None}, Work(1))
+    case = Case("op", "k", "s", dict, {"us": lambda given: None}, Work(1))
     found = list(search("op/k", case, H200))
     assert [ms for _, ms in found] == sorted((ms for _, ms in found), reverse=True)
     assert found[-1][0] == Configuration({"M": 256}, num_warps=8)

@@ -2,7 +2,7 @@
 
 import datetime
 from collections.abc import Iterator, Sequence
-from itertools import chain, islice
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -14,7 +14,7 @@ from bimamba_lit.bench.gpu.ops import op_cases
 from bimamba_lit.bench.gpu.peers import versions
 from bimamba_lit.bench.gpu.table import HEADER, markdown_line, to_csv
 from bimamba_lit.bench.gpu.timing import machine, measure, release
-from bimamba_lit.bench.gpu.tuning import search
+from bimamba_lit.bench.gpu.tuning import launching, search
 from bimamba_lit.errors import UserError, nearest
 from bimamba_lit.files import replacing
 from bimamba_lit.kernels.configurations import TABLE
@@ -76,10 +76,10 @@ def tune(kernel: str, shapes: Sequence[str] = ()) -> None:
 
     Args:
         kernel: Its name in the table of configurations.
-        shapes: As for `gpu`; the first case of the kernel's op that is left is timed.
+        shapes: As for `gpu`; of the cases of the kernel's op that are left the first that launches it is timed.
 
     Raises:
-        UserError: If there is no GPU, the kernel is unknown, or no case is left.
+        UserError: If there is no GPU, the kernel is unknown, or no case that is left launches it.
     """
     if kernel not in TABLE:
         raise UserError(
@@ -88,12 +88,12 @@ def tune(kernel: str, shapes: Sequence[str] = ()) -> None:
     at = _machine()
     op = case_of(kernel)
     cases = (case for case in _cases(lambda name: name == op, 1) if not shapes or any(s in case.shape for s in shapes))
-    found = list(islice(cases, 2))
-    if not found:
-        raise UserError(f"--shapes: no case of {op} has a shape that contains {' or '.join(shapes)}")
-    # The second case of an op that has both is forward and backward together, which runs every kernel.
-    case = found[-1] if found[-1].shape == found[0].shape else found[0]
-    print(f"{kernel}, timed as {case.op}, {case.name}, {case.shape}, on {at.name}", flush=True)
+    case = launching(kernel, cases)
+    if case is None:
+        of_shapes = f" with {' or '.join(shapes)} in its shape" if shapes else ""
+        raise UserError(f"no case of {op}{of_shapes} launches {kernel} on {at.name}: try other --shapes, or none")
+    (by,) = case.calls
+    print(f"{kernel}, timed as {case.op}, {case.name}, {case.shape}, {by}, on {at.name}", flush=True)
     for chosen, ms in search(kernel, case, at):
         print(f"{ms:.4f} ms  {chosen}", flush=True)
 

@@ -1,6 +1,7 @@
 """A search around a kernel's pinned configuration: halves and doubles one number at a time while that is faster."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
 from bimamba_lit.bench.gpu.case import Case, Machine
@@ -26,8 +27,7 @@ def neighbours(start: Configuration) -> Iterator[Configuration]:
 
 
 def search(kernel: str, case: Case, at: Machine) -> Iterator[tuple[Configuration, float]]:
-    """Yield ever faster configurations of a kernel and the case's milliseconds, the pinned one first."""
-    case = replace(case, calls=dict([next(iter(case.calls.items()))]))
+    """Yield ever faster configurations of a kernel and the milliseconds of a case of one call, the pinned one first."""
     best, (fastest, error) = _pinned(kernel, case, at)
     yield best, fastest
     tried = {str(best)}
@@ -47,8 +47,20 @@ def search(kernel: str, case: Case, at: Machine) -> Iterator[tuple[Configuration
                 break
 
 
-def _pinned(kernel: str, case: Case, at: Machine) -> tuple[Configuration, tuple[float, float]]:
-    """Return the configuration that the case takes from the table, its time and its error."""
+def launching(kernel: str, cases: Iterable[Case]) -> Case | None:
+    """Return the first case with a call that takes a kernel's configuration, with that call alone; or None."""
+    for case in cases:
+        for by, call in case.calls.items():
+            with _taken(kernel) as taken:
+                call(case.inputs())
+            if taken:
+                return replace(case, calls={by: call})
+    return None
+
+
+@contextmanager
+def _taken(kernel: str) -> Iterator[list[Configuration]]:
+    """Note the configurations of a kernel that are taken from the table meanwhile."""
     taken: list[Configuration] = []
     look_up = configurations.matching_row
 
@@ -60,9 +72,15 @@ def _pinned(kernel: str, case: Case, at: Machine) -> tuple[Configuration, tuple[
 
     configurations.matching_row = matching_row  # type: ignore[assignment]
     try:
-        (row,) = measure(case, at)
+        yield taken
     finally:
         configurations.matching_row = look_up
-    if not taken or row.ms is None:
-        raise RuntimeError(f"{case.op}, {case.shape} does not launch {kernel}: {row.note}")
+
+
+def _pinned(kernel: str, case: Case, at: Machine) -> tuple[Configuration, tuple[float, float]]:
+    """Return the configuration that the case takes from the table, its time and its error."""
+    with _taken(kernel) as taken:
+        (row,) = measure(case, at)
+    if row.ms is None:
+        raise RuntimeError(f"{case.op}, {case.shape}: {row.note}")
     return taken[0], (row.ms, row.error or float("inf"))
