@@ -17,6 +17,7 @@ import torch
 from bimamba_lit.errors import UserError
 
 _BYTEARRAY = (b"cbuiltins\nbytearray\n", b"c__builtin__\nbytearray\n")  # how a pickle names it
+_OF_A_PROGRAM = ("constants.pkl", "archive_format")  # what torch.jit.save and torch.export.save write beside tensors
 _LARGEST_STRUCTURE = 1 << 28  # bytes of a checkpoint's pickle, which holds names and shapes but no tensor
 
 
@@ -61,6 +62,8 @@ _NOT_PLAIN = "is not a checkpoint of plain tensors and values, and nothing else 
 def _fault(archive: zipfile.ZipFile, size: int) -> str | None:
     """Return what keeps an archive of so many bytes from being opened; None if nothing does."""
     records = archive.infolist()
+    if any(record.filename.partition("/")[2] in _OF_A_PROGRAM for record in records):
+        return "is an export, a program for torch alone to run, and is not read back"
     if any(record.compress_type != zipfile.ZIP_STORED or record.file_size > size for record in records):
         return "is compressed or damaged: PyTorch stores its records as they are"
     if not all(_is_harmless(archive, record) for record in records if record.filename.endswith("/data.pkl")):

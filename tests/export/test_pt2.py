@@ -10,6 +10,7 @@ from bimamba_lit import MambaConfig, MambaLM
 from bimamba_lit.binarize import FBI, binarize_, pack_
 from bimamba_lit.errors import UserError
 from bimamba_lit.export.pt2 import export_pt2
+from bimamba_lit.models.checkpoint import load_lm
 
 BARE = """
 import json, sys
@@ -70,3 +71,9 @@ def test_what_cannot_be_written(tmp_path):
     with pytest.raises(UserError, match="model.step.pt2 is a folder"):
         export_pt2(lm, out, None)
     assert not out.exists()
+
+
+def test_an_export_that_is_given_as_a_checkpoint_is_told_as_one(tmp_path):
+    export_pt2(small(), tmp_path / "student.pt2", None)
+    with pytest.raises(UserError, match=r"student\.pt2 is an export, .* not read back; give a folder of this project"):
+        load_lm(tmp_path / "student.pt2")

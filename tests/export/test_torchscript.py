@@ -26,6 +26,7 @@ from bimamba_lit.binarize import (
 from bimamba_lit.errors import UserError
 from bimamba_lit.export.deployed_linear import multiply_integers, to_integers
 from bimamba_lit.export.torchscript import export_torchscript
+from bimamba_lit.models.checkpoint import load_lm
 from bimamba_lit.models.quantized_table import quantize_tables_
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.*deprecated:DeprecationWarning")
@@ -322,3 +323,9 @@ def test_a_wrong_command(tiny, bimamba, args, sentence):
     answer = bimamba("export", "--ckpt", tiny.teacher, *args)
     assert answer.code == 1 and answer.err == f"bimamba: {sentence}"
     assert not Path("x").exists()
+
+
+def test_an_export_that_is_given_as_a_checkpoint_is_told_as_one(tmp_path):
+    export_torchscript(small(), tmp_path / "student.pt", None)
+    with pytest.raises(UserError, match=r"student\.pt is an export, .* not read back; give a folder of this project"):
+        load_lm(tmp_path / "student.pt")
