@@ -209,6 +209,20 @@ def test_a_missing_recipe_is_answered_by_the_nearest(refused, tiny):
     assert "did you mean 'distill.yaml'?" in refused(recipe=tiny.folder / "distil.yaml")
 
 
+def test_a_folder_is_not_answered_by_its_own_name(refused, tmp_path):
+    (tmp_path / "recipes").mkdir()
+    assert "recipes is a folder, and a recipe is a file: give " in refused(recipe=tmp_path / "recipes")
+
+
+@pytest.mark.parametrize(
+    ("content", "told"), [("modle: {}\n", "did you mean 'model'?"), ("", "no model"), ("trainer: {}\n", "no model")]
+)
+def test_a_recipe_without_a_model(refused, tmp_path, content, told):
+    file = tmp_path / "bare.yaml"
+    file.write_text(content)
+    assert told in refused(recipe=file)
+
+
 def test_commands_themselves(bimamba):
     answer = bimamba("fitt")
     assert answer.code == 1 and "did you mean 'fit'?" in answer.err

@@ -106,9 +106,11 @@ def build(command: str, method: str, args: Sequence[str], kind: type["CommandLin
     """
     if not any(arg.split("=")[0] in _HELP or arg.split("=")[0].endswith(".help") for arg in args):
         settings = read_settings(args)
-        if "model" not in settings:
+        if not args:
             raise UserError(f"{command} needs a recipe: bimamba {command} -c recipes/NAME.yaml")
         check_settings(settings, GROUPS)
+        if "model" not in settings:
+            raise UserError(f"{command} is given no model: take a recipe that names one under its key model")
         seed = settings.get("seed_everything")
         if isinstance(seed, int) and not 0 <= seed < 1 << 32:
             raise UserError(f"seed_everything: {seed} is out of range, it must be 0 to {(1 << 32) - 1}")

@@ -64,6 +64,8 @@ def read_recipe(path: Path) -> Settings:
     Raises:
         UserError: If it is missing, not UTF-8, not YAML, or an interpolation has nothing to stand for.
     """
+    if path.is_dir():
+        raise UserError(f"{path} is a folder, and a recipe is a file: give {path / 'NAME.yaml'}")
     if not path.is_file():
         siblings = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
         hint = nearest(path.name, siblings) or "; `bimamba recipes` lists those that come with the package"
