@@ -26,6 +26,7 @@ def load_reader(path: str | Path, tokenizer: str | None = None) -> tuple[MambaLM
     elif (text := load_tokenizer_json(checkpoint)) is not None:
         chosen = tokenizer_from_json(text)
     else:
+        load_lm(checkpoint)  # where there is no model either, that is what to say
         raise UserError(
             f"{path} has no tokenizer beside its weights, so there is no way to read text: put its tokenizer.json "
             "there, or (bimamba evaluate) give --tokenizer"

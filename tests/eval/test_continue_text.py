@@ -46,3 +46,6 @@ def test_what_cannot_be_continued_is_told(tiny, tmp_path):
     (tmp_path / "run" / "config.yaml").touch()
     with pytest.raises(UserError, match="has no checkpoint yet"):
         continue_text(tmp_path / "run", "a", 5, 1.0, 0)
+    (tmp_path / "runs" / "mine").mkdir(parents=True)
+    with pytest.raises(UserError, match="runs holds no model"):
+        continue_text(tmp_path / "runs", "a", 5, 1.0, 0)
