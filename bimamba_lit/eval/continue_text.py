@@ -9,6 +9,8 @@ from bimamba_lit.eval.reader import load_reader
 from bimamba_lit.models.deployed import deployed_
 from bimamba_lit.models.generate import generate
 
+_LEAST_SEED, _LARGEST_SEED = -(1 << 63), (1 << 64) - 1  # that torch takes
+
 
 def continue_text(path: str | Path, prompt: str, max_new_tokens: int, temperature: float, seed: int) -> str:
     """Return ``prompt`` and what the model makes of it, on a GPU where there is one.
@@ -25,6 +27,8 @@ def continue_text(path: str | Path, prompt: str, max_new_tokens: int, temperatur
     Raises:
         UserError: If the model or its tokenizer is missing, or an argument is out of range.
     """
+    if not _LEAST_SEED <= seed <= _LARGEST_SEED:
+        raise UserError(f"seed: {seed} is out of range, it must be {_LEAST_SEED} to {_LARGEST_SEED}")
     lm, tokenizer = load_reader(path)
     ids = tokenizer.encode(prompt)
     if not ids:

@@ -49,3 +49,11 @@ def test_what_cannot_be_continued_is_told(tiny, tmp_path):
     (tmp_path / "runs" / "mine").mkdir(parents=True)
     with pytest.raises(UserError, match="runs holds no model"):
         continue_text(tmp_path / "runs", "a", 5, 1.0, 0)
+
+
+def test_a_seed_that_no_generator_takes_is_told(tiny):
+    for seed in (1 << 64, -(1 << 63) - 1):
+        with pytest.raises(
+            UserError, match=f"seed: {seed} is out of range, it must be -9223372036854775808 to 18446744073709551615"
+        ):
+            continue_text(tiny.teacher, "a", 5, 1.0, seed)
