@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from bimamba_lit.data.bpe import PREFIX
 from bimamba_lit.data.tokenizer import TextTokenizer, load_tokenizer, tokenizer_from_json
 from bimamba_lit.distill import find_checkpoint
 from bimamba_lit.errors import UserError
@@ -20,6 +21,11 @@ def load_reader(path: str | Path, tokenizer: str | None = None) -> tuple[MambaLM
         UserError: If the model or the tokenizer is missing or cannot be read, or the tokenizer has ids that the model
             has not.
     """
+    if tokenizer is not None and tokenizer.startswith(PREFIX):
+        raise UserError(
+            f"tokenizer: '{tokenizer}' is trained with a model, and another would not be the same: give bytes, the "
+            "path of a tokenizer.json or of a folder with one, or a run"
+        )
     checkpoint = find_checkpoint(path)
     if tokenizer is not None:
         chosen: TextTokenizer = load_tokenizer(tokenizer)
