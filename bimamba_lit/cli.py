@@ -337,7 +337,7 @@ def _ablate_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--seeds",
-        type=_whole_numbers,
+        type=_seeds,
         default=[],
         metavar="0,1,2",
         help="seeds of every setting; its row is their mean and spread (default: the recipe's)",
@@ -360,8 +360,13 @@ def _ablate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", help="folder of the runs and the report (default: runs/ablation_GRID)")
 
 
-def _whole_numbers(text: str) -> list[int]:
-    return [int(part) for part in text.split(",")]
+def _seeds(text: str) -> list[int]:
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() and int(part) < 1 << 32 for part in parts):
+        raise argparse.ArgumentTypeError(
+            f"'{text}' is not right, it must be whole numbers of 0 to {(1 << 32) - 1}, as in 0,1,2"
+        )
+    return [int(part) for part in parts]
 
 
 def _ablate(chosen: argparse.Namespace) -> None:

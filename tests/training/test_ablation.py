@@ -137,6 +137,15 @@ def test_when_nothing_comes_to_its_end_it_is_an_error(tiny, bimamba, tmp_path, m
     assert answer.code == 1 and "no run of" in answer.err and "out of memory" in answer.err
 
 
+def test_seeds_that_are_no_numbers_are_told(tiny, bimamba, tmp_path):
+    args = ["ablate", "-c", tiny.distill_recipe, "--grid", grid(tmp_path, {"a": [1]}), "--out", tmp_path / "out"]
+    for seeds in ("0,one", "-1", "0,99999999999"):
+        answer = bimamba(*args, f"--seeds={seeds}")
+        told = f"argument --seeds: '{seeds}' is not right, it must be whole numbers of 0 to 4294967295, as in 0,1,2"
+        assert answer.code == 2 and told in answer.err
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_full_disk_fails_a_run_and_not_the_ablation(tmp_path, monkeypatch, capsys):
     def one(self, run):
         if run.name.endswith("0"):
