@@ -222,6 +222,8 @@ def _evaluate(chosen: argparse.Namespace) -> None:
     from bimamba_lit.eval.evaluate import evaluate, print_evaluation, write_evaluation
     from bimamba_lit.eval.text import TextSettings
 
+    if chosen.out is not None and Path(chosen.out).is_dir():
+        raise UserError(f"--out: {chosen.out} is a folder, and the figures are one file: give its name too")
     evaluation = evaluate(
         chosen.ckpt,
         [Source(text, column=chosen.column) for text in chosen.text],

@@ -142,6 +142,7 @@ def test_bad_input_is_told_in_a_sentence(tiny, bimamba, tmp_path):
         (["--ckpt", tmp_path / "mute", "--text", tiny.text], "has no tokenizer beside its weights.*--tokenizer"),
         (["--ckpt", tmp_path / "narrow", "--text", tiny.text, "--tokenizer=bytes"], "has 257 tokens and .* knows 99"),
         (["--ckpt", tmp_path / "none", "--text", tiny.text], "there is no file or folder"),
+        ([*run, "--text", tmp_path / "not_read", "--out", tmp_path], "--out: .* is a folder, and the figures are one"),
         ([*run, "--text", tiny.text, "--tokenizer=bpe:9"], "bpe:9' is trained with a model, .*: give bytes"),
     ):
         answer = bimamba("evaluate", *args)
