@@ -76,6 +76,9 @@ def test_a_misspelt_key_in_a_recipe_is_answered_by_the_nearest(refused, recipe, 
         ("--chekpoint.every_n_train_steps=5", "checkpoint"),
         ("--trainer.callbacks+=bimamba_lit.callbacks.BitFlip", "bimamba_lit.callbacks.BitFlips"),
         ("--model=Pretrian", "Pretrain"),
+        ("--max_steps=5", "trainer.max_steps"),
+        ("--activation_checkpointing=true", "model.activation_checkpointing"),
+        ("--context=5", "data.context"),
     ],
 )
 def test_a_misspelt_option_is_answered_by_the_nearest(refused, arg, nearest):

@@ -33,6 +33,9 @@ def check_settings(settings: Mapping[str, Any], groups: Mapping[str, Any]) -> No
         UserError: If a key is unknown (the nearest right one is named), a value is of the wrong type, or a class cannot
             be found or is not of the kind that is wanted.
     """
+    for key in settings:
+        if key not in groups and (group := _group_with(key, settings, groups)) is not None:
+            raise UserError(f"there is no key '{key}'; did you mean '{group}.{key}'?")
     _check_keys("", settings, groups)
     for key, value in settings.items():
         kind = groups[key]
@@ -42,6 +45,20 @@ def check_settings(settings: Mapping[str, Any], groups: Mapping[str, Any]) -> No
             _check_arguments(key, value, kind)
         else:
             _check_value(key, value, kind)
+
+
+def _group_with(key: str, settings: Mapping[str, Any], groups: Mapping[str, Any]) -> str | None:
+    """Return the group of which a key that stands beside the groups is a setting; None if there is none."""
+    for group, kind in groups.items():
+        if get_origin(kind) is type:
+            value = settings.get(group)
+            name = value.get("class_path") if isinstance(value, Mapping) else value
+            if name is None:
+                continue
+            kind = _find_class(f"{group}.class_path", str(name), get_args(kind))
+        if inspect.isclass(kind) and key in (_parameters(kind) or ()):
+            return group
+    return None
 
 
 def _check_value(path: str, value: Any, kind: Any) -> None:
