@@ -208,6 +208,12 @@ def test_a_broken_recipe(refused, tmp_path, content, told):
     assert told in refused(recipe=file)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="what a machine without a GPU says")
+def test_a_gpu_that_is_not_there(refused):
+    told = "trainer.accelerator: torch finds no GPU here: set it to cpu or auto"
+    assert refused("--trainer.accelerator=gpu") == told
+
+
 def test_a_missing_recipe_is_answered_by_the_nearest(refused, tiny):
     assert "did you mean 'distill.yaml'?" in refused(recipe=tiny.folder / "distil.yaml")
 

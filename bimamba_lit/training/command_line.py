@@ -258,7 +258,10 @@ class CommandLine(LightningCLI):
         try:
             trainer: pl.Trainer = super().instantiate_trainer(**settings)
         except (MisconfigurationException, ImportError, TypeError, ValueError) as error:
-            raise UserError(f"trainer: {_first_line(error)}") from error
+            reason = _first_line(error)
+            if "gpu backend" in reason:
+                raise UserError("trainer.accelerator: torch finds no GPU here: set it to cpu or auto") from error
+            raise UserError(f"trainer: {reason}") from error
         refuse_other_spread(trainer)
         return trainer
 
