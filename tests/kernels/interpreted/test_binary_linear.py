@@ -190,15 +190,16 @@ def test_counts_of_planes(rows, warps, bits, terms, single):
 
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered in multiply")  # a token that is not finite
-def test_counts_are_exact_and_show_what_is_not_finite():
-    signs = ops.pack_signs(normal(40, 640))
-    x = torch.randint(-127, 128, (2, 640), generator=torch.Generator().manual_seed(0)).half()
+@pytest.mark.parametrize("in_features", [640, 8192])  # one program, and two
+def test_counts_are_exact_and_show_what_is_not_finite(in_features):
+    signs = ops.pack_signs(normal(40, in_features))
+    x = torch.randint(-127, 128, (2, in_features), generator=torch.Generator().manual_seed(0)).half()
     x[:, ::512] = 127  # of each warp: steps are 1, or 1 / 256
     for bits in (None, 8):
-        y = ops.binary_linear(x, signs, 640, activation_bits=bits, backend="triton")
-        assert torch.equal(y, ops.binary_linear(x.float(), signs, 640, backend="naive").half())
-    x[0, 5], x[1] = torch.inf, 0
-    y = ops.binary_linear(x, signs, 640, backend="triton")
+        y = ops.binary_linear(x, signs, in_features, activation_bits=bits, backend="triton")
+        assert torch.equal(y, ops.binary_linear(x.float(), signs, in_features, backend="naive").half())
+    x[0, in_features - 5], x[1] = torch.inf, 0
+    y = ops.binary_linear(x, signs, in_features, backend="triton")
     assert not y[0].isfinite().any() and not y[1].any()
 
 
@@ -223,19 +224,6 @@ def test_counts_of_pairs(bits, terms, single):
         moved = (rounded_by_stretches(scaled) - scaled) @ ops.unpack_signs(signs, in_features, torch.float64).t()
         right += moved * given.get("out_scale", 1)
     assert ratio(y, right) <= 0.005
-
-
-@pytest.mark.filterwarnings("ignore:invalid value encountered in multiply")  # a token that is not finite
-def test_counts_of_pairs_are_exact_and_show_what_is_not_finite():
-    signs = ops.pack_signs(normal(40, 8192))
-    x = torch.randint(-127, 128, (2, 8192), generator=torch.Generator().manual_seed(0)).half()
-    x[:, ::512] = 127  # of each warp: steps are 1, or 1 / 256
-    for bits in (None, 8):
-        y = ops.binary_linear(x, signs, 8192, activation_bits=bits, backend="triton")
-        assert torch.equal(y, ops.binary_linear(x.float(), signs, 8192, backend="naive").half())
-    x[0, 6000], x[1] = torch.inf, 0
-    y = ops.binary_linear(x, signs, 8192, backend="triton")
-    assert not y[0].isfinite().any() and not y[1].any()
 
 
 @pytest.mark.parametrize("straight_through", SLOPES)
