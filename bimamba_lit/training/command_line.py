@@ -35,7 +35,7 @@ from torch.distributed import DistError
 
 import bimamba_lit.data  # noqa: F401  (so that its classes can be named in short: --data=TextDataModule)
 from bimamba_lit.callbacks import NonFiniteGuard, ProgressLines, RandomState, StepsBar, Throughput
-from bimamba_lit.errors import UserError
+from bimamba_lit.errors import UserError, causes
 from bimamba_lit.interruption import Interrupted, interruption
 from bimamba_lit.report.summary import FILE_NAME as SUMMARY
 from bimamba_lit.training.csv_logger import CSVLogger
@@ -292,15 +292,17 @@ class CommandLine(LightningCLI):
             never_began = self._not_taken_up() or not (folder / CONFIG).exists()
             if not was_there and never_began and self.trainer.is_global_zero:
                 shutil.rmtree(folder, ignore_errors=True)
-            if interruption.stopped(error) or (_worker_died(error) and interruption.asked is not None):
+            death = next(filter(_is_worker_death, causes(error)), None)
+            if interruption.stopped(error) or (death and interruption.asked is not None):
                 self._tell_what_is_saved()
-            if _worker_died(error):
+            if death:
+                told = str(death).rstrip(". ")
                 raise UserError(
-                    f"a data worker ended ({error}), for want of memory or killed: what {LAST_CHECKPOINT} of {folder} "
+                    f"a data worker ended ({told}), for want of memory or killed: what {LAST_CHECKPOINT} of {folder} "
                     "holds is safe, go on from there with --ckpt_path last, or with fewer data.workers"
                 ) from error
-            if _process_lost(error):
-                told = str(error).partition("] ")[2].partition(". ")[0] or _first_line(error)
+            if lost := next(filter(_is_process_lost, causes(error)), None):
+                told = str(lost).partition("] ")[2].partition(". ")[0] or _first_line(lost)
                 raise UserError(
                     f"another process of the run ended or cannot be reached ({told}): look at what it said; "
                     f"what {LAST_CHECKPOINT} of {folder} holds is safe, go on from there with --ckpt_path last"
@@ -397,11 +399,14 @@ def _state_of(checkpoint: Path) -> tuple[int, int] | None:
     return found.st_ino, found.st_mtime_ns
 
 
-def _worker_died(error: BaseException) -> bool:
-    """Say whether a process that loads data ended, by a signal for instance; what it raised is another matter."""
+def _is_worker_death(error: BaseException) -> bool:
+    """Say whether a process that loads data ended, by a signal for instance; what it raised is another matter.
+
+    torch raises this from a signal handler, wherever the run is, and so in code too that wraps any error in its own.
+    """
     return isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker")
 
 
-def _process_lost(error: BaseException) -> bool:
+def _is_process_lost(error: BaseException) -> bool:
     """Say whether this process lost another one of its run, or never found it."""
     return isinstance(error, DistError) or (isinstance(error, RuntimeError) and "gloo/transport" in str(error))

@@ -88,6 +88,7 @@ def zygote(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Zygote]:
 NOISE = '''
 """Random numbers of every kind, that all end up in the weights; and a validation that draws, too."""
 
+import multiprocessing
 import os
 import random
 import signal
@@ -116,6 +117,18 @@ class Noise(pl.Callback):
     def on_validation_batch_end(self, trainer, pl_module, outputs, batch, batch_idx, dataloader_idx=0) -> None:
         time.sleep(self.validating)
         torch.rand(())
+
+
+class LosesAWorker(pl.Callback):
+    """Kills a process that loads data, in code that makes an error of its own of any other, as ``inspect`` does."""
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
+        if batch_idx == 6:
+            try:
+                os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+                time.sleep(60)
+            except Exception as error:
+                raise TypeError("unsupported callable") from error
 
 
 class Uneven(pl.Callback):

@@ -108,6 +108,15 @@ def test_a_worker_that_dies_is_told_and_the_last_checkpoint_stays(zygote: Any, p
     assert 0 < saved(folder) < 24
 
 
+def test_a_worker_that_dies_in_the_midst_of_other_code_is_told_all_the_same(zygote: Any, plain: Any) -> None:
+    args, folder = plain(trainer__callbacks=[{"class_path": "noise.LosesAWorker"}], data__init_args__workers=1)
+    run = zygote.start(*args)
+    assert run.wait() == 1, run.said()
+    (told,) = complaints(run.said())
+    assert "a data worker ended (DataLoader worker" in told and "--ckpt_path last" in told
+    assert saved(folder) == 4
+
+
 @pytest.mark.slow
 def test_a_disk_that_is_really_full(zygote: Any, plain: Any, compare: Any, tmp_path: Path) -> None:
     """Everything a run writes has no space for a while; in the end nothing of it is missing."""
