@@ -39,7 +39,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
         temporary.replace(target)
         _sync_folder(target.parent)
     except OSError as error:
-        raise UserError(f"cannot write {target}: {error.strerror or error}") from error
+        raise UserError(f"cannot write {target}: {_why(error, target)}") from error
     finally:
         if temporary is not None:
             with suppress(OSError):
@@ -97,6 +97,12 @@ def replacing_all(folder: Path, names: Iterable[str]) -> Iterator[dict[str, Path
 
 _PARTIAL = ".partial"
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*")
+
+
+def _why(error: OSError, target: Path) -> str:
+    """Return why a file could not be written; of a file in the place of a folder the system says what but not where."""
+    in_the_way = [folder for folder in target.parents if folder.exists() and not folder.is_dir()]
+    return f"{in_the_way[0]} is a file, and a folder is needed" if in_the_way else error.strerror or str(error)
 
 
 def _sync_folder(folder: Path) -> None:

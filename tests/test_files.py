@@ -1,4 +1,5 @@
 import os
+import re
 import stat
 from pathlib import Path
 
@@ -65,6 +66,14 @@ def test_a_target_that_cannot_be_written_is_told(tmp_path, target):
     with pytest.raises(UserError, match=f"cannot write .*{target}"), replacing(tmp_path / target) as temporary:
         temporary.write_text("x")
     assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("target", ["file/below", "file/further/below"])
+def test_a_file_where_a_folder_is_needed_is_named(tmp_path, target):
+    (tmp_path / "file").touch()
+    told = f"cannot write {tmp_path / target}: {tmp_path / 'file'} is a file, and a folder is needed"
+    with pytest.raises(UserError, match=re.escape(told)), replacing(tmp_path / target):
+        pass
 
 
 def test_nearest_names_a_close_word_only():

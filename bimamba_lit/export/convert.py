@@ -36,7 +36,7 @@ def convert(source: str | Path, target: str | Path, form: str = "latent", dtype:
     if form == "latent" and dtype is not None:
         raise UserError("the form 'latent' keeps every tensor in its own type; leave out the dtype")
     checkpoint = find_checkpoint(source)
-    if Path(target).resolve() == checkpoint.resolve():
+    if Path(target).resolve() in (Path(source).resolve(), checkpoint.resolve()):
         raise UserError(f"{target} is the model that is to be converted; give another folder")
     lm = load_lm(checkpoint).eval()
     tokenizer = load_tokenizer_json(checkpoint)

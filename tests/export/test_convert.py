@@ -140,6 +140,13 @@ def test_targets_that_are_refused(make, bimamba, tmp_path):
     assert {path: path.read_bytes() for path in (tmp_path / "to").iterdir()} == before
 
 
+def test_a_run_folder_is_not_its_own_target(bimamba, tiny):
+    before = sorted(tiny.teacher.rglob("*"))
+    answer = bimamba("convert", "--from", tiny.teacher, "--to", tiny.teacher)
+    assert answer.code == 1 and f"{tiny.teacher} is the model that is to be converted" in answer.err
+    assert sorted(tiny.teacher.rglob("*")) == before
+
+
 def test_a_value_outside_the_range_of_the_type(make, tmp_path):
     lm = make()
     with torch.no_grad():
