@@ -110,6 +110,16 @@ def test_a_process_ends_with_one_sentence(tiny, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_recipe_of_the_package_is_said_to_be_copied(bimamba, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for path, folder in (("distill", "."), ("distill.yaml", "."), ("mine/distill.yaml", "mine")):
+        answer = bimamba("fit", "-c", path)
+        copy = f"bimamba recipes cp distill.yaml {folder}"
+        assert f"there is no recipe {path}; one comes with the package: `{copy}` copies it there" in answer.err
+    assert bimamba(*copy.split()[1:]).code == 0 and (tmp_path / "mine" / "distill.yaml").is_file()
+    assert "bimamba recipes` lists those" in bimamba("fit", "-c", "none_of_them").err
+
+
 def test_the_program_by_its_name():
     name = Path(sys.executable).parent / "bimamba"
     if not name.exists():

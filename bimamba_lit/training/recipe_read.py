@@ -15,6 +15,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from bimamba_lit.errors import UserError, nearest
+from bimamba_lit.recipe_folder import list_recipes
 from bimamba_lit.training.yaml_depth import check_depth
 
 Settings = dict[str, Any]
@@ -67,9 +68,7 @@ def read_recipe(path: Path) -> Settings:
     if path.is_dir():
         raise UserError(f"{path} is a folder, and a recipe is a file: give {path / 'NAME.yaml'}")
     if not path.is_file():
-        siblings = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
-        hint = nearest(path.name, siblings) or "; `bimamba recipes` lists those that come with the package"
-        raise UserError(f"there is no recipe {path}{hint}")
+        raise UserError(f"there is no recipe {path}{_hint(path)}")
     try:
         text = path.read_text(encoding="utf-8")
         check_depth(text)
@@ -89,6 +88,16 @@ def read_recipe(path: Path) -> Settings:
     if not isinstance(recipe, dict):
         raise UserError(f"{path} is not a recipe: it must map keys such as trainer, model and data to their settings")
     return typing.cast(Settings, recipe)
+
+
+def _hint(missing: Path) -> str:
+    siblings = [entry.name for entry in missing.parent.iterdir()] if missing.parent.is_dir() else []
+    if near := nearest(missing.name, siblings):
+        return near
+    for name in list_recipes():
+        if missing.name in (name, name.removesuffix(".yaml")):
+            return f"; one comes with the package: `bimamba recipes cp {name} {missing.parent}` copies it there"
+    return "; `bimamba recipes` lists those that come with the package"
 
 
 def _options(args: Sequence[str]) -> Iterator[tuple[str, str]]:
