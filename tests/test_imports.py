@@ -13,13 +13,14 @@ PACKAGE = Path(bimamba_lit.__file__).parent
 LEVELS = [
     {"__main__"},
     {"cli"},
-    {"training", "report", "bench", "quickstart", "recipe_folder"},
+    {"training", "report", "bench", "quickstart"},
     {"callbacks", "eval", "export"},
     {"distill", "data"},
     {"models"},
     {"binarize"},
     {"ops"},
     {"kernels"},
+    {"recipe_folder"},
     {"errors", "files", "hub", "interruption"},
 ]
 # `training` writes the summaries that `report` reads; `quickstart` is a run and a comparison.
