@@ -91,7 +91,7 @@ def quickstart() -> None:
         main(args)
         console.print()
     console.rule("[bold]The file in a Python that cannot import this package", align="left")
-    subprocess.run([sys.executable, "-I", "-W", "ignore::DeprecationWarning", "-c", BARE, EXPORTED], check=True)
+    subprocess.run([sys.executable, "-I", "-W", "ignore", "-c", BARE, EXPORTED], check=True)
     console.rule(align="left")
     console.print(Markdown(NEXT))
     minutes, seconds = divmod(round(time.monotonic() - start), 60)

@@ -93,12 +93,14 @@ def _decoder(model: nn.Module, token: Tensor) -> Callable[[], object]:
         state = model.init_state(1)
         return lambda: [model.step(token[:, 0], state) for _ in range(DECODED)]
     with torch.no_grad():
-        cache = model(token.expand(1, 8), use_cache=True).cache_params
+        found = model(token.expand(1, 8), use_cache=True)
+    name = "cache" if "cache" in found else "cache_params"  # up to transformers 5.23
+    cache = {name: found[name]}
 
     @torch.no_grad()
     def decode() -> None:
         for _ in range(DECODED):
-            model(token, cache_params=cache, use_cache=True)
+            model(token, **cache, use_cache=True)
 
     return decode
 

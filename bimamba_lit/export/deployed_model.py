@@ -232,7 +232,7 @@ class DeployedBlock(nn.Module):
 
 
 with warnings.catch_warnings():
-    warnings.filterwarnings("ignore", ".*torch.jit.interface.*deprecated", DeprecationWarning)
+    warnings.filterwarnings("ignore", ".*torch.jit.interface.*deprecated")
 
     @torch.jit.interface
     class AnyBlock(nn.Module):

@@ -40,7 +40,7 @@ def export_torchscript(
     deployed = deployable(lm, dtype, embedding)
     files = extra_files(deployed, tokenizer_json, dtype=dtype, embedding=embedding)
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".*torch.jit.*deprecated.*", DeprecationWarning)
+        warnings.filterwarnings("ignore", ".*torch.jit.*deprecated.*")
         scripted = torch.jit.script(deployed)
         # Through memory: where a disk is full, PyTorch's own writer ends the whole process.
         content = io.BytesIO()

@@ -17,8 +17,13 @@ def check_depth(text: str) -> None:
         yaml.YAMLError: If the text is no YAML.
     """
     depth = 0
-    for event in yaml.parse(text, Loader=_LOADER):
-        depth += isinstance(event, yaml.CollectionStartEvent)
-        depth -= isinstance(event, yaml.CollectionEndEvent)
-        if depth > _DEEPEST:
-            raise RecursionError
+    try:
+        for event in yaml.parse(text, Loader=_LOADER):
+            depth += isinstance(event, yaml.CollectionStartEvent)
+            depth -= isinstance(event, yaml.CollectionEndEvent)
+            if depth > _DEEPEST:
+                raise RecursionError
+    except yaml.YAMLError as error:
+        if "nesting depth" in str(error):  # PyYAML's own bound, from 6.0.4 on, met by reading ahead
+            raise RecursionError from error
+        raise

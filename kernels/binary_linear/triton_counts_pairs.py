@@ -75,11 +75,10 @@ def pairs_gemv(x: Tensor, signs: Tensor, digits: int, terms: Terms = NO_TERMS, b
 def _four_words(at, inside, PTX: tl.constexpr):
     """Ask for four words from an address of a thread's own, or zeros."""
     if PTX:
-        types: tl.constexpr = (tl.int32,) * 4
         return tl.inline_asm_elementwise(
             "{.reg .pred wanted; setp.ne.b32 wanted, $5, 0; mov.b32 $0, 0; mov.b32 $1, 0; mov.b32 $2, 0; "
             "mov.b32 $3, 0; @wanted ld.global.L1::no_allocate.v4.b32 {$0, $1, $2, $3}, [$4];}",
-            "=&r,=&r,=&r,=&r,l,r", [at.to(tl.uint64), inside.to(tl.int32)], types, is_pure=False, pack=1,
+            "=&r,=&r,=&r,=&r,l,r", [at.to(tl.uint64), inside.to(tl.int32)], (tl.int32,) * 4, is_pure=False, pack=1,
         )  # fmt: skip
     else:
         return four(tl.load(at[:, None] + tl.arange(0, 4)[None, :], mask=inside[:, None], other=0), at.shape[0])

@@ -33,10 +33,9 @@ def trade_halves(made, SPLIT: tl.constexpr, PTX: tl.constexpr):
     thread = tl.arange(0, THREADS)
     line, maker = thread % 32 // 4, thread // 32 * 32 + thread % 4 * 8
     if PTX:
-        types: tl.constexpr = (tl.int32,) * 8
         own, other = thread % (THREADS // 2), maker % (THREADS // 2) + line * (THREADS // 2 + 4)
         return tl.inline_asm_elementwise(
-            halves_text(SPLIT), operands(8, 10), made + (own, other), types, is_pure=False, pack=1
+            halves_text(SPLIT), operands(8, 10), made + (own, other), (tl.int32,) * 8, is_pure=False, pack=1
         )
     else:
         flat = tl.reshape(stack(made), [THREADS * 8])
@@ -167,10 +166,9 @@ def sums_of_pair(
         to = warp * PITCH + (upper * 8 + lane // 4) * KEPT
         at = own % SHARE * PITCH + own // SHARE
         term = tl.where(upper == 0, total, shifted)
-        types: tl.constexpr = (tl.float32, tl.float32, tl.float32)
         return tl.inline_asm_elementwise(
             pair_text(ROWS, SPLIT, SUMS), pair_operands(KEPT),
-            sums + (term, room, lane % 2, to, warp * 2 + upper, at, lane), types, is_pure=False, pack=1,
+            sums + (term, room, lane % 2, to, warp * 2 + upper, at, lane), (tl.float32,) * 3, is_pure=False, pack=1,
         )  # fmt: skip
     else:
         each = tl.permute(tl.reshape(stack(parts), [SPLIT, 8, 4, ROWS // 8]), [3, 1, 0, 2])

@@ -71,13 +71,12 @@ def load_eight(at, inside, PTX: tl.constexpr):
     """Load 8 numbers from an address of a thread's own, a multiple of 16 bytes, as float32, or zeros."""
     THREADS: tl.constexpr = at.shape[0]
     if PTX:
-        types: tl.constexpr = (tl.float32,) * 8
         constraints: tl.constexpr = "=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,l,r"
         return tl.inline_asm_elementwise(
             load_text(at.dtype.element_ty),
             constraints,
             [at.to(tl.uint64), inside.to(tl.int32)],
-            types,
+            (tl.float32,) * 8,
             is_pure=False,
             pack=1,
         )

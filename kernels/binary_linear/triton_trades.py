@@ -100,10 +100,9 @@ def trade_planes(made, SPLIT: tl.constexpr, STEPS: tl.constexpr, PTX: tl.constex
     thread = tl.arange(0, THREADS)
     line, maker = thread % 32 // 4, thread // 32 * 32 + thread % 4 * 4
     if PTX:
-        types: tl.constexpr = (tl.int32,) * TAKEN
         return tl.inline_asm_elementwise(
             planes_text(SPLIT, STEPS, PLANES), operands(TAKEN, PLANES + 2),
-            made + (thread, maker + line * (THREADS + 16)), types, is_pure=False, pack=1,
+            made + (thread, maker + line * (THREADS + 16)), (tl.int32,) * TAKEN, is_pure=False, pack=1,
         )  # fmt: skip
     else:
         flat = tl.reshape(stack(made), [THREADS * PLANES])

@@ -11,13 +11,17 @@ from torch import Tensor
 
 
 def step_size(dt: Tensor, dt_bias: Tensor | None, dt_softplus: bool, dt_limit: tuple[float, float]) -> Tensor:
-    """Return the step sizes (..., H) in float32 (float64 for float64): bias, softplus, then clamp to the limits."""
+    """Return the step sizes (..., H) in float32 (float64 for float64): bias, softplus, then clamp to the limits.
+
+    A step size on a limit keeps its gradient, as in mamba_ssm; `Tensor.clamp` has had none there since torch 2.14.
+    """
     dt = dt.to(accumulator(dt))
     if dt_bias is not None:
         dt = dt + dt_bias.to(dt.dtype)
     if dt_softplus:
         dt = F.softplus(dt)
-    return dt.clamp(*dt_limit)
+    low, high = dt_limit
+    return torch.where((dt < low) | (dt > high), dt.detach().clamp(low, high), dt)
 
 
 def accumulator(x: Tensor) -> torch.dtype:

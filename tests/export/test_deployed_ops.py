@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from bimamba_lit import ops
 from bimamba_lit.export import deployed_ops
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.*deprecated:DeprecationWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.*deprecated")
 
 
 def random(*shape):

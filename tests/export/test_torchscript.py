@@ -29,7 +29,7 @@ from bimamba_lit.export.torchscript import export_torchscript
 from bimamba_lit.models.checkpoint import load_lm
 from bimamba_lit.models.quantized_table import quantize_tables_
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.*deprecated:DeprecationWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.*deprecated")
 IDS = torch.randint(61, (2, 83), generator=torch.Generator().manual_seed(1))
 
 

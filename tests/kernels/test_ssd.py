@@ -143,6 +143,13 @@ def test_only_what_is_given_counts(function):
     torch.testing.assert_close(function(**needed), function(**needed, return_final_states=True)[0])
 
 
+def test_step_sizes_on_a_limit_have_a_gradient_and_those_beyond_have_none():
+    dt = torch.tensor([-0.5, 0.0, 0.25, 1.0, 1.5], requires_grad=True)
+    size = naive.step_size(dt, None, False, (0.0, 1.0))
+    size.sum().backward()
+    assert size.tolist() == [0.0, 0.0, 0.25, 1.0, 1.0] and dt.grad.tolist() == [0.0, 1.0, 1.0, 1.0, 0.0]
+
+
 def test_step_sizes_are_clamped_after_softplus():
     inputs = make(70)
     clamped = F.softplus(inputs["dt"] + inputs["dt_bias"]).clamp(0.3, 0.9)

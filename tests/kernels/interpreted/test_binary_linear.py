@@ -211,7 +211,8 @@ def rounded_by_stretches(x):
 
 
 @pytest.mark.parametrize(("bits", "terms", "single"), [(8, UNGROUPED, False), (None, UNGROUPED, True), (8, (), False)])
-def test_counts_of_pairs(bits, terms, single):
+def test_counts_of_pairs(bits, terms, single, monkeypatch):
+    monkeypatch.setattr(kernel, "HOPPER", True)  # also with a Triton with which one program serves
     out_features, in_features = 40, 8192
     signs = ops.pack_signs(normal(out_features, in_features))
     given = make(out_features, in_features, 1, terms, single)

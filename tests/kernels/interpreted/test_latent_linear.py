@@ -44,7 +44,7 @@ def by_signs(monkeypatch):
         ]
         return naive.binary_linear(x, signs, in_features, *terms, bias)
 
-    monkeypatch.setattr(kernel, "binary_gemm_hopper_sparse", product)
+    monkeypatch.setattr(kernel, "binary_gemm_hopper_sparse", product, raising=False)  # not there with every Triton
     monkeypatch.setattr(kernel, "WORTHWHILE", 1)
     monkeypatch.setattr(kernel, "SMALLEST", 1)
     monkeypatch.setattr(kernel, "_on_hopper", lambda device, features: True)
