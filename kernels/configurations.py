@@ -262,7 +262,7 @@ TABLE: dict[str, tuple[Row, ...]] = {
             architectures=("sm_90",),
         ),
         Row(
-            Configuration({"TOKENS": 128, "ROWS": 128, "INPUTS": 128, "NEAR": 8, "DESCRIPTORS": 0}, 4, 3),
+            Configuration({"TOKENS": 128, "ROWS": 128, "INPUTS": 128, "NEAR": 8, "DESCRIPTORS": 0}, 8, 3),
             architectures=("sm_100",),
         ),
         Row(Configuration({"TOKENS": 128, "ROWS": 128, "INPUTS": 64, "NEAR": 8, "DESCRIPTORS": 0}, 8, 3)),
