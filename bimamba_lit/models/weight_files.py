@@ -6,7 +6,7 @@ with.
 
 import json
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
@@ -121,22 +121,22 @@ def _safetensors(file: Path) -> Iterator[dict[str, Reader]]:
 
     try:
         with safe_open(file, framework="pt") as weights:
-            sums = _checksums(file, weights.metadata(), weights.keys())
+            sums = _checksums(file, weights.metadata() or {}, set(weights.keys()))
             yield {name: partial(_checked, file, weights, name, sums.get(name)) for name in weights.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise UserError(f"{file} is damaged or cut short ({error}); save or copy it again") from error
 
 
-def _checksums(file: Path, metadata: Mapping[str, str] | None, names: Iterable[str]) -> dict[str, int]:
+def _checksums(file: Path, metadata: Mapping[str, str], names: set[str]) -> dict[str, int]:
     """Return the checksums a file carries: of every tensor, or of none."""
-    text = (metadata or {}).get(_CHECKSUMS)
-    if text is None:
+    under_another_name = any(f'"{name}"' in text for text in metadata.values() for name in names)
+    if _CHECKSUMS not in metadata and not under_another_name:
         return {}
     try:
-        sums = json.loads(text)
+        sums = json.loads(metadata.get(_CHECKSUMS, ""))
     except (ValueError, RecursionError):
         sums = None
-    if not isinstance(sums, dict) or sums.keys() != set(names):
+    if not isinstance(sums, dict) or sums.keys() != names:
         raise UserError(f"{file} is damaged: its list of checksums is broken; save or copy it again")
     return sums
 

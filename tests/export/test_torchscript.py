@@ -272,7 +272,11 @@ def test_libtorch(tmp_path):
     (tmp_path / "CMakeLists.txt").write_text(CMAKE)
     build = tmp_path / "build"
     prefix = torch.utils.cmake_prefix_path
-    subprocess.run(["cmake", "-S", tmp_path, "-B", build, f"-DCMAKE_PREFIX_PATH={prefix}"], check=True)
+    configure = ["cmake", "-S", tmp_path, "-B", build, f"-DCMAKE_PREFIX_PATH={prefix}"]
+    done = subprocess.run(configure, capture_output=True, text=True)
+    if torch.version.cuda is not None and "Could NOT find CUDA" in done.stdout:
+        pytest.skip("torch's CUDA build is linked with the CUDA toolkit, which is not here")
+    assert done.returncode == 0, done.stderr
     subprocess.run(["cmake", "--build", build], check=True)
     done = subprocess.run([build / "deployer", tmp_path / "model.pt"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

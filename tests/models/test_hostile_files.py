@@ -65,6 +65,18 @@ def assert_same(lm, other):
     assert mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)
 
 
+@pytest.mark.parametrize("form", ["latent", "packed", "transformers"])
+@pytest.mark.parametrize("damage", [b"crc33", b"crc", b"crc32crc32"])
+def test_checksums_under_a_damaged_name(folders, form, damage):
+    file = weights(folders[form])
+    whole = file.read_bytes()
+    header = whole[8 : 8 + int.from_bytes(whole[:8], "little")].replace(b'"crc32"', b'"' + damage + b'"')
+    data = bytearray(whole[8 + int.from_bytes(whole[:8], "little") :])
+    data[-1] ^= 1
+    file.write_bytes(len(header).to_bytes(8, "little") + header + data)
+    assert "its list of checksums is broken" in refused(folders[form])
+
+
 @pytest.mark.parametrize("length", [2**62, 10**8 + 1, 3])
 def test_a_safetensors_header_of_a_wrong_length(folders, length):
     file = weights(folders["packed"])
