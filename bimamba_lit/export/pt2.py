@@ -75,7 +75,7 @@ def export_pt2(
             program = _traced(module, (example, state), shapes)
             content = io.BytesIO()  # where a disk is full, PyTorch's own writer ends the whole process
             torch.export.save(program, content, extra_files=extra)
-            stack.enter_context(replacing(file)).write_bytes(content.getbuffer())
+            stack.enter_context(replacing(file)).write_bytes(content.getvalue())
 
 
 def _traced(module: nn.Module, args: tuple[Any, ...], shapes: tuple[Any, ...]) -> ExportedProgram:

@@ -46,4 +46,4 @@ def export_torchscript(
         content = io.BytesIO()
         torch.jit.save(scripted, content, _extra_files=files)
     with replacing(out) as temporary:
-        temporary.write_bytes(content.getbuffer())
+        temporary.write_bytes(content.getvalue())
