@@ -16,6 +16,7 @@ import logging
 import shutil
 import signal
 import sys
+import traceback
 import warnings
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -292,11 +293,11 @@ class CommandLine(LightningCLI):
             never_began = self._not_taken_up() or not (folder / CONFIG).exists()
             if not was_there and never_began and self.trainer.is_global_zero:
                 shutil.rmtree(folder, ignore_errors=True)
-            death = next(filter(_is_worker_death, causes(error)), None)
+            death = next(filter(is_worker_death, causes(error)), None)
             if interruption.stopped(error) or (death and interruption.asked is not None):
                 self._tell_what_is_saved()
             if death:
-                told = str(death).rstrip(". ")
+                told = str(death).rstrip(". ") or type(death).__name__
                 raise UserError(
                     f"a data worker ended ({told}), for want of memory or killed: what {LAST_CHECKPOINT} of {folder} "
                     "holds is safe, go on from there with --ckpt_path last, or with fewer data.workers"
@@ -399,11 +400,15 @@ def _state_of(checkpoint: Path) -> tuple[int, int] | None:
     return found.st_ino, found.st_mtime_ns
 
 
-def _is_worker_death(error: BaseException) -> bool:
+def is_worker_death(error: BaseException) -> bool:
     """Say whether a process that loads data ended, by a signal for instance; what it raised is another matter.
 
-    torch raises this from a signal handler, wherever the run is, and so in code too that wraps any error in its own.
+    torch raises this from a signal handler, wherever the run is, and so in code too that wraps any error in its own. Of
+    a process that has just ended it raises what came of asking it for the memory of a batch.
     """
+    if isinstance(error, ConnectionError | EOFError | FileNotFoundError):
+        frames = traceback.walk_tb(error.__traceback__)
+        return any(frame.f_globals.get("__name__") == "torch.multiprocessing.reductions" for frame, _ in frames)
     return isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker")
 
 

@@ -3,12 +3,16 @@
 import os
 import shutil
 import signal
+import socket
 import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+
+from bimamba_lit.training.command_line import is_worker_death
 
 
 @pytest.fixture
@@ -115,6 +119,29 @@ def test_a_worker_that_dies_in_the_midst_of_other_code_is_told_all_the_same(zygo
     (told,) = complaints(run.said())
     assert "a data worker ended (DataLoader worker" in told and "--ckpt_path last" in told
     assert saved(folder) == 4
+
+
+def send_and_wait(queue: Any) -> None:
+    queue.put(torch.zeros(3))
+    signal.pause()
+
+
+@pytest.mark.filterwarnings("ignore:This process.*is multi-threaded:DeprecationWarning")
+def test_a_batch_of_a_worker_that_has_just_died_tells_of_it() -> None:
+    context = torch.multiprocessing.get_context("fork")
+    queue = context.SimpleQueue()
+    worker = context.Process(target=send_and_wait, args=(queue,))
+    worker.start()
+    while queue.empty():
+        time.sleep(0.01)
+    worker.kill()
+    worker.join()
+    with pytest.raises(OSError) as lost:  # which says nothing of a worker
+        queue.get()
+    assert is_worker_death(lost.value)
+    with pytest.raises(OSError) as other, socket.socket(socket.AF_UNIX) as connection:
+        connection.connect("nowhere")
+    assert not is_worker_death(other.value)
 
 
 @pytest.mark.slow
