@@ -21,6 +21,8 @@ def step_size(dt: Tensor, dt_bias: Tensor | None, dt_softplus: bool, dt_limit: t
     if dt_softplus:
         dt = F.softplus(dt)
     low, high = dt_limit
+    if dt_softplus and low <= 0 and high == math.inf:  # all are within, and decoding has no time for more operations
+        return dt
     return torch.where((dt < low) | (dt > high), dt.detach().clamp(low, high), dt)
 
 
